@@ -1,0 +1,1 @@
+//! Keelson's objects, their validation, and the agent's gRPC interface.

@@ -1,0 +1,1 @@
+//! The host agent keelsond and its command line client keelson.

@@ -1,0 +1,1 @@
+//! Distributed state behind one trait, with swappable backends.

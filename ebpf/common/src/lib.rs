@@ -1,0 +1,1 @@
+//! Map types shared by the eBPF programs and the host side.

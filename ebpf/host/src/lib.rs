@@ -1,0 +1,1 @@
+//! Loads and attaches the eBPF programs and compiles policy to their maps.

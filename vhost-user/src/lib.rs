@@ -1,0 +1,1 @@
+//! A vhost-user-blk backend on io_uring.

@@ -1,0 +1,137 @@
+//! What goes over the API socket: newline-delimited JSON on a Unix stream.
+//!
+//! Each request line gets one response line, in order. After `subscribe` the connection also
+//! carries one line per event.
+
+use serde::{Deserialize, Serialize};
+
+/// The longest line in either direction, in bytes with its newline.
+pub const MAX_LINE: usize = 16 * 1024;
+
+/// A request line: `{"request":"status"}`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "request", rename_all = "snake_case", deny_unknown_fields)]
+pub enum Request {
+    /// What the guest does now. Answered with [`Status`].
+    Status,
+    /// Press the ACPI power button: a guest that obeys it shuts down.
+    PowerButton,
+    /// Reset the guest at once, as its reset button would.
+    Reset,
+    /// End the guest at once.
+    Kill,
+    /// Send every later [`Event`] on this connection.
+    Subscribe,
+}
+
+/// A response line: `{"ok":{…}}` or `{"error":{…}}`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Response<T> {
+    /// The request was done.
+    Ok(T),
+    /// The request was refused.
+    Error(ErrorBody),
+}
+
+/// Why a request was refused.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ErrorBody {
+    /// A stable word for programs: `bad_request`, `not_running`, `too_many_clients`.
+    pub kind: String,
+    /// One sentence for people.
+    pub message: String,
+}
+
+/// The empty answer of requests that only acknowledge.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Acknowledged {}
+
+/// Where the guest is in its life.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum GuestState {
+    /// The VMM sets the guest up, or boots it again.
+    Starting,
+    /// The vCPUs run.
+    Running,
+    /// The power button was pressed or the guest is being ended.
+    Stopping,
+    /// The guest ended as it or somebody asked; the process is about to exit.
+    Stopped,
+    /// The guest ended by an error; the process is about to exit.
+    Failed,
+}
+
+/// Why the guest ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ExitReason {
+    /// The guest powered itself off (ACPI S5).
+    Shutdown,
+    /// The guest rebooted, and the configuration says to exit then.
+    Reboot,
+    /// `kill` was requested, or the process got SIGTERM or SIGINT.
+    Killed,
+    /// A vCPU triple-faulted.
+    TripleFault,
+    /// The VMM or KVM failed; the message says how.
+    Error,
+}
+
+/// How the guest ended.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ExitStatus {
+    /// The kind of end.
+    pub reason: ExitReason,
+    /// One sentence.
+    pub message: String,
+}
+
+/// The answer to [`Request::Status`].
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Status {
+    /// The guest's name, from its configuration.
+    pub name: String,
+    /// Where the guest is in its life.
+    pub state: GuestState,
+    /// The VMM's process id.
+    pub process_id: u32,
+    /// Virtual CPUs.
+    pub vcpus: u8,
+    /// Guest memory in MiB.
+    pub memory_mib: u64,
+    /// How often the guest was booted by this process: 1 after the first start.
+    pub boots: u64,
+    /// When the process started the guest, in milliseconds since the Unix epoch.
+    pub started_at_unix_ms: u64,
+    /// How the guest ended, once it has.
+    pub exit: Option<ExitStatus>,
+}
+
+/// An event line, sent to subscribed connections.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "event", rename_all = "snake_case")]
+pub enum Event {
+    /// The guest's state changed.
+    State {
+        /// The new state.
+        state: GuestState,
+        /// When, in milliseconds since the Unix epoch.
+        unix_ms: u64,
+    },
+    /// The guest boots again in the same process.
+    Reboot,
+    /// A disk's backend went away; the disk answers nothing until the next reset finds it.
+    DiskDisconnected {
+        /// The disk's `id`.
+        id: String,
+    },
+    /// The guest ended; the process is about to exit.
+    Exit {
+        /// The kind of end.
+        reason: ExitReason,
+        /// One sentence.
+        message: String,
+    },
+}

@@ -1,0 +1,178 @@
+//! A small blocking client of the API socket.
+
+use std::io::{BufRead, BufReader, Read, Write};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use serde::de::DeserializeOwned;
+
+use crate::api::{Acknowledged, ErrorBody, Event, MAX_LINE, Request, Response, Status};
+
+/// How long a request may take before the client gives up. The server answers from memory.
+const TIMEOUT: Duration = Duration::from_secs(5);
+
+/// Why a request to a VMM failed.
+#[derive(Debug, thiserror::Error)]
+pub enum ClientError {
+    /// Nothing listens at the socket: the guest's process is gone or not there yet.
+    #[error("can't connect to the guest's API socket {path}: {source}")]
+    Connect {
+        /// The socket.
+        path: PathBuf,
+        /// What the kernel said.
+        source: std::io::Error,
+    },
+    /// The connection broke or timed out.
+    #[error("the connection to the guest's API socket {path} failed: {source}")]
+    Io {
+        /// The socket.
+        path: PathBuf,
+        /// What the kernel said.
+        source: std::io::Error,
+    },
+    /// The VMM closed the connection, which it does when it ends.
+    #[error("the VMM closed its API socket {path}")]
+    Closed {
+        /// The socket.
+        path: PathBuf,
+    },
+    /// The VMM answered with something that is not the protocol.
+    #[error("the VMM at {path} sent a line that is not its protocol: {message}")]
+    Protocol {
+        /// The socket.
+        path: PathBuf,
+        /// What is wrong with the line.
+        message: String,
+    },
+    /// The VMM refused the request.
+    #[error("the VMM refused: {} ({})", .0.message, .0.kind)]
+    Refused(ErrorBody),
+}
+
+/// A connection to one guest's VMM.
+#[derive(Debug)]
+pub struct VmmClient {
+    path: PathBuf,
+    stream: BufReader<UnixStream>,
+}
+
+impl VmmClient {
+    /// Connects to the API socket at `path`.
+    pub fn connect(path: impl Into<PathBuf>) -> Result<Self, ClientError> {
+        let path = path.into();
+        let stream = match UnixStream::connect(&path) {
+            Ok(stream) => stream,
+            Err(source) => return Err(ClientError::Connect { path, source }),
+        };
+        let limits = stream
+            .set_read_timeout(Some(TIMEOUT))
+            .and_then(|()| stream.set_write_timeout(Some(TIMEOUT)));
+        match limits {
+            Ok(()) => Ok(Self {
+                path,
+                stream: BufReader::new(stream),
+            }),
+            Err(source) => Err(ClientError::Io { path, source }),
+        }
+    }
+
+    /// What the guest does now.
+    pub fn status(&mut self) -> Result<Status, ClientError> {
+        self.call(Request::Status)
+    }
+
+    /// Presses the ACPI power button.
+    pub fn power_button(&mut self) -> Result<(), ClientError> {
+        self.call::<Acknowledged>(Request::PowerButton).map(drop)
+    }
+
+    /// Resets the guest at once.
+    pub fn reset(&mut self) -> Result<(), ClientError> {
+        self.call::<Acknowledged>(Request::Reset).map(drop)
+    }
+
+    /// Ends the guest at once.
+    pub fn kill(&mut self) -> Result<(), ClientError> {
+        self.call::<Acknowledged>(Request::Kill).map(drop)
+    }
+
+    /// Turns the connection into an iterator of events, which ends when the VMM does.
+    ///
+    /// Without a timeout: an idle guest has no events.
+    pub fn subscribe(mut self) -> Result<Events, ClientError> {
+        self.call::<Acknowledged>(Request::Subscribe)?;
+        match self.stream.get_ref().set_read_timeout(None) {
+            Ok(()) => Ok(Events {
+                path: self.path,
+                stream: self.stream,
+            }),
+            Err(source) => Err(ClientError::Io {
+                path: self.path,
+                source,
+            }),
+        }
+    }
+
+    fn call<T: DeserializeOwned>(&mut self, request: Request) -> Result<T, ClientError> {
+        let io = |source| ClientError::Io {
+            path: self.path.clone(),
+            source,
+        };
+        let mut line = serde_json::to_vec(&request).map_err(|e| io(e.into()))?;
+        line.push(b'\n');
+        self.stream.get_mut().write_all(&line).map_err(io)?;
+        match read_line(&mut self.stream, &self.path)? {
+            None => Err(ClientError::Closed {
+                path: self.path.clone(),
+            }),
+            Some(Response::Ok(answer)) => Ok(answer),
+            Some(Response::Error(body)) => Err(ClientError::Refused(body)),
+        }
+    }
+}
+
+/// The events of one guest, in order. See [`VmmClient::subscribe`].
+#[derive(Debug)]
+pub struct Events {
+    path: PathBuf,
+    stream: BufReader<UnixStream>,
+}
+
+impl Iterator for Events {
+    type Item = Result<Event, ClientError>;
+
+    fn next(&mut self) -> Option<Self::Item> {
+        read_line(&mut self.stream, &self.path).transpose()
+    }
+}
+
+/// Reads one line; `None` at the end of the stream.
+fn read_line<T: DeserializeOwned>(
+    stream: &mut BufReader<UnixStream>,
+    path: &Path,
+) -> Result<Option<T>, ClientError> {
+    let mut line = Vec::new();
+    let limit = MAX_LINE as u64;
+    let length = stream
+        .by_ref()
+        .take(limit)
+        .read_until(b'\n', &mut line)
+        .map_err(|source| ClientError::Io {
+            path: path.into(),
+            source,
+        })?;
+    if length == 0 {
+        return Ok(None);
+    }
+    let protocol = |message| ClientError::Protocol {
+        path: path.into(),
+        message,
+    };
+    if line.last() != Some(&b'\n') {
+        return Err(protocol(format!("no end of line within {length} bytes")));
+    }
+    serde_json::from_slice(&line)
+        .map(Some)
+        .map_err(|e| protocol(e.to_string()))
+}

@@ -1,0 +1,3 @@
+//! `keelson-vmm`: runs one guest.
+
+fn main() {}

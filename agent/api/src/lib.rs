@@ -1,1 +1,63 @@
 //! Keelson's objects, their validation, and the agent's gRPC interface.
+//!
+//! Objects are shaped as Kubernetes shapes its own: `apiVersion`, `kind`, `metadata`, a `spec`
+//! that people write and a `status` that the agent writes. A manifest is one or more of them, as
+//! YAML or JSON:
+//!
+//! ```
+//! let documents = keelson_api::manifest::parse(
+//!     "apiVersion: keelson.dev/v1alpha1
+//! kind: Disk
+//! metadata: {name: data}
+//! spec: {path: /var/lib/keelson/data.img}
+//! ",
+//! )?;
+//! let object = keelson_api::Object::from_json(&documents[0])?;
+//! assert_eq!(object.kind(), keelson_api::Kind::Disk);
+//! assert!(object.validate().is_empty());
+//! # Ok::<(), keelson_api::ApiError>(())
+//! ```
+
+mod disk;
+mod error;
+mod event;
+pub mod manifest;
+mod metadata;
+mod network;
+mod object;
+mod security_group;
+mod units;
+mod virtual_machine;
+
+pub use disk::{Disk, DiskSpec, DiskStatus};
+pub use error::{ApiError, FieldError};
+pub use event::{Event, EventType, ObjectReference};
+pub use metadata::{Condition, ConditionStatus, ObjectMeta, set_condition};
+pub use network::{Network, NetworkSpec, NetworkStatus};
+pub use object::{Kind, Object, Resource};
+pub use security_group::{
+    IngressRule, PortRange, Protocol, SecurityGroup, SecurityGroupSpec, SecurityGroupStatus,
+};
+pub use units::{MacAddress, MemorySize, TimeLimit};
+pub use virtual_machine::{
+    DiskAttachment, HugepageSize, Interface, InterfaceStatus, KernelSource, Phase, PowerState,
+    RestartPolicy, VirtualMachine, VirtualMachineSpec, VirtualMachineStatus,
+};
+
+/// The version of the objects' shapes that this crate knows.
+pub const API_VERSION: &str = "keelson.dev/v1alpha1";
+
+/// The gRPC messages, clients and servers generated from `proto/keelson/v1alpha1/agent.proto`.
+#[allow(
+    missing_docs,
+    unused_qualifications,
+    clippy::pedantic,
+    clippy::unwrap_used
+)]
+pub mod proto {
+    tonic::include_proto!("keelson.v1alpha1");
+
+    /// The encoded `FileDescriptorSet`, for gRPC server reflection.
+    pub const FILE_DESCRIPTOR_SET: &[u8] =
+        tonic::include_file_descriptor_set!("keelson_descriptor");
+}

@@ -1,0 +1,366 @@
+//! A guest.
+
+use std::collections::HashSet;
+use std::net::Ipv4Addr;
+use std::path::PathBuf;
+
+use jiff::Timestamp;
+use serde::{Deserialize, Serialize};
+
+use crate::FieldError;
+use crate::metadata::{Condition, ObjectMeta, validate_name};
+use crate::object::absolute_path;
+use crate::units::{MacAddress, MemorySize, TimeLimit};
+
+/// The most vCPUs a guest may have.
+const CPU_LIMIT: u8 = 64;
+/// The least memory that a stock kernel and its initrd boot in.
+const MEMORY_MINIMUM_MIB: u64 = 32;
+/// PCI slots for disks and interfaces.
+const DEVICE_LIMIT: usize = 16;
+/// The kernel's own limit on x86 (`COMMAND_LINE_SIZE`), less what the agent appends.
+const COMMAND_LINE_LIMIT: usize = 1792;
+/// As long as an image's file name may be with the suffixes of its sockets.
+const DEVICE_NAME_LIMIT: usize = 32;
+
+/// A guest: its processors, memory, kernel, disks and interfaces, and whether it should run.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct VirtualMachine {
+    /// Always [`crate::API_VERSION`].
+    pub api_version: String,
+    /// Always `VirtualMachine`.
+    pub kind: String,
+    /// Its name.
+    pub metadata: ObjectMeta,
+    /// What it should be.
+    pub spec: VirtualMachineSpec,
+    /// What the agent observed.
+    #[serde(default)]
+    pub status: VirtualMachineStatus,
+}
+
+/// What a guest should be.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct VirtualMachineSpec {
+    /// Virtual processors, 1 to 64.
+    pub cpus: u8,
+    /// Its memory, such as `256Mi`.
+    pub memory: MemorySize,
+    /// Back the memory by huge pages of this size.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub hugepages: Option<HugepageSize>,
+    /// What it boots.
+    pub kernel: KernelSource,
+    /// Its disks, in the order in which it finds them.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub disks: Vec<DiskAttachment>,
+    /// Its network interfaces, in the order in which it finds them.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub interfaces: Vec<Interface>,
+    /// Whether it should run.
+    #[serde(default)]
+    pub power_state: PowerState,
+    /// What happens when it ends by itself.
+    #[serde(default)]
+    pub restart_policy: RestartPolicy,
+    /// How long it may take to shut down after the power button, before it is killed.
+    #[serde(default = "default_stop_timeout")]
+    pub stop_timeout: TimeLimit,
+}
+
+fn default_stop_timeout() -> TimeLimit {
+    TimeLimit::from_secs(60)
+}
+
+/// A size of huge pages that x86-64 has.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum HugepageSize {
+    /// 2 MiB.
+    #[serde(rename = "2Mi")]
+    Size2Mi,
+    /// 1 GiB.
+    #[serde(rename = "1Gi")]
+    Size1Gi,
+}
+
+/// What a guest boots.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct KernelSource {
+    /// A bzImage or an uncompressed vmlinux on the host, absolute.
+    pub image: PathBuf,
+    /// The initial RAM disk, absolute.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub initrd: Option<PathBuf>,
+    /// The kernel's command line. The agent appends `ip=` for the first interface with the
+    /// addresses of its network (Linux, Documentation/admin-guide/nfs/nfsroot.rst).
+    #[serde(default = "default_command_line")]
+    pub command_line: String,
+}
+
+fn default_command_line() -> String {
+    "console=ttyS0".into()
+}
+
+/// A disk in a guest.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct DiskAttachment {
+    /// The disk's name in this guest, also its serial number there.
+    pub name: String,
+    /// The `Disk` object.
+    pub disk: String,
+}
+
+/// A network interface of a guest.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct Interface {
+    /// The interface's name in this guest.
+    pub name: String,
+    /// The `Network` object.
+    pub network: String,
+    /// Its address there; the lowest free one is allocated where not given.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub address: Option<Ipv4Addr>,
+    /// Its Ethernet address; derived from the guest's identity where not given.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub mac: Option<MacAddress>,
+    /// `SecurityGroup` objects, whose rules add up. Without any, nothing that the guest did not
+    /// ask for reaches it.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub security_groups: Vec<String>,
+}
+
+/// Whether a guest should run.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub enum PowerState {
+    /// It should run.
+    #[default]
+    Running,
+    /// It should be shut down.
+    Stopped,
+}
+
+/// What happens to a guest that ended by itself and should run.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub enum RestartPolicy {
+    /// It is started again, after a delay that grows while it keeps ending early.
+    Always,
+    /// It is started again if it ended by an error, and left off if it shut itself down.
+    #[default]
+    OnFailure,
+    /// It is left as it ended.
+    Never,
+}
+
+impl VirtualMachineSpec {
+    pub(crate) fn validate(&self, errors: &mut Vec<FieldError>) {
+        if !(1..=CPU_LIMIT).contains(&self.cpus) {
+            errors.push(FieldError::new(
+                "spec.cpus",
+                format!("is {}; give 1 to {CPU_LIMIT}", self.cpus),
+            ));
+        }
+        self.validate_memory(errors);
+        absolute_path("spec.kernel.image", &self.kernel.image, errors);
+        if let Some(initrd) = &self.kernel.initrd {
+            absolute_path("spec.kernel.initrd", initrd, errors);
+        }
+        self.validate_command_line(errors);
+        let disks = self
+            .disks
+            .iter()
+            .map(|disk| (&disk.name, "disk", &disk.disk));
+        validate_devices("spec.disks", disks, errors);
+        let interfaces = self.interfaces.iter();
+        let interfaces =
+            interfaces.map(|interface| (&interface.name, "network", &interface.network));
+        validate_devices("spec.interfaces", interfaces, errors);
+        self.validate_interfaces(errors);
+    }
+
+    fn validate_memory(&self, errors: &mut Vec<FieldError>) {
+        if self.memory.mib() < MEMORY_MINIMUM_MIB {
+            errors.push(FieldError::new(
+                "spec.memory",
+                format!("is {}; give at least {MEMORY_MINIMUM_MIB}Mi", self.memory),
+            ));
+        }
+        let page_mib = match self.hugepages {
+            None => 1,
+            Some(HugepageSize::Size2Mi) => 2,
+            Some(HugepageSize::Size1Gi) => 1024,
+        };
+        if !self.memory.mib().is_multiple_of(page_mib) {
+            errors.push(FieldError::new(
+                "spec.memory",
+                format!(
+                    "is {}; give a multiple of the huge page size, {page_mib}Mi",
+                    self.memory
+                ),
+            ));
+        }
+    }
+
+    fn validate_command_line(&self, errors: &mut Vec<FieldError>) {
+        let line = &self.kernel.command_line;
+        if line.len() > COMMAND_LINE_LIMIT {
+            errors.push(FieldError::new(
+                "spec.kernel.commandLine",
+                format!(
+                    "is {} bytes long; at most {COMMAND_LINE_LIMIT} fit",
+                    line.len()
+                ),
+            ));
+        }
+        if line.chars().any(char::is_control) {
+            errors.push(FieldError::new(
+                "spec.kernel.commandLine",
+                "holds a control character; write it on one line",
+            ));
+        }
+    }
+
+    fn validate_interfaces(&self, errors: &mut Vec<FieldError>) {
+        let mut macs = HashSet::new();
+        for (index, interface) in self.interfaces.iter().enumerate() {
+            if let Some(mac) = interface.mac {
+                let field = format!("spec.interfaces[{index}].mac");
+                if mac.is_multicast() || mac == MacAddress([0; 6]) {
+                    errors.push(FieldError::new(
+                        field,
+                        format!("{mac} is no station's address; its first octet must be even"),
+                    ));
+                } else if !macs.insert(mac) {
+                    errors.push(FieldError::new(field, format!("{mac} is given twice")));
+                }
+            }
+            for (position, group) in interface.security_groups.iter().enumerate() {
+                if let Err(message) = validate_name(group) {
+                    errors.push(FieldError::new(
+                        format!("spec.interfaces[{index}].securityGroups[{position}]"),
+                        message,
+                    ));
+                }
+            }
+        }
+    }
+}
+
+/// Checks names, references and the number of `(name, referring field, reference)` devices.
+fn validate_devices<'a>(
+    field: &str,
+    devices: impl ExactSizeIterator<Item = (&'a String, &'static str, &'a String)>,
+    errors: &mut Vec<FieldError>,
+) {
+    if devices.len() > DEVICE_LIMIT {
+        errors.push(FieldError::new(
+            field,
+            format!("has {} entries; at most {DEVICE_LIMIT} fit", devices.len()),
+        ));
+    }
+    let mut names = HashSet::new();
+    for (index, (name, referring, reference)) in devices.enumerate() {
+        let name_field = format!("{field}[{index}].name");
+        if let Err(message) = validate_name(name) {
+            errors.push(FieldError::new(name_field, message));
+        } else if name.len() > DEVICE_NAME_LIMIT {
+            errors.push(FieldError::new(
+                name_field,
+                format!(
+                    "is {} characters long; at most {DEVICE_NAME_LIMIT} fit",
+                    name.len()
+                ),
+            ));
+        } else if !names.insert(name) {
+            errors.push(FieldError::new(
+                name_field,
+                format!("{name:?} is given twice"),
+            ));
+        }
+        if let Err(message) = validate_name(reference) {
+            errors.push(FieldError::new(
+                format!("{field}[{index}].{referring}"),
+                message,
+            ));
+        }
+    }
+}
+
+/// Where a guest is in its life.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Phase {
+    /// Accepted; nothing runs yet.
+    #[default]
+    Pending,
+    /// Its devices and processes are being set up.
+    Starting,
+    /// Its virtual machine runs.
+    Running,
+    /// It was asked to shut down.
+    Stopping,
+    /// It does not run, as it should be, or as its restart policy has it.
+    Stopped,
+    /// It should run and cannot; the conditions say why.
+    Failed,
+}
+
+impl std::fmt::Display for Phase {
+    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        // Padding works only on `pad`.
+        formatter.pad(match self {
+            Self::Pending => "Pending",
+            Self::Starting => "Starting",
+            Self::Running => "Running",
+            Self::Stopping => "Stopping",
+            Self::Stopped => "Stopped",
+            Self::Failed => "Failed",
+        })
+    }
+}
+
+/// What the agent observed of a guest.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub struct VirtualMachineStatus {
+    /// Where it is in its life.
+    pub phase: Phase,
+    /// The generation of the spec that this status answers.
+    pub observed_generation: i64,
+    /// The generation of the spec that the running guest was started from.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub running_generation: Option<i64>,
+    /// The host that runs it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub host: Option<String>,
+    /// The process id of its keelson-vmm.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub process_id: Option<u32>,
+    /// When its virtual machine started.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub started_at: Option<Timestamp>,
+    /// How often it was started after it ended by itself.
+    pub restarts: u32,
+    /// Its interfaces as they are on the host.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub interfaces: Vec<InterfaceStatus>,
+    /// `Ready`, and `RestartRequired` where the spec changed under a running guest.
+    pub conditions: Vec<Condition>,
+}
+
+/// An interface as it is on the host.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct InterfaceStatus {
+    /// The interface's name in the guest's manifest.
+    pub name: String,
+    /// The host's TAP device.
+    pub device: String,
+    /// Its IPv4 address.
+    pub address: Ipv4Addr,
+    /// Its Ethernet address.
+    pub mac: MacAddress,
+}

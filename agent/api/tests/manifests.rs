@@ -1,0 +1,183 @@
+//! Manifests as people write them, right and wrong.
+
+use keelson_api::{Kind, Object, manifest};
+use proptest::prelude::*;
+
+const COMPLETE: &str = "
+apiVersion: keelson.dev/v1alpha1
+kind: Network
+metadata: {name: lan}
+spec: {subnet: 10.77.0.0/24}
+---
+apiVersion: keelson.dev/v1alpha1
+kind: SecurityGroup
+metadata: {name: web}
+spec:
+  ingress:
+    - {protocol: icmp}
+    - {protocol: tcp, ports: [80, 8000-8100], from: [10.77.0.0/24]}
+---
+apiVersion: keelson.dev/v1alpha1
+kind: Disk
+metadata: {name: data}
+spec: {path: /srv/data.img}
+---
+apiVersion: keelson.dev/v1alpha1
+kind: VirtualMachine
+metadata: {name: web, labels: {tier: front}}
+spec:
+  cpus: 2
+  memory: 256Mi
+  kernel: {image: /boot/vmlinuz, initrd: /boot/initrd.img}
+  disks: [{name: data, disk: data}]
+  interfaces: [{name: eth0, network: lan, address: 10.77.0.10, securityGroups: [web]}]
+";
+
+fn objects(text: &str) -> Result<Vec<Object>, String> {
+    let documents = manifest::parse(text).map_err(|error| error.to_string())?;
+    documents
+        .iter()
+        .map(|d| Object::from_json(d).map_err(|error| error.to_string()))
+        .collect()
+}
+
+/// The complete manifest with one piece replaced: everything that is wrong with it, as text.
+fn complaints(from: &str, to: &str) -> String {
+    assert!(COMPLETE.contains(from), "{from:?} stands in the manifest");
+    match objects(&COMPLETE.replacen(from, to, 1)) {
+        Err(error) => error,
+        Ok(objects) => objects
+            .iter()
+            .flat_map(Object::validate)
+            .map(|error| error.to_string())
+            .collect::<Vec<_>>()
+            .join("\n"),
+    }
+}
+
+#[test]
+fn a_complete_manifest_is_valid_and_survives_json() {
+    let objects = objects(COMPLETE).unwrap();
+    let kinds: Vec<_> = objects.iter().map(Object::kind).collect();
+    assert_eq!(
+        kinds,
+        [
+            Kind::Network,
+            Kind::SecurityGroup,
+            Kind::Disk,
+            Kind::VirtualMachine
+        ]
+    );
+    for object in objects {
+        assert_eq!(object.validate(), []);
+        let json = serde_json::to_value(&object).unwrap();
+        assert_eq!(Object::from_json(&json).unwrap(), object);
+    }
+}
+
+#[test]
+fn every_mistake_names_its_field_and_the_fix() {
+    for (from, to, expected) in [
+        ("cpus: 2", "cpus: 0", "spec.cpus: is 0; give 1 to 64"),
+        ("cpus: 2", "cpus: 65", "spec.cpus: is 65"),
+        ("cpus: 2", "cpus: two", "spec.cpus: invalid"),
+        ("cpus: 2", "cpu: 2", "unknown field `cpu`"),
+        (
+            "256Mi",
+            "256MB",
+            "spec.memory: \"256MB\" has the unknown unit \"MB\"; write e.g. 256Mi",
+        ),
+        ("256Mi", "16Mi", "spec.memory: is 16Mi; give at least 32Mi"),
+        (
+            "256Mi",
+            "257Mi\n  hugepages: 2Mi",
+            "multiple of the huge page size",
+        ),
+        (
+            "/boot/vmlinuz",
+            "vmlinuz",
+            "spec.kernel.image: vmlinuz is not absolute",
+        ),
+        ("/boot/vmlinuz", "/boot/../vmlinuz", "goes up by .."),
+        (
+            "10.77.0.10",
+            "10.77.0.300",
+            "spec.interfaces[0].address: invalid IPv4",
+        ),
+        (
+            "10.77.0.0/24}\n---",
+            "10.77.0.1/24}\n---",
+            "write 10.77.0.0/24",
+        ),
+        ("8000-8100", "8100-8000", "spec.ingress[1].ports[1]"),
+        ("80, ", "0, ", "is no port"),
+        (
+            "protocol: icmp",
+            "protocol: icmp, ports: [1]",
+            "only tcp and udp have ports",
+        ),
+        (
+            "name: web, ",
+            "name: Web_1, ",
+            "metadata.name: \"Web_1\" must consist of",
+        ),
+        (
+            "{name: data, disk: data}",
+            "{name: data, disk: data}, {name: data, disk: x}",
+            "spec.disks[1].name: \"data\" is given twice",
+        ),
+        (
+            "kind: Disk",
+            "kind: Floppy",
+            "kind: \"Floppy\" is not known here",
+        ),
+        (
+            "v1alpha1\nkind: Disk",
+            "v9\nkind: Disk",
+            "apiVersion: \"keelson.dev/v9\"",
+        ),
+        ("  memory: 256Mi\n", "", "missing field `memory`"),
+        ("  cpus: 2", "  cpus: 2\n  cpus: 3", "duplicate"),
+        ("cpus: 2", "cpus: [", "not valid YAML"),
+    ] {
+        let complaints = complaints(from, to);
+        assert!(complaints.contains(expected), "{to:?} gives:\n{complaints}");
+    }
+}
+
+#[test]
+fn an_empty_or_oversized_manifest_is_refused() {
+    assert!(
+        manifest::parse("---\n---\n")
+            .unwrap_err()
+            .to_string()
+            .contains("no object")
+    );
+    let large = format!("# {}", "x".repeat(manifest::SIZE_LIMIT));
+    assert!(
+        manifest::parse(&large)
+            .unwrap_err()
+            .to_string()
+            .contains("limit")
+    );
+    let many = "---\nkind: Disk\n".repeat(manifest::OBJECT_LIMIT + 1);
+    assert!(
+        manifest::parse(&many)
+            .unwrap_err()
+            .to_string()
+            .contains("number of objects")
+    );
+}
+
+proptest! {
+    #[test]
+    fn damaged_manifests_never_panic(position in 0..COMPLETE.len(), replacement in "\\PC{0,8}") {
+        let mut text = COMPLETE.to_string();
+        text.replace_range(position..=position, &replacement);
+        if let Ok(objects) = objects(&text) {
+            for object in objects {
+                object.validate();
+            }
+        }
+    }
+}

@@ -1,8 +1,12 @@
 //! The API socket: the requests and responses, and the server that answers them.
 
 mod protocol;
+mod server;
+mod shared;
 
 pub use protocol::{
     Acknowledged, ErrorBody, Event, ExitReason, ExitStatus, GuestState, MAX_LINE, Request,
     Response, Status,
 };
+pub(crate) use server::{ApiServer, ApiThread};
+pub(crate) use shared::{Control, ControlSender, SharedState};

@@ -1,0 +1,298 @@
+//! The thread that serves the API socket and the console socket.
+
+use std::io::{self, Read, Write};
+use std::os::fd::{AsRawFd, RawFd};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use serde::Serialize;
+
+use super::{
+    Acknowledged, Control, ControlSender, ErrorBody, GuestState, MAX_LINE, Request, Response,
+    SharedState,
+};
+use crate::console::ConsoleServer;
+use crate::devices::serial::SerialPort;
+
+/// Clients at once; a further one gets an error line.
+const MAX_CLIENTS: usize = 32;
+/// What a client may have unread before it is disconnected.
+const MAX_BACKLOG: usize = 256 << 10;
+/// Output is moved at most this often, so that a guest which prints byte by byte costs little.
+const COALESCE: Duration = Duration::from_millis(1);
+
+/// The server's state: see [`ApiServer::spawn`].
+pub(crate) struct ApiServer {
+    listener: UnixListener,
+    shared: Arc<SharedState>,
+    console: ConsoleServer,
+    control: ControlSender,
+    commands: Receiver<Command>,
+    clients: Vec<Client>,
+}
+
+/// What the thread is told by the one that owns the guest.
+enum Command {
+    Attach(SerialPort),
+    Finish,
+}
+
+/// The running thread.
+pub(crate) struct ApiThread {
+    commands: Sender<Command>,
+    shared: Arc<SharedState>,
+    thread: JoinHandle<()>,
+}
+
+impl ApiThread {
+    /// The guest boots with a new serial port.
+    pub(crate) fn attach(&self, serial: SerialPort) {
+        self.send(Command::Attach(serial));
+    }
+
+    /// Delivers what is left to log and clients, and ends.
+    pub(crate) fn finish(self) {
+        self.send(Command::Finish);
+        if self.thread.join().is_err() {
+            tracing::error!("the API thread panicked");
+        }
+    }
+
+    fn send(&self, command: Command) {
+        // The thread ends only by Finish.
+        let _ = self.commands.send(command);
+        let _ = self.shared.wake_event().write(1);
+    }
+}
+
+impl ApiServer {
+    /// Serves `listener` (non-blocking) and `console` in a new thread; requests that change the
+    /// guest go to `control`.
+    pub(crate) fn spawn(
+        listener: UnixListener,
+        shared: Arc<SharedState>,
+        console: ConsoleServer,
+        control: ControlSender,
+    ) -> io::Result<ApiThread> {
+        let (sender, commands) = channel();
+        let server = Self {
+            listener,
+            shared: Arc::clone(&shared),
+            console,
+            control,
+            commands,
+            clients: Vec::new(),
+        };
+        let thread = std::thread::Builder::new()
+            .name("api".into())
+            .spawn(move || server.serve())?;
+        Ok(ApiThread {
+            commands: sender,
+            shared,
+            thread,
+        })
+    }
+
+    fn serve(mut self) {
+        let mut set = Vec::new();
+        loop {
+            set.clear();
+            self.poll_set(&mut set);
+            if let Err(e) = poll(&set) {
+                tracing::error!("poll failed: {e}");
+                return;
+            }
+            std::thread::sleep(COALESCE);
+            let _ = self.shared.wake_event().read();
+            let finish = self.run_commands();
+            self.console.run();
+            self.accept();
+            for client in &mut self.clients {
+                client.read(&self.shared, &self.control);
+            }
+            for event in self.shared.take_events() {
+                for client in self.clients.iter_mut().filter(|client| client.subscribed) {
+                    client.send(&event);
+                }
+            }
+            self.clients.retain_mut(Client::flush);
+            if finish {
+                return;
+            }
+        }
+    }
+
+    fn poll_set(&self, set: &mut Vec<(RawFd, i16)>) {
+        set.push((self.shared.wake_event().as_raw_fd(), libc::POLLIN));
+        set.push((self.listener.as_raw_fd(), libc::POLLIN));
+        for client in &self.clients {
+            let write = if client.output.is_empty() {
+                0
+            } else {
+                libc::POLLOUT
+            };
+            set.push((client.stream.as_raw_fd(), libc::POLLIN | write));
+        }
+        self.console.poll_set(set);
+    }
+
+    /// Returns whether to finish.
+    fn run_commands(&mut self) -> bool {
+        while let Ok(command) = self.commands.try_recv() {
+            match command {
+                Command::Attach(serial) => self.console.attach(serial),
+                Command::Finish => return true,
+            }
+        }
+        false
+    }
+
+    fn accept(&mut self) {
+        while let Ok((stream, _)) = self.listener.accept() {
+            if stream.set_nonblocking(true).is_err() {
+                continue;
+            }
+            let mut client = Client::new(stream);
+            if self.clients.len() >= MAX_CLIENTS {
+                client.refuse(
+                    "too_many_clients",
+                    format!("{MAX_CLIENTS} clients are connected"),
+                );
+                client.flush();
+            } else {
+                self.clients.push(client);
+            }
+        }
+    }
+}
+
+struct Client {
+    stream: UnixStream,
+    input: Vec<u8>,
+    output: Vec<u8>,
+    subscribed: bool,
+    gone: bool,
+}
+
+impl Client {
+    const fn new(stream: UnixStream) -> Self {
+        Self {
+            stream,
+            input: Vec::new(),
+            output: Vec::new(),
+            subscribed: false,
+            gone: false,
+        }
+    }
+
+    fn read(&mut self, shared: &SharedState, control: &ControlSender) {
+        let mut chunk = [0; 4096];
+        loop {
+            match self.stream.read(&mut chunk) {
+                Ok(0) => self.gone = true,
+                Ok(length) => {
+                    self.input.extend_from_slice(&chunk[..length]);
+                    self.answer_lines(shared, control);
+                }
+                Err(e) if e.kind() == io::ErrorKind::Interrupted => continue,
+                Err(e) if e.kind() == io::ErrorKind::WouldBlock => return,
+                Err(_) => self.gone = true,
+            }
+            if self.gone {
+                return;
+            }
+        }
+    }
+
+    fn answer_lines(&mut self, shared: &SharedState, control: &ControlSender) {
+        while let Some(end) = self.input.iter().position(|byte| *byte == b'\n') {
+            let line: Vec<u8> = self.input.drain(..=end).collect();
+            match serde_json::from_slice(&line) {
+                Ok(request) => self.answer(request, shared, control),
+                Err(e) => self.refuse("bad_request", format!("no request: {e}")),
+            }
+        }
+        if self.input.len() > MAX_LINE {
+            self.refuse(
+                "bad_request",
+                format!("a line has more than {MAX_LINE} bytes"),
+            );
+            self.flush();
+            self.gone = true;
+        }
+    }
+
+    fn answer(&mut self, request: Request, shared: &SharedState, control: &ControlSender) {
+        let order = match request {
+            Request::Status => return self.send(&Response::Ok(shared.status())),
+            Request::Subscribe => {
+                self.subscribed = true;
+                return self.send(&Response::Ok(Acknowledged {}));
+            }
+            Request::PowerButton => Control::PowerButton,
+            Request::Reset => Control::Reset,
+            Request::Kill => Control::Kill,
+        };
+        let ended = matches!(
+            shared.status().state,
+            GuestState::Stopped | GuestState::Failed
+        );
+        if ended || !control(order) {
+            self.refuse("not_running", "the guest has ended".to_owned());
+        } else {
+            self.send(&Response::Ok(Acknowledged {}));
+        }
+    }
+
+    fn refuse(&mut self, kind: &str, message: String) {
+        self.send(&Response::<Acknowledged>::Error(ErrorBody {
+            kind: kind.to_owned(),
+            message,
+        }));
+    }
+
+    fn send(&mut self, line: &impl Serialize) {
+        // Serializing these types to memory can't fail.
+        if serde_json::to_writer(&mut self.output, line).is_ok() {
+            self.output.push(b'\n');
+        }
+    }
+
+    /// Writes what the socket takes; returns whether the client is still there.
+    fn flush(&mut self) -> bool {
+        while !self.output.is_empty() && !self.gone {
+            match self.stream.write(&self.output) {
+                Ok(length) => drop(self.output.drain(..length)),
+                Err(e) if e.kind() == io::ErrorKind::WouldBlock => break,
+                Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+                Err(_) => self.gone = true,
+            }
+        }
+        !self.gone && self.output.len() <= MAX_BACKLOG
+    }
+}
+
+/// Waits for one of `set` to be ready.
+fn poll(set: &[(RawFd, i16)]) -> io::Result<()> {
+    let mut fds: Vec<libc::pollfd> = set
+        .iter()
+        .map(|&(fd, events)| libc::pollfd {
+            fd,
+            events,
+            revents: 0,
+        })
+        .collect();
+    loop {
+        // SAFETY: the pointer and length are those of `fds`.
+        if unsafe { libc::poll(fds.as_mut_ptr(), fds.len() as libc::nfds_t, -1) } >= 0 {
+            return Ok(());
+        }
+        let error = io::Error::last_os_error();
+        if error.kind() != io::ErrorKind::Interrupted {
+            return Err(error);
+        }
+    }
+}

@@ -1,0 +1,125 @@
+//! What the API thread shows of the guest, and what it asks of it.
+
+use std::sync::{Mutex, PoisonError};
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use vmm_sys_util::eventfd::EventFd;
+
+use super::{Event, ExitStatus, GuestState, Status};
+
+/// Events that wait for the API thread; the oldest go first if it is that far behind.
+const MAX_EVENTS: usize = 1024;
+
+/// A request that the thread which owns the guest must do.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Control {
+    /// Press the power button.
+    PowerButton,
+    /// Reset the guest.
+    Reset,
+    /// End the guest.
+    Kill,
+}
+
+/// Where requests go; returns whether they were taken.
+pub(crate) type ControlSender = Box<dyn Fn(Control) -> bool + Send>;
+
+/// The guest's state as the API shows it.
+#[derive(Debug)]
+pub(crate) struct SharedState {
+    inner: Mutex<Inner>,
+    wake: EventFd,
+}
+
+#[derive(Debug)]
+struct Inner {
+    status: Status,
+    events: Vec<Event>,
+}
+
+impl SharedState {
+    /// A guest that is starting. `wake` is written when there are events to take.
+    pub(crate) fn new(name: String, vcpus: u8, memory_mib: u64, wake: EventFd) -> Self {
+        let status = Status {
+            name,
+            state: GuestState::Starting,
+            process_id: std::process::id(),
+            vcpus,
+            memory_mib,
+            boots: 0,
+            started_at_unix_ms: unix_ms(),
+            exit: None,
+        };
+        Self {
+            inner: Mutex::new(Inner {
+                status,
+                events: Vec::new(),
+            }),
+            wake,
+        }
+    }
+
+    pub(crate) fn status(&self) -> Status {
+        self.lock().status.clone()
+    }
+
+    /// Counts a boot.
+    pub(crate) fn booted(&self) {
+        self.lock().status.boots += 1;
+        self.set_state(GuestState::Running);
+    }
+
+    pub(crate) fn set_state(&self, state: GuestState) {
+        let mut inner = self.lock();
+        if inner.status.state == state {
+            return;
+        }
+        inner.status.state = state;
+        drop(inner);
+        self.emit(Event::State {
+            state,
+            unix_ms: unix_ms(),
+        });
+    }
+
+    /// The guest ended.
+    pub(crate) fn finish(&self, state: GuestState, exit: ExitStatus) {
+        let event = Event::Exit {
+            reason: exit.reason,
+            message: exit.message.clone(),
+        };
+        self.lock().status.exit = Some(exit);
+        self.set_state(state);
+        self.emit(event);
+    }
+
+    pub(crate) fn emit(&self, event: Event) {
+        let mut inner = self.lock();
+        if inner.events.len() >= MAX_EVENTS {
+            inner.events.remove(0);
+        }
+        inner.events.push(event);
+        drop(inner);
+        let _ = self.wake.write(1);
+    }
+
+    /// The event that says that there are events to take.
+    pub(crate) const fn wake_event(&self) -> &EventFd {
+        &self.wake
+    }
+
+    pub(crate) fn take_events(&self) -> Vec<Event> {
+        std::mem::take(&mut self.lock().events)
+    }
+
+    fn lock(&self) -> std::sync::MutexGuard<'_, Inner> {
+        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+fn unix_ms() -> u64 {
+    let since = SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .unwrap_or_default();
+    u64::try_from(since.as_millis()).unwrap_or(u64::MAX)
+}

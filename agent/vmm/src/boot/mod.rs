@@ -1,0 +1,114 @@
+//! Loading a Linux kernel by the 64-bit boot protocol (Documentation/arch/x86/boot.rst of Linux).
+//!
+//! Everything here writes guest memory once, before the vCPUs run.
+
+pub mod acpi;
+mod initrd;
+mod kernel;
+pub mod layout;
+mod long_mode;
+mod zero_page;
+
+use std::fs::File;
+use std::io;
+use std::path::{Path, PathBuf};
+
+use vm_memory::GuestMemoryMmap;
+
+use crate::config::KernelConfig;
+
+pub use long_mode::configure_segments_and_paging;
+
+/// Why the guest can't boot.
+#[derive(Debug, thiserror::Error)]
+pub enum BootError {
+    /// A file can't be read.
+    #[error("can't read the {what} {path}: {source}")]
+    Read {
+        /// `kernel` or `initrd`.
+        what: &'static str,
+        /// The file.
+        path: PathBuf,
+        /// What the kernel said.
+        source: io::Error,
+    },
+    /// A file is not what it should be.
+    #[error("the {what} {path} can't be loaded: {reason}")]
+    Invalid {
+        /// `kernel` or `initrd`.
+        what: &'static str,
+        /// The file.
+        path: PathBuf,
+        /// What is wrong, and what to do.
+        reason: String,
+    },
+    /// The tables for the guest don't fit.
+    #[error("can't write the guest's boot data ({what}) to its memory: {message}")]
+    Layout {
+        /// Which table.
+        what: &'static str,
+        /// What is wrong.
+        message: String,
+    },
+}
+
+impl BootError {
+    fn invalid(what: &'static str, path: &Path, reason: impl Into<String>) -> Self {
+        Self::Invalid {
+            what,
+            path: path.into(),
+            reason: reason.into(),
+        }
+    }
+
+    fn layout(what: &'static str) -> impl FnOnce(vm_memory::GuestMemoryError) -> Self {
+        move |e| Self::Layout {
+            what,
+            message: e.to_string(),
+        }
+    }
+}
+
+/// Where the first vCPU starts.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Entry {
+    /// The guest-physical address of the kernel's 64-bit entry point.
+    pub instruction_pointer: u64,
+    /// The guest-physical address of `struct boot_params`, which goes into RSI.
+    pub zero_page: u64,
+}
+
+/// Loads kernel, initrd, command line, ACPI tables, page tables and zero page.
+pub fn load(
+    memory: &GuestMemoryMmap,
+    config: &KernelConfig,
+    acpi: &acpi::AcpiConfig,
+) -> Result<Entry, BootError> {
+    let kernel = kernel::load(memory, &config.image)?;
+    let initrd = match &config.initrd {
+        Some(path) => Some(initrd::load(memory, path, &kernel)?),
+        None => None,
+    };
+    long_mode::write_tables(memory)?;
+    let rsdp = acpi::write_tables(memory, acpi)?;
+    zero_page::write(memory, &kernel, initrd, &config.command_line, rsdp)?;
+    Ok(Entry {
+        instruction_pointer: kernel.entry,
+        zero_page: layout::ZERO_PAGE,
+    })
+}
+
+/// Opens a regular file and tells its size.
+fn open(what: &'static str, path: &Path) -> Result<(File, u64), BootError> {
+    let read = |source| BootError::Read {
+        what,
+        path: path.into(),
+        source,
+    };
+    let file = File::open(path).map_err(read)?;
+    let metadata = file.metadata().map_err(read)?;
+    if !metadata.is_file() {
+        return Err(BootError::invalid(what, path, "it is not a regular file"));
+    }
+    Ok((file, metadata.len()))
+}

@@ -1,0 +1,112 @@
+//! Why a guest can't be run, and the process's exit code for it.
+
+use std::io;
+use std::path::PathBuf;
+
+use crate::boot::BootError;
+use crate::config::ConfigError;
+use crate::memory::MemoryError;
+use crate::vcpu::VcpuError;
+use crate::virtio::block::BackendError;
+use crate::virtio::net::TapError;
+
+/// Why the guest can't be run.
+#[derive(Debug, thiserror::Error)]
+pub enum VmmError {
+    /// The configuration is not usable.
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+    /// The kernel or the initrd can't be loaded.
+    #[error(transparent)]
+    Boot(#[from] BootError),
+    /// `/dev/kvm` is not there.
+    #[error(
+        "there is no /dev/kvm: load the module kvm_intel or kvm_amd, enable VT-x or AMD-V in the \
+         firmware, or, in a virtual machine, ask for nested virtualization"
+    )]
+    KvmMissing,
+    /// `/dev/kvm` may not be opened.
+    #[error(
+        "no permission to open /dev/kvm: add this user to the group that owns it (often `kvm`), \
+         or run as root"
+    )]
+    KvmPermission,
+    /// `/dev/kvm` is not usable.
+    #[error("/dev/kvm is not usable: {0}")]
+    KvmUnusable(String),
+    /// KVM refused a step of setting up the virtual machine.
+    #[error("KVM refused to {step}: {source}")]
+    Kvm {
+        /// What was tried.
+        step: &'static str,
+        /// What the kernel said.
+        source: kvm_ioctls::Error,
+    },
+    /// Guest memory can't be allocated.
+    #[error(transparent)]
+    Memory(#[from] MemoryError),
+    /// A vCPU can't be set up.
+    #[error(transparent)]
+    Vcpu(#[from] VcpuError),
+    /// A disk's backend can't be used.
+    #[error(transparent)]
+    Disk(#[from] BackendError),
+    /// An interface's TAP can't be used.
+    #[error(transparent)]
+    Tap(#[from] TapError),
+    /// A socket can't be bound.
+    #[error("can't listen on the {what} socket {path}: {source}")]
+    Socket {
+        /// `API` or `console`.
+        what: &'static str,
+        /// The path.
+        path: PathBuf,
+        /// What the kernel said.
+        source: io::Error,
+    },
+    /// The console log can't be opened.
+    #[error("can't open the console log {path}: {source}")]
+    Log {
+        /// The path.
+        path: PathBuf,
+        /// What the kernel said.
+        source: io::Error,
+    },
+    /// An operating system resource can't be had.
+    #[error("can't {step}: {source}")]
+    Os {
+        /// What was tried.
+        step: &'static str,
+        /// What the kernel said.
+        source: io::Error,
+    },
+}
+
+impl VmmError {
+    /// The exit code of the process for this error: 1 runtime failure, 2 bad configuration, 3
+    /// kernel or initrd, 4 `/dev/kvm`, 5 disk backend or TAP.
+    pub const fn exit_code(&self) -> u8 {
+        match self {
+            Self::Config(_) => 2,
+            Self::Boot(_) => 3,
+            Self::KvmMissing | Self::KvmPermission | Self::KvmUnusable(_) => 4,
+            Self::Disk(_) | Self::Tap(_) => 5,
+            Self::Kvm { .. }
+            | Self::Memory(_)
+            | Self::Vcpu(_)
+            | Self::Socket { .. }
+            | Self::Log { .. }
+            | Self::Os { .. } => 1,
+        }
+    }
+
+    /// For `map_err` on KVM's ioctls.
+    pub(crate) fn kvm(step: &'static str) -> impl FnOnce(kvm_ioctls::Error) -> Self {
+        move |source| Self::Kvm { step, source }
+    }
+
+    /// For `map_err` on system calls.
+    pub(crate) fn os(step: &'static str) -> impl FnOnce(io::Error) -> Self {
+        move |source| Self::Os { step, source }
+    }
+}

@@ -1,0 +1,135 @@
+//! Routing of interrupts from eventfds into the in-kernel interrupt controllers.
+//!
+//! The global system interrupts below [`layout::IO_APIC_PINS`] are the pins of the I/O APIC. Every
+//! MSI-X vector of every device has a number above, whose message the guest writes into the
+//! device's table and [`InterruptRouter::set_message`] gives to KVM.
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use kvm_bindings::{
+    KVM_IRQ_ROUTING_IRQCHIP, KVM_IRQ_ROUTING_MSI, KVM_IRQCHIP_IOAPIC, KvmIrqRouting,
+    kvm_irq_routing_entry,
+};
+use kvm_ioctls::VmFd;
+use vmm_sys_util::eventfd::EventFd;
+
+use crate::boot::layout;
+use crate::error::VmmError;
+
+/// KVM's limit of interrupt numbers (`KVM_MAX_IRQ_ROUTES` of Linux on x86).
+const MAX_GSI: u32 = 4096;
+
+/// A message-signalled interrupt as the guest programmed it (PCI Local Bus 3.0, 6.8.2).
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Message {
+    /// The address, with the destination's APIC id.
+    pub address: u64,
+    /// The data, with the vector.
+    pub data: u32,
+}
+
+/// The routing table of one virtual machine.
+#[derive(Debug)]
+pub struct InterruptRouter {
+    vm: Arc<VmFd>,
+    state: Mutex<Routes>,
+}
+
+#[derive(Debug)]
+struct Routes {
+    next_gsi: u32,
+    messages: BTreeMap<u32, Message>,
+}
+
+impl InterruptRouter {
+    /// Routes the I/O APIC's pins, and nothing to the PIC, which a hardware-reduced guest leaves
+    /// in its reset state with all inputs unmasked.
+    pub fn new(vm: Arc<VmFd>) -> Result<Self, VmmError> {
+        let routes = Routes {
+            next_gsi: layout::IO_APIC_PINS,
+            messages: BTreeMap::new(),
+        };
+        let router = Self {
+            vm,
+            state: Mutex::new(routes),
+        };
+        router
+            .commit(&router.state.lock().unwrap_or_else(PoisonError::into_inner))
+            .map_err(VmmError::kvm("route interrupts"))?;
+        Ok(router)
+    }
+
+    /// Takes `count` unused interrupt numbers and returns the first.
+    pub fn allocate(&self, count: u16) -> Result<u32, VmmError> {
+        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        let first = state.next_gsi;
+        let next = first + u32::from(count);
+        if next > MAX_GSI {
+            let source = kvm_ioctls::Error::new(libc::ENOSPC);
+            return Err(VmmError::Kvm {
+                step: "number so many interrupts",
+                source,
+            });
+        }
+        state.next_gsi = next;
+        Ok(first)
+    }
+
+    /// Gives interrupt number `gsi` the message that the guest programmed.
+    pub fn set_message(&self, gsi: u32, message: Message) -> Result<(), kvm_ioctls::Error> {
+        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        if state.messages.get(&gsi) == Some(&message) {
+            return Ok(());
+        }
+        let previous = state.messages.insert(gsi, message);
+        let result = self.commit(&state);
+        if result.is_err() {
+            // KVM refuses a whole table for one bad entry: drop it, or no later change would work.
+            match previous {
+                Some(previous) => state.messages.insert(gsi, previous),
+                None => state.messages.remove(&gsi),
+            };
+        }
+        result
+    }
+
+    /// Lets a write to `event` raise interrupt `gsi`. An event that is pending already raises it
+    /// at once.
+    pub fn connect(&self, event: &EventFd, gsi: u32) -> Result<(), kvm_ioctls::Error> {
+        self.vm.register_irqfd(event, gsi)
+    }
+
+    /// Undoes [`Self::connect`]: later writes stay pending in `event`.
+    pub fn disconnect(&self, event: &EventFd, gsi: u32) -> Result<(), kvm_ioctls::Error> {
+        self.vm.unregister_irqfd(event, gsi)
+    }
+
+    fn commit(&self, routes: &Routes) -> Result<(), kvm_ioctls::Error> {
+        let mut entries = Vec::with_capacity(layout::IO_APIC_PINS as usize + routes.messages.len());
+        for pin in 0..layout::IO_APIC_PINS {
+            let mut entry = kvm_irq_routing_entry {
+                gsi: pin,
+                type_: KVM_IRQ_ROUTING_IRQCHIP,
+                ..Default::default()
+            };
+            entry.u.irqchip.irqchip = KVM_IRQCHIP_IOAPIC;
+            entry.u.irqchip.pin = pin;
+            entries.push(entry);
+        }
+        for (gsi, message) in &routes.messages {
+            let mut entry = kvm_irq_routing_entry {
+                gsi: *gsi,
+                type_: KVM_IRQ_ROUTING_MSI,
+                ..Default::default()
+            };
+            entry.u.msi.address_lo = (message.address & 0xffff_ffff) as u32;
+            entry.u.msi.address_hi = (message.address >> 32) as u32;
+            entry.u.msi.data = message.data;
+            entries.push(entry);
+        }
+        let table = KvmIrqRouting::from_entries(&entries)
+            .map_err(|_| kvm_ioctls::Error::new(libc::ENOMEM))?;
+        self.vm.set_gsi_routing(&table)
+    }
+}

@@ -1,0 +1,4 @@
+//! Virtio devices.
+
+pub mod block;
+pub mod net;

@@ -1,0 +1,5 @@
+//! Disk.
+/// Backend error.
+#[derive(Debug, thiserror::Error)]
+#[error("todo")]
+pub struct BackendError;

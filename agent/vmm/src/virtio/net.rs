@@ -1,0 +1,5 @@
+//! Net.
+/// Tap error.
+#[derive(Debug, thiserror::Error)]
+#[error("todo")]
+pub struct TapError;

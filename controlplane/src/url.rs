@@ -1,0 +1,133 @@
+//! The one URL that chooses the backend.
+
+use std::fmt;
+use std::path::PathBuf;
+use std::str::FromStr;
+use std::time::Duration;
+
+use crate::StateError;
+use crate::embedded::{EmbeddedOptions, Retention};
+
+/// Names a store: a backend, where it is, and its options.
+///
+/// | URL | Backend |
+/// | --- | --- |
+/// | `embedded:/var/lib/keelson/state` | in this process, in this directory |
+/// | `etcd:http://10.0.0.1:2379,http://10.0.0.2:2379` | an etcd cluster |
+/// | `cluster:…` | reserved; not in this version |
+///
+/// Options follow behind a `?`, joined by `&`. For `embedded:` `retain_revisions=N` or
+/// `retain_minutes=N` (0 retains everything; default 10,000 revisions) and `cache_mib=N` (default
+/// 64). For `etcd:` `prefix=…` (prepended to every key), `timeout_ms=N` (of one request, default
+/// 5,000), `connect_timeout_ms=N` (default 2,000), `user=…` and `password_file=PATH`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum StoreUrl {
+    /// `embedded:`
+    Embedded(EmbeddedOptions),
+}
+
+impl FromStr for StoreUrl {
+    type Err = StateError;
+
+    fn from_str(url: &str) -> Result<Self, StateError> {
+        parse(url).map_err(|reason| StateError::InvalidUrl {
+            url: url.to_owned(),
+            reason,
+        })
+    }
+}
+
+fn parse(url: &str) -> Result<StoreUrl, String> {
+    let (scheme, rest) = url
+        .split_once(':')
+        .ok_or("it has no scheme: write embedded:/DIRECTORY or etcd:http://HOST:2379")?;
+    let (location, options) = rest.split_once('?').unwrap_or((rest, ""));
+    let options = Options::parse(options)?;
+    match scheme {
+        "embedded" => embedded(location, options).map(StoreUrl::Embedded),
+        "cluster" => Err("cluster: is not in this version: use embedded: or etcd:".into()),
+        _ => Err(format!(
+            "scheme {scheme:?} is unknown: use embedded: or etcd:"
+        )),
+    }
+}
+
+fn embedded(location: &str, mut options: Options<'_>) -> Result<EmbeddedOptions, String> {
+    let directory = PathBuf::from(location);
+    if !directory.is_absolute() {
+        return Err("the directory must be an absolute path: embedded:/DIRECTORY".into());
+    }
+    let mut embedded = EmbeddedOptions::new(directory);
+    let revisions = options.number("retain_revisions", u64::from(u32::MAX))?;
+    let minutes = options.number("retain_minutes", 1_000_000)?;
+    embedded.retention = match (revisions, minutes) {
+        (Some(_), Some(_)) => {
+            return Err("retain_revisions and retain_minutes exclude each other".into());
+        }
+        (Some(0), None) | (None, Some(0)) => Retention::Everything,
+        (Some(revisions), None) => {
+            Retention::Revisions(u32::try_from(revisions).unwrap_or(u32::MAX))
+        }
+        (None, Some(minutes)) => Retention::Time(Duration::from_secs(minutes * 60)),
+        (None, None) => embedded.retention,
+    };
+    if let Some(mib) = options.number("cache_mib", 1024 * 1024)? {
+        embedded.cache_bytes = usize::try_from(mib * 1024 * 1024).unwrap_or(usize::MAX);
+    }
+    options.finish()?;
+    Ok(embedded)
+}
+
+/// The options behind the question mark, each taken once.
+struct Options<'a>(Vec<(&'a str, &'a str)>);
+
+impl<'a> Options<'a> {
+    fn parse(text: &'a str) -> Result<Self, String> {
+        let mut options = Vec::new();
+        for option in text.split('&').filter(|option| !option.is_empty()) {
+            let (name, value) = option
+                .split_once('=')
+                .ok_or(format!("option {option:?} has no value"))?;
+            if options.iter().any(|(other, _)| *other == name) {
+                return Err(format!("option {name} is given twice"));
+            }
+            options.push((name, value));
+        }
+        Ok(Self(options))
+    }
+
+    fn take(&mut self, name: &str) -> Option<&'a str> {
+        let index = self.0.iter().position(|(other, _)| *other == name)?;
+        Some(self.0.swap_remove(index).1)
+    }
+
+    fn number(&mut self, name: &str, limit: u64) -> Result<Option<u64>, String> {
+        let Some(text) = self.take(name) else {
+            return Ok(None);
+        };
+        match text.parse() {
+            Ok(number) if number <= limit => Ok(Some(number)),
+            _ => Err(format!(
+                "option {name}={text}: give a number from 0 to {limit}"
+            )),
+        }
+    }
+
+    fn finish(self) -> Result<(), String> {
+        match self.0.first() {
+            Some((name, _)) => Err(format!("option {name} is unknown for this backend")),
+            None => Ok(()),
+        }
+    }
+}
+
+impl fmt::Display for StoreUrl {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Embedded(options) => {
+                write!(formatter, "embedded:{}", options.directory.display())
+            }
+        }
+    }
+}

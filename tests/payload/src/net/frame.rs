@@ -1,0 +1,229 @@
+//! Frames: built into a fixed buffer, and taken apart.
+
+use crate::virtio::net::FRAME_LIMIT;
+
+/// All stations.
+pub const BROADCAST: [u8; 6] = [0xff; 6];
+
+const ETHERNET: usize = 14;
+const ARP: usize = 28;
+const IPV4: usize = 20;
+const ICMP: usize = 8;
+const TYPE_IPV4: [u8; 2] = [0x08, 0x00];
+const TYPE_ARP: [u8; 2] = [0x08, 0x06];
+const PROTOCOL_ICMP: u8 = 1;
+
+/// The most data that an echo takes with it.
+pub const ECHO_DATA_LIMIT: usize = FRAME_LIMIT - ETHERNET - IPV4 - ICMP;
+
+/// Who a frame is from or for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Station {
+    /// Its MAC address.
+    pub mac: [u8; 6],
+    /// Its IPv4 address.
+    pub address: [u8; 4],
+}
+
+/// The operation of an ARP packet.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Operation {
+    /// Who has this address?
+    Request,
+    /// I have.
+    Reply,
+}
+
+/// An ICMP echo.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Echo<'a> {
+    /// A reply, not a request.
+    pub reply: bool,
+    /// Which sender's.
+    pub identifier: u16,
+    /// Which one.
+    pub sequence: u16,
+    /// What goes with it.
+    pub data: &'a [u8],
+}
+
+/// What a frame holds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Content<'a> {
+    /// ARP: the operation, its sender, and the address asked for or told.
+    Arp {
+        /// What is said.
+        operation: Operation,
+        /// By whom.
+        sender: Station,
+        /// The target's address.
+        target: [u8; 4],
+    },
+    /// An echo between two stations.
+    Echo {
+        /// From where.
+        sender: Station,
+        /// To which address.
+        target: [u8; 4],
+        /// What.
+        echo: Echo<'a>,
+    },
+    /// Anything else.
+    Other,
+}
+
+/// A frame under construction.
+pub struct Frame {
+    bytes: [u8; FRAME_LIMIT],
+    length: usize,
+}
+
+impl Frame {
+    /// An ARP packet. The frame's source is `source`, which a spoofer makes another than the sender's.
+    pub fn arp(operation: Operation, source: [u8; 6], sender: Station, target: Station) -> Self {
+        let (destination, code) = match operation {
+            Operation::Request => (BROADCAST, 1),
+            Operation::Reply => (target.mac, 2),
+        };
+        let mut frame = Self::ethernet(destination, source, TYPE_ARP);
+        // Ethernet, IPv4, and the lengths of their addresses.
+        frame.push(&[0, 1, 8, 0, 6, 4, 0, code]);
+        frame.push(&sender.mac);
+        frame.push(&sender.address);
+        frame.push(if operation == Operation::Request {
+            &[0; 6]
+        } else {
+            &target.mac
+        });
+        frame.push(&target.address);
+        frame
+    }
+
+    /// An ICMP echo; data beyond [`ECHO_DATA_LIMIT`] is left out.
+    pub fn echo(sender: Station, target: Station, echo: Echo<'_>) -> Self {
+        let data = &echo.data[..echo.data.len().min(ECHO_DATA_LIMIT)];
+        let mut frame = Self::ethernet(target.mac, sender.mac, TYPE_IPV4);
+        let total = (IPV4 + ICMP + data.len()) as u16;
+        let [high, low] = total.to_be_bytes();
+        frame.push(&[0x45, 0, high, low, 0, 0, 0x40, 0, 64, PROTOCOL_ICMP, 0, 0]);
+        frame.push(&sender.address);
+        frame.push(&target.address);
+        frame.checksum(ETHERNET, ETHERNET + IPV4, ETHERNET + 10);
+        let start = frame.length;
+        frame.push(&[if echo.reply { 0 } else { 8 }, 0, 0, 0]);
+        frame.push(&echo.identifier.to_be_bytes());
+        frame.push(&echo.sequence.to_be_bytes());
+        frame.push(data);
+        frame.checksum(start, frame.length, start + 2);
+        frame
+    }
+
+    /// The frame's bytes.
+    pub fn bytes(&self) -> &[u8] {
+        &self.bytes[..self.length]
+    }
+
+    fn ethernet(destination: [u8; 6], source: [u8; 6], kind: [u8; 2]) -> Self {
+        let mut frame = Self {
+            bytes: [0; FRAME_LIMIT],
+            length: 0,
+        };
+        frame.push(&destination);
+        frame.push(&source);
+        frame.push(&kind);
+        frame
+    }
+
+    fn push(&mut self, bytes: &[u8]) {
+        self.bytes[self.length..self.length + bytes.len()].copy_from_slice(bytes);
+        self.length += bytes.len();
+    }
+
+    fn checksum(&mut self, start: usize, end: usize, place: usize) {
+        let sum = checksum(&self.bytes[start..end]);
+        self.bytes[place..place + 2].copy_from_slice(&sum.to_be_bytes());
+    }
+}
+
+/// What a received frame holds; a malformed or foreign one is [`Content::Other`].
+pub fn parse(bytes: &[u8]) -> Content<'_> {
+    let Some((header, body)) = bytes.split_at_checked(ETHERNET) else {
+        return Content::Other;
+    };
+    let content = match [header[12], header[13]] {
+        TYPE_ARP => parse_arp(body),
+        TYPE_IPV4 => parse_echo(header, body),
+        _ => None,
+    };
+    content.unwrap_or(Content::Other)
+}
+
+fn parse_arp(body: &[u8]) -> Option<Content<'_>> {
+    let body = body.get(..ARP)?;
+    if body[..6] != [0, 1, 8, 0, 6, 4] {
+        return None;
+    }
+    let operation = match body[7] {
+        1 => Operation::Request,
+        2 => Operation::Reply,
+        _ => return None,
+    };
+    let sender = Station {
+        mac: array(body, 8)?,
+        address: array(body, 14)?,
+    };
+    Some(Content::Arp {
+        operation,
+        sender,
+        target: array(body, 24)?,
+    })
+}
+
+fn parse_echo<'a>(header: &[u8], body: &'a [u8]) -> Option<Content<'a>> {
+    let first = *body.first()?;
+    let options = usize::from(first & 0xf) * 4;
+    let total = usize::from(u16::from_be_bytes(array(body, 2)?));
+    // Short frames are padded, so the packet's own length counts.
+    let packet = body.get(..total)?;
+    let message = packet.get(options..)?;
+    let valid = first >> 4 == 4
+        && options >= IPV4
+        && packet[9] == PROTOCOL_ICMP
+        && message.len() >= ICMP
+        && matches!(message[0], 0 | 8)
+        && checksum(message) == 0;
+    if !valid {
+        return None;
+    }
+    let echo = Echo {
+        reply: message[0] == 0,
+        identifier: u16::from_be_bytes(array(message, 4)?),
+        sequence: u16::from_be_bytes(array(message, 6)?),
+        data: &message[ICMP..],
+    };
+    let sender = Station {
+        mac: array(header, 6)?,
+        address: array(packet, 12)?,
+    };
+    Some(Content::Echo {
+        sender,
+        target: array(packet, 16)?,
+        echo,
+    })
+}
+
+fn array<const COUNT: usize>(bytes: &[u8], offset: usize) -> Option<[u8; COUNT]> {
+    bytes.get(offset..offset + COUNT)?.try_into().ok()
+}
+
+/// The Internet checksum (RFC 1071); 0 over a packet that holds its right checksum.
+fn checksum(bytes: &[u8]) -> u16 {
+    let mut sum = 0_u32;
+    for pair in bytes.chunks(2) {
+        sum += u32::from(pair[0]) << 8 | pair.get(1).map_or(0, |low| u32::from(*low));
+    }
+    while sum >> 16 != 0 {
+        sum = (sum & 0xffff) + (sum >> 16);
+    }
+    !(sum as u16)
+}

@@ -1,0 +1,142 @@
+//! Steps that need no virtio device.
+
+use super::Machine;
+use crate::acpi::InterruptLine;
+use crate::arguments::Arguments;
+use crate::clock::{self, Deadline};
+use crate::console::say;
+use crate::error::Error;
+use crate::interrupts::{self, Vector};
+use crate::mmio::Window;
+use crate::supervisor;
+use crate::virtio::device::wait_for;
+
+pub fn hello(machine: &Machine<'_>, arguments: &Arguments<'_>) -> Result<(), Error> {
+    arguments.allow(&[])?;
+    let memory = machine.boot.memory_bytes();
+    say!(
+        "hello ok memory={memory} us={}",
+        clock::nanoseconds(clock::since_start()) / 1000
+    );
+    Ok(())
+}
+
+pub fn processors(machine: &Machine<'_>, arguments: &Arguments<'_>) -> Result<(), Error> {
+    arguments.allow(&[])?;
+    say!("cpus ok count={}", machine.tables()?.processors()?);
+    Ok(())
+}
+
+pub fn functions(machine: &Machine<'_>, arguments: &Arguments<'_>) -> Result<(), Error> {
+    arguments.allow(&[])?;
+    let mut count = 0;
+    for function in machine.functions()? {
+        let (vendor, device) = function.identity()?;
+        say!(
+            "pci function slot={} vendor={vendor:#06x} device={device:#06x}",
+            function.slot()
+        );
+        count += 1;
+    }
+    say!("pci ok functions={count}");
+    Ok(())
+}
+
+pub fn initrd(machine: &Machine<'_>, arguments: &Arguments<'_>) -> Result<(), Error> {
+    const FNV_OFFSET: u64 = 0xcbf2_9ce4_8422_2325;
+    const FNV_PRIME: u64 = 0x0100_0000_01b3;
+    arguments.allow(&[])?;
+    let initrd = machine.boot.initrd();
+    let hash = initrd.iter().fold(FNV_OFFSET, |hash, byte| {
+        (hash ^ u64::from(*byte)).wrapping_mul(FNV_PRIME)
+    });
+    say!("initrd ok bytes={} fnv1a={hash:016x}", initrd.len());
+    Ok(())
+}
+
+pub fn idle(arguments: &Arguments<'_>) -> Result<(), Error> {
+    arguments.allow(&["ms"])?;
+    let deadline = Deadline::after_milliseconds(arguments.number("ms", 100)?);
+    while !deadline.passed() {
+        deadline.wait(interrupts::total())?;
+    }
+    say!("idle ok interrupts={}", interrupts::total());
+    Ok(())
+}
+
+pub fn busy(arguments: &Arguments<'_>) -> Result<(), Error> {
+    arguments.allow(&["ms"])?;
+    let deadline = Deadline::after_milliseconds(arguments.number("ms", 100)?);
+    let mut rounds = 0_u64;
+    while !deadline.passed() {
+        rounds += 1;
+    }
+    say!("busy ok rounds={rounds}");
+    Ok(())
+}
+
+pub fn hang(arguments: &Arguments<'_>) -> Result<(), Error> {
+    arguments.allow(&[])?;
+    say!("hang ok");
+    supervisor::stop()
+}
+
+pub fn power_off(machine: &Machine<'_>, arguments: &Arguments<'_>) -> Result<(), Error> {
+    arguments.allow(&[])?;
+    machine.tables()?.power_off()?;
+    supervisor::stop()
+}
+
+pub fn reboot(machine: &Machine<'_>, arguments: &Arguments<'_>) -> Result<(), Error> {
+    arguments.allow(&[])?;
+    say!("reboot ok");
+    machine.tables()?.reset()?;
+    supervisor::stop()
+}
+
+pub fn triple_fault(arguments: &Arguments<'_>) -> Result<(), Error> {
+    arguments.allow(&[])?;
+    say!("triple-fault ok");
+    supervisor::triple_fault()
+}
+
+/// The interrupt alone says enough: the button is the only event that the machine has.
+pub fn wait_for_power_button(
+    machine: &Machine<'_>,
+    arguments: &Arguments<'_>,
+) -> Result<(), Error> {
+    arguments.allow(&["ms"])?;
+    let milliseconds = arguments.number("ms", 10_000)?;
+    let line = machine.tables()?.event_interrupt()?;
+    let vector = Vector::allocate()?;
+    route(line, u64::from(vector.number()))?;
+    say!("wait-power-button ready line={}", line.number);
+    let deadline = Deadline::after_milliseconds(milliseconds);
+    wait_for(deadline, "power button", || {
+        Ok((vector.count() > 0).then_some(()))
+    })?;
+    route(line, MASKED)?;
+    say!("wait-power-button ok");
+    Ok(())
+}
+
+/// Held back.
+const MASKED: u64 = 1 << 16;
+
+/// Sends an interrupt line to a vector of this processor (82093AA, 3.2.4).
+fn route(line: InterruptLine, entry: u64) -> Result<(), Error> {
+    const IO_APIC: u64 = 0xfec0_0000;
+    const SELECT: u64 = 0x00;
+    const WINDOW: u64 = 0x10;
+    const FIRST_ENTRY: u32 = 0x10;
+    const LEVEL: u64 = 1 << 15;
+    let trigger = if line.edge { 0 } else { LEVEL };
+    let entry = entry | trigger;
+    // SAFETY: the I/O APIC's registers, in the low 4 GiB, which are mapped.
+    let registers = unsafe { Window::new(IO_APIC, 0x20) };
+    let index = FIRST_ENTRY + 2 * line.number;
+    registers.write32(SELECT, index + 1)?;
+    registers.write32(WINDOW, (entry >> 32) as u32)?;
+    registers.write32(SELECT, index)?;
+    registers.write32(WINDOW, (entry & 0xffff_ffff) as u32)
+}

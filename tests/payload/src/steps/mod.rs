@@ -1,0 +1,130 @@
+//! The steps of the command line.
+//!
+//! | step | arguments (defaults) | what it does |
+//! | --- | --- | --- |
+//! | `hello` | | reports the memory and the microseconds since the entry |
+//! | `cpus` | | reports the processors of the ACPI tables |
+//! | `pci` | | reports each PCI function |
+//! | `initrd` | | reports the initrd's size and FNV-1a hash |
+//! | `idle` | `ms` (100) | halts |
+//! | `busy` | `ms` (100) | computes |
+//! | `hang` | | halts for ever with interrupts off |
+//! | `wait-power-button` | `ms` (10000) | waits for the ACPI power button |
+//! | `power-off`, `reboot`, `triple-fault` | | ends the run so |
+//! | `blk-id` | `disk` (0) | reports serial, capacity and features |
+//! | `blk-write`, `blk-verify` | `disk` (0), `first` (0), `sectors` (the rest), `seed` (1), `size` (0: several), `depth` (8) | writes the pattern and flushes, or reads and compares it |
+//! | `blk-flush` | `disk` (0) | flushes |
+//! | `blk-readonly-write` | `disk` (0) | a write to a read-only disk must fail |
+//! | `blk-out-of-range` | `disk` (0) | requests beyond the end must fail |
+//! | `blk-boot-count` | `disk` (0), `until` (3) | counts boots in the last sector and reboots until there were so many |
+//! | `blk-watch` | `disk` (0), `outages` (1), `ms` (20000) | reads until the disk went away and came back so often |
+//! | `blk-hostile` | `disk` (0) | breaks the rules of virtqueues; the device must survive a reset |
+//! | `net-arp` | `interface` (0), `address`, `target` | resolves the target |
+//! | `net-ping` | `interface` (0), `address`, `target`, `count` (3), `size` (56) | pings the target |
+//! | `net-serve` | `interface` (0), `address`, `ms` (2000), `echoes` (no limit) | answers ARP and pings |
+//! | `net-spoof` | `interface` (0), `mac`, `address`, `target`, `count` (1) | sends ARP requests and echoes as somebody else |
+//! | `hammer` | `seed` (1), `rounds` (2000) | random accesses to ports and device registers |
+
+mod block;
+mod block_request;
+mod hammer;
+mod hostile;
+mod machine;
+mod network;
+
+use crate::acpi::Tables;
+use crate::arguments::{self, Step};
+use crate::boot::BootParameters;
+use crate::console::say;
+use crate::error::Error;
+use crate::pci::{self, Function};
+use crate::virtio::device::Device;
+use crate::{clock, interrupts, memory};
+
+/// What a step has to work with.
+struct Machine<'a> {
+    boot: &'a BootParameters,
+}
+
+impl Machine<'_> {
+    fn tables(&self) -> Result<Tables, Error> {
+        Tables::find(self.boot.acpi_root_pointer())
+    }
+
+    /// The virtio device of a type with this index, by the order of slots.
+    fn device(&self, kind: u16, index: u64) -> Result<Device, Error> {
+        let missing = Error::NoDevice { kind, index };
+        let mut left = index;
+        for function in self.functions()? {
+            if Device::kind(&function)? == Some(kind) {
+                if left == 0 {
+                    return Device::open(function);
+                }
+                left -= 1;
+            }
+        }
+        Err(missing)
+    }
+
+    fn functions(&self) -> Result<impl Iterator<Item = Function> + use<>, Error> {
+        pci::functions(self.tables()?.configuration_space()?)
+    }
+}
+
+/// Takes the steps of the command line and powers off.
+pub fn run(boot: &BootParameters) {
+    let entry_to_start = clock::since_start();
+    clock::calibrate();
+    say!("start us={}", clock::nanoseconds(entry_to_start) / 1000);
+    let machine = Machine { boot };
+    let mut passed = 0;
+    let mut failed = 0;
+    for step in arguments::steps(boot.command_line()) {
+        let result = take(&machine, step);
+        // Whatever the step used is reset and dropped by now.
+        memory::release_all();
+        interrupts::release_vectors();
+        if let Err(error) = result {
+            failed += 1;
+            say!("FAIL step={} reason={}", step.name, error);
+            break;
+        }
+        passed += 1;
+    }
+    say!("done passed={} failed={}", passed, failed);
+    if let Err(error) = machine.tables().and_then(|tables| tables.power_off()) {
+        say!("FAIL step=power-off reason={}", error);
+    }
+}
+
+fn take(machine: &Machine<'_>, step: Step<'_>) -> Result<(), Error> {
+    let arguments = &step.arguments;
+    match step.name {
+        "hello" => machine::hello(machine, arguments),
+        "cpus" => machine::processors(machine, arguments),
+        "pci" => machine::functions(machine, arguments),
+        "initrd" => machine::initrd(machine, arguments),
+        "idle" => machine::idle(arguments),
+        "busy" => machine::busy(arguments),
+        "hang" => machine::hang(arguments),
+        "wait-power-button" => machine::wait_for_power_button(machine, arguments),
+        "power-off" => machine::power_off(machine, arguments),
+        "reboot" => machine::reboot(machine, arguments),
+        "triple-fault" => machine::triple_fault(arguments),
+        "blk-id" => block::identify(machine, arguments),
+        "blk-write" => block::write(machine, arguments),
+        "blk-verify" => block::verify(machine, arguments),
+        "blk-flush" => block::flush(machine, arguments),
+        "blk-readonly-write" => block_request::write_read_only(machine, arguments),
+        "blk-out-of-range" => block_request::out_of_range(machine, arguments),
+        "blk-boot-count" => block_request::count_boots(machine, arguments),
+        "blk-watch" => block_request::watch(machine, arguments),
+        "blk-hostile" => hostile::run(machine, arguments),
+        "net-arp" => network::resolve(machine, arguments),
+        "net-ping" => network::ping(machine, arguments),
+        "net-serve" => network::serve(machine, arguments),
+        "net-spoof" => network::spoof(machine, arguments),
+        "hammer" => hammer::run(machine, arguments),
+        _ => Err(Error::UnknownStep),
+    }
+}

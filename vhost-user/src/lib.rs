@@ -1,1 +1,37 @@
 //! A vhost-user-blk backend on io_uring.
+//!
+//! One process serves one disk to one frontend (a VMM) at a time. The frontend shares the
+//! guest's memory and the virtqueues over a Unix socket; from then on requests travel through
+//! shared memory and eventfds only, and guest pages go to and from the disk without a copy.
+//!
+//! How the parts fit together, from the outside in:
+//!
+//! * [`image`] opens, locks and measures the raw file or block device.
+//! * [`server`] listens, serves one frontend after another and stops cleanly.
+//! * [`backend`] answers the vhost-user messages and starts and stops the queues.
+//! * [`queue_worker`] is the data path: one thread and one io_uring for each virtqueue.
+//! * [`descriptor_chain`] and [`request`] turn what a guest wrote into a checked request.
+//! * [`in_flight`] owns everything the kernel may still touch until it has completed.
+
+pub mod backend;
+pub mod config_space;
+pub mod descriptor_chain;
+pub mod error;
+pub mod guest_memory;
+pub mod image;
+pub mod in_flight;
+pub mod metrics;
+pub mod queue_worker;
+pub mod request;
+pub mod server;
+pub mod uring;
+pub mod virtqueue;
+pub mod vring;
+
+mod aligned_buffer;
+mod direct_io;
+mod error_log;
+mod image_lock;
+mod transfer;
+
+pub use error::Error;

@@ -1,0 +1,61 @@
+//! The device configuration space, `struct virtio_blk_config` (virtio 1.2, 5.2.4).
+
+use crate::image::{Image, SECTOR_SIZE};
+
+/// Bytes that a frontend may read; past the structure's own end they are zero.
+pub const CONFIG_SPACE_SIZE: usize = 256;
+
+/// Offset of the `writeback` field, the only one that a driver may write.
+pub const WRITEBACK_OFFSET: u32 = 32;
+
+/// Largest buffer in one descriptor, in bytes.
+pub const SIZE_MAX: u32 = 1 << 20;
+
+const CAPACITY_OFFSET: usize = 0;
+const SIZE_MAX_OFFSET: usize = 8;
+const SEG_MAX_OFFSET: usize = 12;
+const BLOCK_SIZE_OFFSET: usize = 20;
+const TOPOLOGY_OFFSET: usize = 24;
+const NUM_QUEUES_OFFSET: usize = 34;
+
+/// The most data buffers in a request: what fits into the queue beside header and status, so
+/// that drivers without indirect descriptors get along, and no more than 1 MiB of pages.
+pub fn seg_max(queue_size: u16) -> u32 {
+    u32::from(queue_size.clamp(3, 256)) - 2
+}
+
+/// Lays the configuration out.
+pub fn config_space(
+    image: &Image,
+    queues: u16,
+    queue_size: u16,
+    writeback: bool,
+) -> [u8; CONFIG_SPACE_SIZE] {
+    let mut space = [0; CONFIG_SPACE_SIZE];
+    let mut put = |offset: usize, bytes: &[u8]| {
+        if let Some(field) = space.get_mut(offset..offset + bytes.len()) {
+            field.copy_from_slice(bytes);
+        }
+    };
+    let sizes = image.block_sizes();
+    put(CAPACITY_OFFSET, &image.capacity_sectors().to_le_bytes());
+    put(SIZE_MAX_OFFSET, &SIZE_MAX.to_le_bytes());
+    put(SEG_MAX_OFFSET, &seg_max(queue_size).to_le_bytes());
+    put(BLOCK_SIZE_OFFSET, &sizes.logical.to_le_bytes());
+    // physical_block_exp, alignment_offset, min_io_size, opt_io_size, in logical blocks.
+    let blocks = (sizes.physical / sizes.logical).max(1);
+    let exponent = u8::try_from(blocks.ilog2()).unwrap_or(0);
+    let minimum = u16::try_from(blocks).unwrap_or(1);
+    put(TOPOLOGY_OFFSET, &[exponent, 0]);
+    put(TOPOLOGY_OFFSET + 2, &minimum.to_le_bytes());
+    let optimal = sizes.optimal / sizes.logical;
+    put(TOPOLOGY_OFFSET + 4, &optimal.to_le_bytes());
+    put(WRITEBACK_OFFSET as usize, &[u8::from(writeback)]);
+    put(NUM_QUEUES_OFFSET, &queues.to_le_bytes());
+    space
+}
+
+/// The disk's size in bytes as the guest sees it.
+pub fn capacity_bytes(image: &Image) -> u64 {
+    image.capacity_sectors() * SECTOR_SIZE
+}

@@ -1,0 +1,149 @@
+//! From a descriptor chain to a virtio-blk request (virtio 1.2, 5.2.6).
+
+use virtio_bindings::bindings::virtio_blk::{
+    VIRTIO_BLK_T_FLUSH, VIRTIO_BLK_T_GET_ID, VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT,
+};
+use vm_memory::{Address, Bytes, GuestAddress, GuestMemory, GuestMemoryMmap, Permissions};
+
+use crate::descriptor_chain::{DescriptorChain, Segment};
+use crate::image::SECTOR_SIZE;
+
+const HEADER_SIZE: usize = 16;
+
+/// What the guest asks for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Operation {
+    /// `VIRTIO_BLK_T_IN` from this sector on.
+    Read {
+        /// The first sector, of 512 bytes.
+        sector: u64,
+    },
+    /// `VIRTIO_BLK_T_OUT` from this sector on.
+    Write {
+        /// The first sector, of 512 bytes.
+        sector: u64,
+    },
+    /// `VIRTIO_BLK_T_FLUSH`.
+    Flush,
+    /// `VIRTIO_BLK_T_GET_ID`.
+    GetId,
+    /// A type that this device doesn't offer.
+    Unsupported(u32),
+}
+
+/// A request whose answer has a place to go.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Request {
+    /// What the guest asks for.
+    pub operation: Operation,
+    /// Where the status byte goes; known to be in guest memory.
+    pub status: GuestAddress,
+    /// Bytes of the data buffers in the direction of the operation.
+    pub data_len: u64,
+}
+
+/// Why a chain is no request. The queue can't go on, since no status can be given.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum RequestError {
+    /// Fewer than 16 readable bytes, or they aren't in guest memory.
+    #[error("the request's header is missing or outside guest memory")]
+    Header,
+    /// No writable byte, or it isn't in guest memory.
+    #[error("the request's status byte is missing or outside guest memory")]
+    Status,
+}
+
+/// Takes the header and the status byte off the chain and leaves the data buffers in it.
+///
+/// The framing is the driver's choice (virtio 1.2, 2.7.4.1): the header is the first 16
+/// readable bytes and the status the last writable one, wherever descriptors begin and end.
+pub fn parse(
+    memory: &GuestMemoryMmap,
+    chain: &mut DescriptorChain,
+) -> Result<Request, RequestError> {
+    let header = take_header(memory, &mut chain.readable)?;
+    let status = take_status(memory, &mut chain.writable)?;
+    let [t0, t1, t2, t3, _, _, _, _, sector @ ..] = header;
+    let sector = u64::from_le_bytes(sector);
+    let operation = match u32::from_le_bytes([t0, t1, t2, t3]) {
+        VIRTIO_BLK_T_IN => Operation::Read { sector },
+        VIRTIO_BLK_T_OUT => Operation::Write { sector },
+        VIRTIO_BLK_T_FLUSH => Operation::Flush,
+        VIRTIO_BLK_T_GET_ID => Operation::GetId,
+        other => Operation::Unsupported(other),
+    };
+    let data = match operation {
+        Operation::Write { .. } => &chain.readable,
+        _ => &chain.writable,
+    };
+    Ok(Request {
+        operation,
+        status,
+        data_len: data.iter().map(|segment| u64::from(segment.len)).sum(),
+    })
+}
+
+/// Where a transfer lies in the image in bytes, if it lies in the disk and in whole sectors.
+pub fn transfer_offset(sector: u64, data_len: u64, capacity_sectors: u64) -> Option<u64> {
+    if data_len % SECTOR_SIZE != 0 {
+        return None;
+    }
+    let end = sector.checked_add(data_len / SECTOR_SIZE)?;
+    if end > capacity_sectors {
+        return None;
+    }
+    sector.checked_mul(SECTOR_SIZE)
+}
+
+fn take_header(
+    memory: &GuestMemoryMmap,
+    readable: &mut Vec<Segment>,
+) -> Result<[u8; HEADER_SIZE], RequestError> {
+    let mut header = [0; HEADER_SIZE];
+    let mut filled = 0;
+    let mut used_up = 0;
+    for segment in readable.iter_mut() {
+        let Some(rest) = header.get_mut(filled..).filter(|rest| !rest.is_empty()) else {
+            break;
+        };
+        let taken = rest.len().min(segment.len as usize);
+        memory
+            .read_slice(&mut rest[..taken], segment.address)
+            .map_err(|_| RequestError::Header)?;
+        filled += taken;
+        if taken == segment.len as usize {
+            used_up += 1;
+        } else {
+            segment.address = segment
+                .address
+                .checked_add(taken as u64)
+                .ok_or(RequestError::Header)?;
+            segment.len -= u32::try_from(taken).map_err(|_| RequestError::Header)?;
+        }
+    }
+    if filled < HEADER_SIZE {
+        return Err(RequestError::Header);
+    }
+    readable.drain(..used_up);
+    Ok(header)
+}
+
+fn take_status(
+    memory: &GuestMemoryMmap,
+    writable: &mut Vec<Segment>,
+) -> Result<GuestAddress, RequestError> {
+    let last = writable.last_mut().ok_or(RequestError::Status)?;
+    last.len -= 1;
+    let status = last
+        .address
+        .checked_add(u64::from(last.len))
+        .ok_or(RequestError::Status)?;
+    if last.len == 0 {
+        writable.pop();
+    }
+    if GuestMemory::check_range(memory, status, 1, Permissions::Write) {
+        Ok(status)
+    } else {
+        Err(RequestError::Status)
+    }
+}

@@ -22,9 +22,9 @@ use virtio_bindings::bindings::{virtio_blk, virtio_config, virtio_ring};
 use vm_memory::GuestMemoryMmap;
 
 use crate::config_space::{self, CONFIG_SPACE_SIZE, WRITEBACK_OFFSET};
+use crate::disk::Disk;
 use crate::guest_memory::{self, MAX_REGIONS, MemoryTable, RegionDescription};
 use crate::metrics::QueueMetrics;
-use crate::queue_worker::Disk;
 use crate::vring::{Negotiated, RingAddresses, Vring};
 
 const VIRTIO_F_VERSION_1: u64 = 1 << virtio_config::VIRTIO_F_VERSION_1;

@@ -161,7 +161,7 @@ fn enter_indirect(
     }
     let len = descriptor.len();
     let size = len / DESCRIPTOR_SIZE;
-    if len % DESCRIPTOR_SIZE != 0 || size == 0 || size > MAX_INDIRECT {
+    if !len.is_multiple_of(DESCRIPTOR_SIZE) || size == 0 || size > MAX_INDIRECT {
         return Err(ChainError::IndirectLength { len });
     }
     Ok(DescriptorTable {

@@ -219,7 +219,8 @@ fn enable_direct(file: &File, bytes: u64) -> Result<DirectAlignment, String> {
     let probed = direct_io::probe(file).and_then(|alignment| {
         let sectors = bytes.next_multiple_of(SECTOR_SIZE);
         // The last block could only be written by growing the file past the guest's disk.
-        if alignment.offset as u64 > SECTOR_SIZE && sectors % alignment.offset as u64 != 0 {
+        if alignment.offset as u64 > SECTOR_SIZE && !sectors.is_multiple_of(alignment.offset as u64)
+        {
             return Err(format!(
                 "its size is no multiple of the {} bytes that O_DIRECT needs here",
                 alignment.offset

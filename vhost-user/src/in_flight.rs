@@ -91,18 +91,12 @@ impl InFlightTable {
         self.spare_iovecs.push(iovecs);
     }
 
-    /// Takes a request in and returns its slot, or the request if the table is full.
-    pub fn insert(&mut self, request: InFlight) -> Result<usize, InFlight> {
-        let Some(slot) = self.free.pop() else {
-            return Err(request);
-        };
-        match self.slots.get_mut(slot) {
-            Some(entry) => {
-                *entry = Some(request);
-                Ok(slot)
-            }
-            None => Err(request),
-        }
+    /// Takes a request in and returns its slot, or nothing if the table is full.
+    pub fn insert(&mut self, request: InFlight) -> Option<usize> {
+        let slot = self.free.pop()?;
+        let entry = self.slots.get_mut(slot)?;
+        *entry = Some(request);
+        Some(slot)
     }
 
     /// The request in a slot.

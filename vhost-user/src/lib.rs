@@ -10,12 +10,14 @@
 //! * [`server`] listens, serves one frontend after another and stops cleanly.
 //! * [`backend`] answers the vhost-user messages and starts and stops the queues.
 //! * [`queue_worker`] is the data path: one thread and one io_uring for each virtqueue.
-//! * [`descriptor_chain`] and [`request`] turn what a guest wrote into a checked request.
+//! * [`request_executor`] turns descriptor chains into disk operations and their results into
+//!   answers, with [`descriptor_chain`] and [`request`] checking what the guest wrote.
 //! * [`in_flight`] owns everything the kernel may still touch until it has completed.
 
 pub mod backend;
 pub mod config_space;
 pub mod descriptor_chain;
+pub mod disk;
 pub mod error;
 pub mod guest_memory;
 pub mod image;
@@ -23,6 +25,7 @@ pub mod in_flight;
 pub mod metrics;
 pub mod queue_worker;
 pub mod request;
+pub mod request_executor;
 pub mod server;
 pub mod uring;
 pub mod virtqueue;

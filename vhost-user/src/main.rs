@@ -4,12 +4,11 @@ use std::io::{self, Write};
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
-use std::sync::atomic::AtomicBool;
 
 use clap::{Parser, ValueEnum};
 use keelson_blk::config_space::capacity_bytes;
+use keelson_blk::disk::{Disk, SERIAL_SIZE};
 use keelson_blk::image::{DirectMode, Image, ImageOptions};
-use keelson_blk::queue_worker::{Disk, SERIAL_SIZE};
 use keelson_blk::server::{Server, ServerOptions, Stopper};
 use keelson_blk::{Error, uring};
 use serde_json::json;
@@ -111,11 +110,7 @@ fn run(arguments: &Arguments) -> Result<(), Error> {
         "direct": image.direct().is_some(),
         "read_only": image.read_only(),
     });
-    let disk = Disk {
-        image,
-        serial: arguments.serial,
-        write_through: AtomicBool::new(true),
-    };
+    let disk = Disk::new(image, arguments.serial);
     let options = ServerOptions {
         socket: arguments.socket.clone(),
         queues: arguments.queues,

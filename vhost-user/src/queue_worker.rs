@@ -5,51 +5,24 @@
 
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsRawFd, OwnedFd};
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::mpsc;
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+use std::sync::{Arc, mpsc};
 use std::thread::{self, JoinHandle};
 
 use io_uring::{IoUring, cqueue, opcode, squeue, types};
-use libc::iovec;
 use rustix::event::{EventfdFlags, eventfd};
-use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
+use vm_memory::GuestMemoryMmap;
 
-use virtio_bindings::bindings::virtio_blk::{
-    VIRTIO_BLK_S_IOERR, VIRTIO_BLK_S_OK, VIRTIO_BLK_S_UNSUPP,
-};
-
-use crate::descriptor_chain::{DescriptorChain, Segment};
-use crate::error_log::ErrorLog;
-use crate::guest_memory::append_iovecs;
-use crate::image::Image;
-use crate::in_flight::{InFlight, InFlightTable, Work};
-use crate::metrics::{Completed, QueueMetrics};
-use crate::request::{self, Operation, Request};
-use crate::transfer::{IMAGE_FILE, Step, Transfer};
+use crate::disk::Disk;
+use crate::metrics::QueueMetrics;
+use crate::request_executor::RequestExecutor;
 use crate::uring;
 use crate::virtqueue::{QueueError, Virtqueue, VirtqueueSetup};
 use crate::vring::CallNotifier;
 
-/// Bytes of a `VIRTIO_BLK_T_GET_ID` answer (virtio 1.2, 5.2.6).
-pub const SERIAL_SIZE: usize = 20;
-
-// Completions that don't belong to a request; slots are far below.
+// Completions that don't belong to a request; the requests' tokens are slots, far below.
 const KICK: u64 = u64::MAX;
 const CONTROL: u64 = u64::MAX - 1;
-
-/// The disk as all its queues see it.
-#[derive(Debug)]
-pub struct Disk {
-    /// The open image.
-    pub image: Image,
-    /// The serial number, padded with zeroes.
-    pub serial: [u8; SERIAL_SIZE],
-    /// Whether each write has to be durable before it completes, because the driver can't
-    /// flush or has switched the write cache off.
-    pub write_through: AtomicBool,
-}
 
 /// All that a worker needs.
 #[derive(Debug)]
@@ -87,6 +60,7 @@ impl QueueWorker {
         let thread_control = control.try_clone()?;
         let base = setup.virtqueue.next_available;
         let (ready, started) = mpsc::channel();
+        // The ring belongs to the thread that creates it (IORING_SETUP_SINGLE_ISSUER).
         let thread = thread::Builder::new()
             .name(format!("queue {}", setup.index))
             .spawn(move || match Worker::new(setup, thread_control) {
@@ -129,45 +103,34 @@ impl QueueWorker {
 }
 
 struct Worker {
-    // Before `in_flight`, so that the ring is gone when that is dropped.
+    // Before the executor, so that the ring is closed when its requests' memory goes.
     ring: IoUring,
-    in_flight: InFlightTable,
-    queue: Virtqueue,
-    chain: DescriptorChain,
+    executor: RequestExecutor,
     index: usize,
-    disk: Arc<Disk>,
     kick: Arc<File>,
     control: OwnedFd,
     call: Arc<CallNotifier>,
     error: Option<Arc<File>>,
-    metrics: Arc<QueueMetrics>,
-    log: ErrorLog,
     stopping: bool,
     broken: bool,
 }
 
 impl Worker {
     fn new(setup: WorkerSetup, control: OwnedFd) -> io::Result<Self> {
-        let size = setup.virtqueue.size;
-        let queue =
-            Virtqueue::new(setup.virtqueue, Arc::clone(&setup.memory)).map_err(io::Error::other)?;
         // Each request has at most one operation submitted, and there are two polls.
-        let ring = uring::create(u32::from(size) + 2)?;
-        ring.submitter()
-            .register_files(&[setup.disk.image.file().as_raw_fd()])?;
+        let entries = u32::from(setup.virtqueue.size) + 2;
+        let queue = Virtqueue::new(setup.virtqueue, setup.memory).map_err(io::Error::other)?;
+        let ring = uring::create(entries)?;
+        let image = setup.disk.image.file().as_raw_fd();
+        ring.submitter().register_files(&[image])?;
         Ok(Self {
             ring,
-            in_flight: InFlightTable::new(setup.memory, usize::from(size)),
-            queue,
-            chain: DescriptorChain::default(),
+            executor: RequestExecutor::new(setup.index, queue, setup.disk, setup.metrics),
             index: setup.index,
-            disk: setup.disk,
             kick: setup.kick,
             control,
             call: setup.call,
             error: setup.error,
-            metrics: setup.metrics,
-            log: ErrorLog::default(),
             stopping: false,
             broken: false,
         })
@@ -175,328 +138,130 @@ impl Worker {
 
     fn run(mut self) -> u16 {
         tracing::debug!(queue = self.index, "queue started");
+        if let Err(error) = self.serve() {
+            tracing::error!(queue = self.index, %error, "the queue's io_uring failed");
+            self.announce_broken();
+        }
+        tracing::debug!(queue = self.index, "queue stopped");
+        self.executor.next_available()
+    }
+
+    fn serve(&mut self) -> io::Result<()> {
         let kick = self.kick.as_raw_fd();
-        let control = self.control.as_raw_fd();
-        self.arm_poll(kick, KICK);
-        self.arm_poll(control, CONTROL);
+        self.arm_poll(kick, KICK)?;
+        self.arm_poll(self.control.as_raw_fd(), CONTROL)?;
         let mut completions = Vec::new();
         loop {
-            let more_to_take = !self.stopping && !self.broken && self.take_requests();
+            let more_requests = !self.stopping && !self.broken && self.take_requests();
+            self.submit_operations()?;
             self.announce();
-            if self.stopping && self.in_flight.is_empty() {
-                break;
+            if self.stopping && self.executor.is_idle() {
+                return Ok(());
             }
-            if let Err(error) = self.wait(usize::from(!more_to_take)) {
-                tracing::error!(queue = self.index, %error, "the queue's io_uring failed");
-                self.announce_broken();
-                break;
-            }
+            self.wait(usize::from(!more_requests))?;
             completions.extend(self.ring.completion().map(|entry: cqueue::Entry| {
-                (
-                    entry.user_data(),
-                    entry.result(),
-                    cqueue::more(entry.flags()),
-                )
+                let more = cqueue::more(entry.flags());
+                (entry.user_data(), entry.result(), more)
             }));
             for (token, result, more) in completions.drain(..) {
                 match token {
-                    KICK => self.kicked(kick, result, more),
+                    KICK => self.kicked(kick, result, more)?,
                     CONTROL => self.stopping = true,
-                    token => self.complete_operation(token, result),
+                    token => {
+                        let outcome = self.executor.complete(token, result);
+                        self.mind(outcome);
+                    }
                 }
             }
+            self.announce();
         }
-        tracing::debug!(queue = self.index, "queue stopped");
-        self.queue.next_available()
     }
 
     fn wait(&mut self, completions: usize) -> io::Result<()> {
         match self.ring.submit_and_wait(completions) {
             Ok(_) => Ok(()),
             // Interrupted, or out of memory or room for now: reap what is there and try again.
-            Err(error)
-                if matches!(
-                    error.raw_os_error(),
-                    Some(libc::EINTR | libc::EAGAIN | libc::EBUSY)
-                ) =>
-            {
-                Ok(())
-            }
+            Err(error) if is_passing(&error) => Ok(()),
             Err(error) => Err(error),
         }
     }
 
     // A multishot poll reports every write to the eventfd, so its counter is never read: that
     // saves a system call for each kick, and a leftover count only means one look too many.
-    fn arm_poll(&mut self, descriptor: i32, token: u64) {
+    fn arm_poll(&mut self, descriptor: RawFd, token: u64) -> io::Result<()> {
         let events = u32::from(libc::POLLIN.unsigned_abs());
         let entry = opcode::PollAdd::new(types::Fd(descriptor), events)
             .multi(true)
             .build()
             .user_data(token);
-        self.submit(&entry);
+        self.submit(&entry)
     }
 
-    fn kicked(&mut self, descriptor: i32, result: i32, more: bool) {
+    fn kicked(&mut self, descriptor: RawFd, result: i32, more: bool) -> io::Result<()> {
         if result < 0 {
             let error = io::Error::from_raw_os_error(-result);
             tracing::error!(queue = self.index, %error, "can't wait for the guest's kicks");
             self.announce_broken();
         } else if !more && !self.stopping {
-            self.arm_poll(descriptor, KICK);
+            self.arm_poll(descriptor, KICK)?;
         }
+        Ok(())
     }
 
-    // True if requests may be left that no event will announce.
     fn take_requests(&mut self) -> bool {
-        self.try_take_requests().unwrap_or_else(|error| {
-            tracing::error!(queue = self.index, %error, "the guest broke its queue; it stops");
-            self.announce_broken();
-            false
-        })
+        let outcome = self.executor.take_requests();
+        self.mind(outcome).unwrap_or(false)
     }
 
-    // At most one queue's worth in a row, so that a guest that never stops asking can't keep
-    // completions and the order to stop from being seen.
-    fn try_take_requests(&mut self) -> Result<bool, QueueError> {
-        let mut budget = self.queue.table().size;
-        self.queue.disable_kicks()?;
+    fn submit_operations(&mut self) -> io::Result<()> {
+        while let Some(operation) = self.executor.take_operation() {
+            self.submit(&operation)?;
+        }
+        Ok(())
+    }
+
+    fn submit(&mut self, entry: &squeue::Entry) -> io::Result<()> {
         loop {
-            if !self.in_flight.has_room() {
-                // The next completion leads back here.
-                return Ok(false);
-            }
-            if budget == 0 {
-                return Ok(true);
-            }
-            budget -= 1;
-            match self.queue.pop()? {
-                Some(head) => self.take_request(head)?,
-                None if self.queue.enable_kicks()? => self.queue.disable_kicks()?,
-                None => return Ok(false),
-            }
-        }
-    }
-
-    fn take_request(&mut self, head: u16) -> Result<(), QueueError> {
-        let table = self.queue.table();
-        self.chain.collect(self.queue.memory(), table, head)?;
-        let request = request::parse(self.queue.memory(), &mut self.chain)?;
-        match request.operation {
-            Operation::Read { sector } => self.start_transfer(head, request, sector, false),
-            Operation::Write { sector } => self.start_transfer(head, request, sector, true),
-            Operation::Flush => {
-                let entry = opcode::Fsync::new(IMAGE_FILE)
-                    .flags(types::FsyncFlags::DATASYNC)
-                    .build();
-                self.start(head, request.status, Work::Flush, Some(entry))
-            }
-            Operation::GetId => {
-                let written = self.write_serial();
-                let status = if written.is_some() {
-                    VIRTIO_BLK_S_OK
-                } else {
-                    VIRTIO_BLK_S_IOERR
-                };
-                let written = written.unwrap_or(0);
-                self.answer(head, request.status, status, Completed::Other, written)
-            }
-            Operation::Unsupported(_) => {
-                let status = VIRTIO_BLK_S_UNSUPP;
-                self.answer(head, request.status, status, Completed::Other, 0)
-            }
-        }
-    }
-
-    fn start_transfer(
-        &mut self,
-        head: u16,
-        request: Request,
-        sector: u64,
-        write: bool,
-    ) -> Result<(), QueueError> {
-        let image = &self.disk.image;
-        let offset = request::transfer_offset(sector, request.data_len, image.capacity_sectors());
-        let mut iovecs = self.in_flight.take_iovecs();
-        let segments = if write {
-            &self.chain.readable
-        } else {
-            &self.chain.writable
-        };
-        let mapped = map_all(self.queue.memory(), segments, &mut iovecs);
-        let allowed = !(write && image.read_only());
-        let Some(offset) = offset.filter(|_| mapped && allowed) else {
-            self.in_flight.recycle(iovecs);
-            let completed = if write {
-                Completed::Write(request.data_len)
-            } else {
-                Completed::Read(request.data_len)
-            };
-            let status = VIRTIO_BLK_S_IOERR;
-            return self.answer(head, request.status, status, completed, 0);
-        };
-        let durable = write && self.disk.write_through.load(Ordering::Acquire);
-        let transfer = Transfer::new(write, durable, offset, iovecs, image);
-        if transfer.is_bounced() {
-            self.metrics.count_bounce();
-        }
-        self.start(head, request.status, Work::Transfer(transfer), None)
-    }
-
-    // Puts the work into the table first: the operation points into its final place.
-    fn start(
-        &mut self,
-        head: u16,
-        status: GuestAddress,
-        work: Work,
-        entry: Option<squeue::Entry>,
-    ) -> Result<(), QueueError> {
-        let in_flight = InFlight { head, status, work };
-        let Ok(slot) = self.in_flight.insert(in_flight) else {
-            let status_value = VIRTIO_BLK_S_IOERR;
-            return self.answer(head, status, status_value, Completed::Other, 0);
-        };
-        let step = match (
-            entry,
-            self.in_flight.get_mut(slot).map(|entry| &mut entry.work),
-        ) {
-            (Some(entry), _) => Step::Submit(entry),
-            (None, Some(Work::Transfer(transfer))) => transfer.next(&self.disk.image),
-            (None, _) => Step::Failed(libc::EIO),
-        };
-        self.follow(slot, step)
-    }
-
-    fn complete_operation(&mut self, token: u64, result: i32) {
-        let Ok(slot) = usize::try_from(token) else {
-            return;
-        };
-        let image = &self.disk.image;
-        let step = match self.in_flight.get_mut(slot).map(|entry| &mut entry.work) {
-            Some(Work::Transfer(transfer)) => transfer.complete(result, image),
-            Some(Work::Flush) => settle_flush(image, result),
-            None => return,
-        };
-        if let Err(error) = self.follow(slot, step) {
-            tracing::error!(queue = self.index, %error, "can't hand a request back");
-            self.announce_broken();
-        }
-    }
-
-    fn follow(&mut self, slot: usize, step: Step) -> Result<(), QueueError> {
-        let errno = match step {
-            Step::Submit(entry) => {
-                self.submit(&entry.user_data(slot as u64));
+            // SAFETY: what the entry points to is owned by the executor until the entry's
+            // completion, or is an eventfd that this worker keeps open.
+            if unsafe { self.ring.submission().push(entry) }.is_ok() {
                 return Ok(());
             }
-            Step::Done => None,
-            Step::Failed(errno) => Some(errno),
-        };
-        let Some(finished) = self.in_flight.finish(slot) else {
-            return Ok(());
-        };
-        let (completed, bytes) = finished.outcome();
-        if let Some(errno) = errno {
-            self.log.disk_error(self.index, completed, errno);
-        }
-        let (status, written) = match errno {
-            None => (VIRTIO_BLK_S_OK, bytes),
-            Some(_) => (VIRTIO_BLK_S_IOERR, 0),
-        };
-        let InFlight {
-            head,
-            status: address,
-            work,
-        } = finished;
-        if let Work::Transfer(transfer) = work {
-            self.in_flight.recycle(transfer.into_iovecs());
-        }
-        let written = u32::try_from(written).unwrap_or(u32::MAX - 1);
-        self.answer(head, address, status, completed, written)
-    }
-
-    // Writes the status byte and hands the chain back; `written` are the data bytes before it.
-    fn answer(
-        &mut self,
-        head: u16,
-        address: GuestAddress,
-        status: u32,
-        completed: Completed,
-        written: u32,
-    ) -> Result<(), QueueError> {
-        let byte = u8::try_from(status).unwrap_or(1);
-        self.queue
-            .memory()
-            .write_obj(byte, address)
-            .map_err(virtio_queue::Error::GuestMemory)?;
-        self.metrics.count(completed, status == VIRTIO_BLK_S_OK);
-        self.queue.push_used(head, written.saturating_add(1))
-    }
-
-    fn write_serial(&mut self) -> Option<u32> {
-        let mut rest = self.disk.serial.as_slice();
-        for segment in &self.chain.writable {
-            let (part, after) = rest.split_at(rest.len().min(segment.len as usize));
-            self.queue
-                .memory()
-                .write_slice(part, segment.address)
-                .ok()?;
-            rest = after;
-        }
-        u32::try_from(SERIAL_SIZE - rest.len()).ok()
-    }
-
-    fn submit(&mut self, entry: &squeue::Entry) {
-        loop {
-            // SAFETY: what the entry points to is owned by the in-flight table until the
-            // entry's completion, or is a descriptor that this worker keeps open.
-            if unsafe { self.ring.submission().push(entry) }.is_ok() {
-                return;
-            }
-            if let Err(error) = self.ring.submit() {
-                tracing::warn!(queue = self.index, %error, "submitting early failed; retrying");
-                thread::yield_now();
+            match self.ring.submit() {
+                Ok(_) => {}
+                Err(error) if is_passing(&error) => thread::yield_now(),
+                Err(error) => return Err(error),
             }
         }
     }
 
     fn announce(&mut self) {
-        match self.queue.take_notification() {
-            Ok(true) => {
-                self.metrics.count_notification();
-                self.call.signal();
-            }
-            Ok(false) => {}
-            Err(error) => {
-                tracing::error!(queue = self.index, %error, "can't read the guest's ring");
-                self.announce_broken();
-            }
+        let outcome = self.executor.take_notification();
+        if self.mind(outcome).unwrap_or(false) {
+            self.call.signal();
         }
+    }
+
+    // What the guest did wrong ends its queue, and nothing else.
+    fn mind<T>(&mut self, outcome: Result<T, QueueError>) -> Option<T> {
+        outcome
+            .inspect_err(|error| {
+                tracing::error!(queue = self.index, %error, "the guest broke its queue; it stops");
+                self.announce_broken();
+            })
+            .ok()
     }
 
     fn announce_broken(&mut self) {
-        if !std::mem::replace(&mut self.broken, true) {
-            if let Some(error) = &self.error {
-                let _ = rustix::io::write(error, &1_u64.to_ne_bytes());
-            }
+        let already = std::mem::replace(&mut self.broken, true);
+        if let Some(error) = self.error.as_ref().filter(|_| !already) {
+            // Nobody is left to tell if this fails.
+            let _ = rustix::io::write(error, &1_u64.to_ne_bytes());
         }
     }
 }
 
-fn map_all(memory: &GuestMemoryMmap, segments: &[Segment], iovecs: &mut Vec<iovec>) -> bool {
-    segments
-        .iter()
-        .all(|segment| append_iovecs(memory, *segment, iovecs))
-}
-
-fn settle_flush(image: &Image, result: i32) -> Step {
-    let outcome = if result < 0 {
-        Err(io::Error::from_raw_os_error(-result))
-    } else {
-        Ok(())
-    };
-    match image.settle_sync(outcome) {
-        Ok(()) => Step::Done,
-        Err(error) => Step::Failed(error.raw_os_error().unwrap_or(libc::EIO)),
-    }
+fn is_passing(error: &io::Error) -> bool {
+    let errno = error.raw_os_error();
+    matches!(errno, Some(libc::EINTR | libc::EAGAIN | libc::EBUSY))
 }

@@ -85,7 +85,7 @@ pub fn parse(
 
 /// Where a transfer lies in the image in bytes, if it lies in the disk and in whole sectors.
 pub fn transfer_offset(sector: u64, data_len: u64, capacity_sectors: u64) -> Option<u64> {
-    if data_len % SECTOR_SIZE != 0 {
+    if !data_len.is_multiple_of(SECTOR_SIZE) {
         return None;
     }
     let end = sector.checked_add(data_len / SECTOR_SIZE)?;

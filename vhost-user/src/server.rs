@@ -15,8 +15,8 @@ use vhost::vhost_user::{BackendReqHandler, Error as VhostError};
 
 use crate::Error;
 use crate::backend::BlockBackend;
+use crate::disk::Disk;
 use crate::metrics::{QueueCounters, QueueMetrics};
-use crate::queue_worker::Disk;
 
 /// Ends a server from another thread.
 #[derive(Clone, Debug)]

@@ -78,10 +78,10 @@ impl Transfer {
     /// `durable` makes each write reach stable storage before it completes.
     pub fn new(write: bool, durable: bool, offset: u64, iovecs: Vec<iovec>, image: &Image) -> Self {
         let bounced = image.direct().is_some_and(|alignment| {
-            offset % alignment.offset as u64 != 0
+            !offset.is_multiple_of(alignment.offset as u64)
                 || iovecs.iter().any(|iovec| {
-                    iovec.iov_base as usize % alignment.memory != 0
-                        || iovec.iov_len % alignment.offset != 0
+                    !(iovec.iov_base as usize).is_multiple_of(alignment.memory)
+                        || !iovec.iov_len.is_multiple_of(alignment.offset)
                 })
         });
         Self {
@@ -185,6 +185,7 @@ impl Transfer {
             return true;
         }
         if !self.write && position >= image.bytes() {
+            self.advance(moved, |_, _| {});
             return self.zero_rest();
         }
         // O_DIRECT can only go on from an aligned position; what is moved twice is the same.

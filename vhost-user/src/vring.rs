@@ -8,9 +8,10 @@ use std::sync::{Arc, Mutex, PoisonError};
 use rustix::fs::{OFlags, fcntl_getfl, fcntl_setfl};
 use vm_memory::GuestMemoryMmap;
 
+use crate::disk::Disk;
 use crate::guest_memory::MemoryTable;
 use crate::metrics::QueueMetrics;
-use crate::queue_worker::{Disk, QueueWorker, WorkerSetup};
+use crate::queue_worker::{QueueWorker, WorkerSetup};
 use crate::virtqueue::VirtqueueSetup;
 
 /// The eventfd that interrupts the guest. Frontends replace it while the queue runs, when the

@@ -17,6 +17,9 @@ const LEAF1_ECX_TSC_DEADLINE: u32 = 1 << 24;
 const LEAF1_ECX_HYPERVISOR: u32 = 1 << 31;
 const LEAF1_EDX_HTT: u32 = 1 << 28;
 
+/// The type field of leaves 4 and 0x8000001d, which is 0 after the last cache.
+const CACHE_TYPE_BITS: u32 = 5;
+
 /// The first hypervisor leaf: the signature, and in EAX the highest hypervisor leaf.
 const KVM_SIGNATURE: u32 = 0x4000_0000;
 const KVM_FEATURES: u32 = 0x4000_0001;
@@ -80,7 +83,7 @@ pub fn for_vcpu(template: &CpuId, index: u8, count: u8) -> CpuId {
 
 /// Leaf 4 (Intel): caches 1 and 2 are a core's own, 3 is the socket's.
 fn set_cache_sharing_intel(entry: &mut kvm_cpuid_entry2, count: u32) {
-    if entry.eax & 0x1f == 0 {
+    if entry.eax.trailing_zeros() >= CACHE_TYPE_BITS {
         return;
     }
     let level = (entry.eax >> 5) & 7;
@@ -91,7 +94,7 @@ fn set_cache_sharing_intel(entry: &mut kvm_cpuid_entry2, count: u32) {
 
 /// Leaf 0x8000001d (AMD): as leaf 4, without the number of cores.
 fn set_cache_sharing_amd(entry: &mut kvm_cpuid_entry2, count: u32) {
-    if entry.eax & 0x1f == 0 {
+    if entry.eax.trailing_zeros() >= CACHE_TYPE_BITS {
         return;
     }
     let level = (entry.eax >> 5) & 7;

@@ -5,22 +5,23 @@ use std::io;
 use std::os::unix::fs::FileTypeExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
-use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::{Arc, Mutex, PoisonError};
 
-use kvm_ioctls::Kvm;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use crate::api::{
     ApiServer, ApiThread, Control, ControlSender, Event, ExitReason, ExitStatus, GuestState,
     SharedState,
 };
-use crate::config::{GuestConfig, OnReboot};
+use crate::config::{GuestConfig, InterfaceConfig, OnReboot};
 use crate::console::{ConsoleLog, ConsoleOutput, ConsoleServer};
 use crate::error::VmmError;
-use crate::machine::{Machine, open_kvm};
+use crate::machine::{HostResources, Machine, Reporters, open_kvm};
 use crate::signals;
 use crate::vcpu::{VcpuEnd, install_kick_signal};
+use crate::virtio::block::DiskEvent;
+use crate::virtio::net::Tap;
 
 /// What the thread that owns the guest waits for.
 enum Message {
@@ -64,16 +65,20 @@ pub fn run(config: &GuestConfig, api_socket: &Path) -> Result<ExitStatus, VmmErr
     let api = ApiServer::spawn(api_listener, Arc::clone(&shared), server, control)
         .map_err(VmmError::os("start the API thread"))?;
 
-    let guest = Guest {
-        kvm,
-        config,
-        shared: &shared,
-        console,
-        inbox,
-        messages,
-        api: &api,
-    };
-    let result = guest.live();
+    let result = open_taps(config).and_then(|taps| {
+        let host = HostResources { kvm, taps, console };
+        let reporters = reporters(&messages, &shared);
+        Guest {
+            host,
+            config,
+            shared: &shared,
+            reporters,
+            inbox,
+            messages,
+            api: &api,
+        }
+        .live()
+    });
     let exit = match &result {
         Ok(exit) => exit.clone(),
         Err(e) => ExitStatus {
@@ -103,11 +108,38 @@ fn control_sender(messages: &Sender<Message>) -> ControlSender {
     Box::new(move |control| messages.send(Message::Control(control)).is_ok())
 }
 
+fn reporters(messages: &Sender<Message>, shared: &Arc<SharedState>) -> Reporters {
+    let messages = Mutex::new(messages.clone());
+    let shared = Arc::clone(shared);
+    Reporters {
+        end: Arc::new(move |end| {
+            let messages = messages.lock().unwrap_or_else(PoisonError::into_inner);
+            // Fails only while the process ends.
+            let _ = messages.send(Message::Vcpu(end));
+        }),
+        disk: Arc::new(move |event| {
+            shared.emit(match event {
+                DiskEvent::Disconnected(id) => Event::DiskDisconnected { id },
+                DiskEvent::Reconnected(id) => Event::DiskReconnected { id },
+            });
+        }),
+    }
+}
+
+fn open_taps(config: &GuestConfig) -> Result<Vec<Arc<Tap>>, VmmError> {
+    let open = |interface: &InterfaceConfig| Tap::open(&interface.id, &interface.tap).map(Arc::new);
+    Ok(config
+        .interfaces
+        .iter()
+        .map(open)
+        .collect::<Result<_, _>>()?)
+}
+
 struct Guest<'a> {
-    kvm: Kvm,
+    host: HostResources,
     config: &'a GuestConfig,
     shared: &'a SharedState,
-    console: Arc<ConsoleOutput>,
+    reporters: Reporters,
     inbox: Receiver<Message>,
     messages: Sender<Message>,
     api: &'a ApiThread,
@@ -133,12 +165,7 @@ impl Guest<'_> {
     }
 
     fn boot(&self) -> Result<Machine, VmmError> {
-        let messages = self.messages.clone();
-        let report = Arc::new(move |end| {
-            // Fails only while the process ends.
-            let _ = messages.send(Message::Vcpu(end));
-        });
-        let machine = Machine::start(&self.kvm, self.config, &self.console, report)?;
+        let machine = Machine::start(&self.host, self.config, &self.reporters)?;
         self.api.attach(machine.serial());
         self.shared.booted();
         Ok(machine)

@@ -50,14 +50,14 @@ impl InterruptRouter {
             next_gsi: layout::IO_APIC_PINS,
             messages: BTreeMap::new(),
         };
-        let router = Self {
+        let result = Self {
             vm,
             state: Mutex::new(routes),
         };
-        router
-            .commit(&router.state.lock().unwrap_or_else(PoisonError::into_inner))
+        result
+            .commit(&result.state.lock().unwrap_or_else(PoisonError::into_inner))
             .map_err(VmmError::kvm("route interrupts"))?;
-        Ok(router)
+        Ok(result)
     }
 
     /// Takes `count` unused interrupt numbers and returns the first.

@@ -4,7 +4,7 @@
 
 use std::sync::{Arc, Mutex};
 
-use kvm_ioctls::{Cap, Kvm};
+use kvm_ioctls::{Cap, Kvm, VmFd};
 
 use crate::boot::{self, acpi::AcpiConfig, layout};
 use crate::config::GuestConfig;
@@ -19,6 +19,17 @@ use crate::memory::{self, GuestMemory};
 use crate::pci::PciBus;
 use crate::platform::Platform;
 use crate::vcpu::{EndReporter, ExitHandler, Vcpu, VcpuThreads};
+use crate::virtio::block::{Block, DiskEvent, DiskLink, DiskWatcher};
+use crate::virtio::net::{Net, Tap};
+use crate::virtio::rng::Rng;
+use crate::virtio::{VirtioDevice, VirtioPci};
+
+/// PCI class codes: mass storage, Ethernet, and a device that fits no class.
+const CLASS_STORAGE: u32 = 0x01_8000;
+const CLASS_ETHERNET: u32 = 0x02_0000;
+const CLASS_OTHER: u32 = 0xff_0000;
+#[allow(clippy::cast_possible_truncation, reason = "the window is below 4 GiB")]
+const PCI_WINDOW: u32 = layout::PCI_WINDOW as u32;
 
 /// What KVM must offer; all of it is older than any kernel that this crate runs on.
 const REQUIRED: [(Cap, &str); 6] = [
@@ -32,10 +43,30 @@ const REQUIRED: [(Cap, &str); 6] = [
 
 /// A running machine. Dropping it stops the vCPUs and the devices.
 pub struct Machine {
-    // Fields are dropped in this order: vCPUs first, memory last.
+    // Fields are dropped in this order: vCPUs first, then the devices, memory last.
     _vcpus: VcpuThreads,
+    _disk_watcher: Option<DiskWatcher>,
     platform: Arc<Platform>,
     _memory: GuestMemory,
+}
+
+/// What of the host outlives a reboot of the guest.
+pub struct HostResources {
+    /// `/dev/kvm`.
+    pub kvm: Kvm,
+    /// The TAPs, in the order of the configuration's interfaces.
+    pub taps: Vec<Arc<Tap>>,
+    /// Where the guest's output goes.
+    pub console: Arc<ConsoleOutput>,
+}
+
+/// Whom a machine tells what happens to it.
+#[derive(Clone)]
+pub struct Reporters {
+    /// A vCPU ended.
+    pub end: EndReporter,
+    /// A disk's backend went away or came back.
+    pub disk: Arc<dyn Fn(DiskEvent) + Send + Sync>,
 }
 
 /// Opens `/dev/kvm` and checks what it can do.
@@ -62,52 +93,54 @@ pub fn open_kvm() -> Result<Kvm, VmmError> {
 }
 
 impl Machine {
-    /// Builds the machine, loads the kernel, and starts the vCPUs, which tell `report` when they end.
+    /// Builds the machine, loads the kernel, and starts the vCPUs.
     pub fn start(
-        kvm: &Kvm,
+        host: &HostResources,
         config: &GuestConfig,
-        console: &Arc<ConsoleOutput>,
-        report: EndReporter,
+        reporters: &Reporters,
     ) -> Result<Self, VmmError> {
-        let vm = Arc::new(
-            kvm.create_vm()
-                .map_err(VmmError::kvm("create a virtual machine"))?,
-        );
+        let vm = host
+            .kvm
+            .create_vm()
+            .map_err(VmmError::kvm("create a virtual machine"))?;
+        let vm = Arc::new(vm);
         let memory = memory::allocate(&config.memory)?;
         memory::register(&vm, &memory)?;
-        // Only Intel's processors need these two, and not every KVM knows them.
-        if let Err(e) = vm.set_identity_map_address(layout::IDENTITY_MAP) {
-            tracing::debug!("KVM_SET_IDENTITY_MAP_ADDR: {e}");
-        }
-        if let Err(e) = vm.set_tss_address(layout::TSS) {
-            tracing::debug!("KVM_SET_TSS_ADDR: {e}");
-        }
-        vm.create_irq_chip()
-            .map_err(VmmError::kvm("create the interrupt controllers"))?;
+        create_interrupt_controllers(&vm)?;
         let router = Arc::new(InterruptRouter::new(Arc::clone(&vm))?);
 
         let platform = Arc::new(Platform {
-            serial: SerialPort::new(&router, console)?,
+            serial: SerialPort::new(&router, &host.console)?,
             power: Power::new(&router)?,
             pci: PciBus::new(),
             clock: Mutex::new(Clock::default()),
         });
+        let mut slots = SlotBuilder {
+            bus: &platform.pci,
+            next: 1,
+            vm: &vm,
+            router,
+            memory: &memory,
+        };
+        let disks = slots.add_all(host, config)?;
 
         let acpi = AcpiConfig {
             vcpus: config.vcpus,
         };
-        let entry = boot::load(&memory, &config.kernel, &acpi)?;
-        let template = cpuid::template(kvm)?;
+        let entry = boot::load(&memory, &config.kernel, acpi)?;
+        let template = cpuid::template(&host.kvm)?;
         let mut vcpus = Vec::with_capacity(usize::from(config.vcpus));
         for index in 0..config.vcpus {
             let cpuid = cpuid::for_vcpu(&template, index, config.vcpus);
             vcpus.push(Vcpu::new(&vm, index, &cpuid, entry)?);
         }
+        let disk_watcher = watch_disks(disks, reporters)?;
         let handler: Arc<dyn ExitHandler> = Arc::clone(&platform) as _;
-        let threads = VcpuThreads::start(vcpus, &handler, &report)
+        let threads = VcpuThreads::start(vcpus, &handler, &reporters.end)
             .map_err(VmmError::os("start the vCPU threads"))?;
         Ok(Self {
             _vcpus: threads,
+            _disk_watcher: disk_watcher,
             platform,
             _memory: memory,
         })
@@ -121,5 +154,77 @@ impl Machine {
     /// Presses the power button.
     pub fn press_power_button(&self) -> std::io::Result<()> {
         self.platform.power.press_button()
+    }
+}
+
+fn create_interrupt_controllers(vm: &VmFd) -> Result<(), VmmError> {
+    // Only Intel's processors need these two, and not every KVM knows them.
+    if let Err(e) = vm.set_identity_map_address(layout::IDENTITY_MAP) {
+        tracing::debug!("KVM_SET_IDENTITY_MAP_ADDR: {e}");
+    }
+    if let Err(e) = vm.set_tss_address(layout::TSS) {
+        tracing::debug!("KVM_SET_TSS_ADDR: {e}");
+    }
+    vm.create_irq_chip()
+        .map_err(VmmError::kvm("create the interrupt controllers"))
+}
+
+fn watch_disks(
+    links: Vec<Arc<DiskLink>>,
+    reporters: &Reporters,
+) -> Result<Option<DiskWatcher>, VmmError> {
+    if links.is_empty() {
+        return Ok(None);
+    }
+    let report = Arc::clone(&reporters.disk);
+    DiskWatcher::start(links, move |event| report(event))
+        .map(Some)
+        .map_err(VmmError::os("start the thread that watches the disks"))
+}
+
+/// Puts virtio devices into the PCI bus's slots, in order.
+struct SlotBuilder<'a> {
+    bus: &'a PciBus,
+    next: u32,
+    vm: &'a Arc<VmFd>,
+    router: Arc<InterruptRouter>,
+    memory: &'a GuestMemory,
+}
+
+impl SlotBuilder<'_> {
+    /// The entropy device, the disks and the interfaces; returns the disks' connections.
+    fn add_all(
+        &mut self,
+        host: &HostResources,
+        config: &GuestConfig,
+    ) -> Result<Vec<Arc<DiskLink>>, VmmError> {
+        self.add("rng", Box::new(Rng::default()), CLASS_OTHER)?;
+        let mut disks = Vec::with_capacity(config.disks.len());
+        for disk in &config.disks {
+            let block = Block::connect(disk)?;
+            disks.push(block.link());
+            self.add(&disk.id, Box::new(block), CLASS_STORAGE)?;
+        }
+        for (interface, tap) in config.interfaces.iter().zip(&host.taps) {
+            let net = Net::new(interface, Arc::clone(tap));
+            self.add(&interface.id, Box::new(net), CLASS_ETHERNET)?;
+        }
+        Ok(disks)
+    }
+
+    fn add(
+        &mut self,
+        name: &str,
+        device: Box<dyn VirtioDevice>,
+        class: u32,
+    ) -> Result<(), VmmError> {
+        let base = PCI_WINDOW + self.next * VirtioPci::BAR_BYTES;
+        let parts = (self.vm, &self.router, self.memory);
+        let function = VirtioPci::new(name.to_owned(), device, class, base, parts)?;
+        // The configuration limits the devices to the slots that there are.
+        if self.bus.add(Arc::new(Mutex::new(function))).is_some() {
+            self.next += 1;
+        }
+        Ok(())
     }
 }

@@ -2,6 +2,7 @@
 
 mod bus;
 mod config_space;
+pub mod msix;
 
 pub use bus::{BarWindow, PciBus, PciFunction};
 pub use config_space::{ConfigSpace, Identity};

@@ -1,4 +1,107 @@
-//! Virtio devices.
+//! Virtio devices (virtio 1.2) on the PCI transport.
 
 pub mod block;
+mod capabilities;
+mod common_config;
 pub mod net;
+mod queue;
+pub mod rng;
+mod transport;
+mod used_ring;
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU8, Ordering};
+
+use vmm_sys_util::eventfd::EventFd;
+
+use crate::memory::GuestMemory;
+
+pub use queue::QueueLayout;
+pub use transport::VirtioPci;
+pub use used_ring::UsedRing;
+
+/// `VIRTIO_F_VERSION_1`: the device is not a legacy one. All of ours demand it.
+pub const FEATURE_VERSION_1: u64 = 1 << virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
+/// `VIRTIO_F_EVENT_IDX`, also called `VIRTIO_RING_F_EVENT_IDX`.
+pub const FEATURE_EVENT_IDX: u64 = 1 << virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
+/// `VIRTIO_F_INDIRECT_DESC`, also called `VIRTIO_RING_F_INDIRECT_DESC`.
+pub const FEATURE_INDIRECT: u64 = 1 << virtio_bindings::virtio_ring::VIRTIO_RING_F_INDIRECT_DESC;
+
+/// `VIRTIO_CONFIG_S_NEEDS_RESET`.
+const STATUS_NEEDS_RESET: u8 = 64;
+
+/// A device behind a [`VirtioPci`]. Calls come from vCPU threads, one at a time.
+pub trait VirtioDevice: Send {
+    /// The device's type (virtio 1.2, 5).
+    fn device_type(&self) -> u32;
+    /// The largest size of each queue.
+    fn queue_sizes(&self) -> &[u16];
+    /// The feature bits on offer.
+    fn features(&self) -> u64;
+    /// Reads the device-specific configuration; bytes beyond it are left as they are.
+    fn read_config(&mut self, offset: u64, data: &mut [u8]);
+    /// Writes the device-specific configuration. Most devices have nothing to write.
+    fn write_config(&mut self, _offset: u64, _data: &[u8]) {}
+    /// The driver is ready: start to serve the queues.
+    fn activate(&mut self, activation: Activation) -> Result<(), ActivationError>;
+    /// Stop to serve the queues; when this returns no buffer of the guest is touched any more.
+    fn reset(&mut self);
+    /// Whether the device wants [`Self::notify`] instead of the queues' kick events.
+    fn handles_notifications(&self) -> bool {
+        false
+    }
+    /// The driver notified queue `index`, on its vCPU's thread.
+    fn notify(&mut self, _index: u16) {}
+}
+
+/// Why a device can't start.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+pub struct ActivationError(pub String);
+
+impl ActivationError {
+    /// For `map_err`, saying what was tried.
+    pub fn of<E: std::fmt::Display>(step: &'static str) -> impl FnOnce(E) -> Self {
+        move |e| Self(format!("can't {step}: {e}"))
+    }
+}
+
+/// What a device gets when its driver is ready.
+pub struct Activation {
+    /// Guest memory.
+    pub memory: GuestMemory,
+    /// The feature bits that the driver accepted.
+    pub features: u64,
+    /// The queues that the driver enabled, by index.
+    pub queues: Vec<ActiveQueue>,
+    /// How to say that the device is broken.
+    pub health: DeviceHealth,
+}
+
+/// A queue that the driver enabled.
+pub struct ActiveQueue {
+    /// Its index.
+    pub index: u16,
+    /// Where it is in guest memory, checked.
+    pub layout: QueueLayout,
+    /// Written by the driver's notifications.
+    pub kick: EventFd,
+    /// Writing it interrupts the driver.
+    pub call: EventFd,
+}
+
+/// Marks a device as needing a reset (virtio 1.2, 2.1.2).
+#[derive(Clone)]
+pub struct DeviceHealth {
+    status: Arc<AtomicU8>,
+    config_event: Arc<EventFd>,
+}
+
+impl DeviceHealth {
+    /// Sets `DEVICE_NEEDS_RESET` and interrupts the driver.
+    pub fn needs_reset(&self) {
+        self.status.fetch_or(STATUS_NEEDS_RESET, Ordering::AcqRel);
+        // Fails only with the event's counter at its maximum.
+        let _ = self.config_event.write(1);
+    }
+}

@@ -122,8 +122,13 @@ pub enum Event {
     },
     /// The guest boots again in the same process.
     Reboot,
-    /// A disk's backend went away; the disk answers nothing until the next reset finds it.
+    /// A disk's backend went away: the disk answers nothing until another takes over.
     DiskDisconnected {
+        /// The disk's `id`.
+        id: String,
+    },
+    /// Another backend took over a disk, with the requests that were under way.
+    DiskReconnected {
         /// The disk's `id`.
         id: String,
     },

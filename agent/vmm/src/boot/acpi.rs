@@ -38,10 +38,7 @@ pub struct AcpiConfig {
 }
 
 /// Writes all tables and returns the RSDP's guest-physical address.
-pub(super) fn write_tables(
-    memory: &GuestMemoryMmap,
-    config: &AcpiConfig,
-) -> Result<u64, BootError> {
+pub(super) fn write_tables(memory: &GuestMemoryMmap, config: AcpiConfig) -> Result<u64, BootError> {
     let mut tables = TableWriter {
         memory,
         next: layout::ACPI + RSDP_BYTES.next_multiple_of(16),
@@ -120,7 +117,7 @@ fn fadt(dsdt: u64) -> impl Aml {
     fadt.finalize()
 }
 
-fn madt(config: &AcpiConfig) -> impl Aml {
+fn madt(config: AcpiConfig) -> impl Aml {
     let local_apic = LocalInterruptController::Address(layout::LOCAL_APIC);
     let mut madt = MADT::new(OEM_ID, OEM_TABLE_ID, OEM_REVISION, local_apic);
     for id in 0..config.vcpus {

@@ -82,7 +82,7 @@ pub struct Entry {
 pub fn load(
     memory: &GuestMemoryMmap,
     config: &KernelConfig,
-    acpi: &acpi::AcpiConfig,
+    acpi: acpi::AcpiConfig,
 ) -> Result<Entry, BootError> {
     let kernel = kernel::load(memory, &config.image)?;
     let initrd = match &config.initrd {

@@ -54,7 +54,7 @@ fn register(index: u8, seconds: u64) -> u8 {
 }
 
 fn bcd(value: u64) -> u8 {
-    u8::try_from((value / 10 % 10) << 4 | value % 10).unwrap_or(0)
+    u8::try_from(((value / 10 % 10) << 4) | (value % 10)).unwrap_or(0)
 }
 
 /// The Gregorian date of a day since 1970-01-01: (year, month, day).

@@ -226,7 +226,7 @@ fn port_target(address: u32, offset: u16) -> Option<(Option<usize>, u16)> {
     let bus = (address >> 16) & 0xff;
     let function = (address >> 8) & 0xff;
     let register = (address & 0xfc) as u16 + offset;
-    let slot = (bus == 0 && function & 7 == 0).then_some((function >> 3) as usize);
+    let slot = (bus == 0 && function.trailing_zeros() >= 3).then_some((function >> 3) as usize);
     Some((slot, register))
 }
 

@@ -1,5 +1,73 @@
-//! Disk.
-/// Backend error.
-#[derive(Debug, thiserror::Error)]
-#[error("todo")]
-pub struct BackendError;
+//! A disk (virtio 1.2, 5.2) that a vhost-user backend serves.
+//!
+//! This process only sets the connection up: the backend maps the guest's memory and serves the
+//! virtqueues, whose kick and call eventfds it shares with KVM.
+
+mod backend;
+mod link;
+mod watcher;
+
+use std::sync::Arc;
+
+use virtio_bindings::virtio_ids::VIRTIO_ID_BLOCK;
+
+use super::{Activation, ActivationError, VirtioDevice};
+use crate::config::DiskConfig;
+
+pub use backend::BackendError;
+pub use link::DiskLink;
+pub use watcher::{DiskEvent, DiskWatcher};
+
+/// A disk as the guest's driver sees it.
+pub struct Block {
+    link: Arc<DiskLink>,
+    queue_sizes: Vec<u16>,
+}
+
+impl Block {
+    /// Connects to the backend.
+    pub fn connect(config: &DiskConfig) -> Result<Self, BackendError> {
+        let queue_sizes = vec![config.queue_size; usize::from(config.queues)];
+        Ok(Self {
+            link: Arc::new(DiskLink::connect(config)?),
+            queue_sizes,
+        })
+    }
+
+    /// The connection, for the [`DiskWatcher`].
+    pub fn link(&self) -> Arc<DiskLink> {
+        Arc::clone(&self.link)
+    }
+}
+
+impl VirtioDevice for Block {
+    fn device_type(&self) -> u32 {
+        VIRTIO_ID_BLOCK
+    }
+
+    fn queue_sizes(&self) -> &[u16] {
+        &self.queue_sizes
+    }
+
+    fn features(&self) -> u64 {
+        self.link.features()
+    }
+
+    fn read_config(&mut self, offset: u64, data: &mut [u8]) {
+        let start = usize::try_from(offset).unwrap_or(usize::MAX);
+        for (byte, value) in data
+            .iter_mut()
+            .zip(self.link.config_space().iter().skip(start))
+        {
+            *byte = *value;
+        }
+    }
+
+    fn activate(&mut self, activation: Activation) -> Result<(), ActivationError> {
+        self.link.activate(activation)
+    }
+
+    fn reset(&mut self) {
+        self.link.deactivate();
+    }
+}

@@ -1,0 +1,193 @@
+//! The thread that serves an interface's two queues.
+
+use std::io;
+use std::os::fd::{AsRawFd, RawFd};
+use std::sync::Arc;
+use std::thread::JoinHandle;
+
+use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
+
+use super::queues::{BrokenQueue, PacketQueue, Receiver, Transmitter, Turn};
+use super::tap::Tap;
+use crate::virtio::{Activation, ActivationError, DeviceHealth, FEATURE_EVENT_IDX};
+
+/// The thread's needs are small and known; the default of 8 MiB would only be address space.
+const STACK_BYTES: usize = 128 << 10;
+
+const TAP: u64 = 0;
+const RECEIVE_KICK: u64 = 1;
+const TRANSMIT_KICK: u64 = 2;
+const STOP: u64 = 3;
+
+/// A running thread. Dropping stops and joins it.
+pub struct Worker {
+    stop: EventFd,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Worker {
+    /// Starts to serve the queues; `None` if the driver didn't enable both.
+    pub fn start(
+        id: &str,
+        tap: Arc<Tap>,
+        mtu: u16,
+        activation: Activation,
+    ) -> Result<Option<Self>, ActivationError> {
+        let Activation {
+            memory,
+            features,
+            queues,
+            health,
+        } = activation;
+        let Ok([receive, transmit]) = <[_; 2]>::try_from(queues) else {
+            return Ok(None);
+        };
+        let event_idx = features & FEATURE_EVENT_IDX != 0;
+        let open = |queue: &crate::virtio::ActiveQueue| {
+            queue
+                .layout
+                .open(queue.index, &memory, event_idx)
+                .map_err(|e| ActivationError(e.to_string()))
+        };
+        let (receive_queue, transmit_queue) = (open(&receive)?, open(&transmit)?);
+        let event = |step| ActivationError::of(step);
+        let stop = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).map_err(event("create an eventfd"))?;
+        let epoll = Epoll::new().map_err(event("create an epoll instance"))?;
+        let edge = EventSet::IN | EventSet::EDGE_TRIGGERED;
+        for (fd, set, token) in [
+            (tap.as_raw_fd(), edge, TAP),
+            (receive.kick.as_raw_fd(), EventSet::IN, RECEIVE_KICK),
+            (transmit.kick.as_raw_fd(), EventSet::IN, TRANSMIT_KICK),
+            (stop.as_raw_fd(), EventSet::IN, STOP),
+        ] {
+            watch(&epoll, fd, set, token).map_err(event("watch the interface's events"))?;
+        }
+        let thread = std::thread::Builder::new()
+            .name(format!("net-{id}"))
+            .stack_size(STACK_BYTES)
+            .spawn(move || {
+                let incoming = PacketQueue::new(receive_queue, Arc::clone(&memory));
+                let service = Service {
+                    tap,
+                    epoll,
+                    receiver: Receiver::new(incoming, features, mtu),
+                    transmitter: Transmitter::new(PacketQueue::new(transmit_queue, memory)),
+                    receive_kick: receive.kick,
+                    receive_call: receive.call,
+                    transmit_kick: transmit.kick,
+                    transmit_call: transmit.call,
+                };
+                service.run(&health);
+            })
+            .map_err(event("start the interface's thread"))?;
+        Ok(Some(Self {
+            stop,
+            thread: Some(thread),
+        }))
+    }
+}
+
+impl Drop for Worker {
+    fn drop(&mut self) {
+        // Fails only with the event's counter at its maximum, when the thread is awake anyway.
+        let _ = self.stop.write(1);
+        if let Some(thread) = self.thread.take()
+            && thread.join().is_err()
+        {
+            tracing::error!("an interface's thread panicked");
+        }
+    }
+}
+
+struct Service {
+    tap: Arc<Tap>,
+    epoll: Epoll,
+    receiver: Receiver,
+    transmitter: Transmitter,
+    receive_kick: EventFd,
+    receive_call: EventFd,
+    transmit_kick: EventFd,
+    transmit_call: EventFd,
+}
+
+/// What there may be to do.
+struct Work {
+    /// The TAP may have packets.
+    tap_ready: bool,
+    /// The driver may have given buffers since the last [`Turn::NoBuffers`].
+    buffers: bool,
+    transmit: bool,
+}
+
+impl Service {
+    fn run(mut self, health: &DeviceHealth) {
+        if let Err(e) = self.serve() {
+            tracing::warn!("an interface's queue is broken: {e}");
+            health.needs_reset();
+        }
+    }
+
+    fn serve(&mut self) -> Result<(), BrokenQueue> {
+        let mut events = [EpollEvent::default(); 4];
+        // Buffers and packets may be there from before.
+        let mut work = Work {
+            tap_ready: true,
+            buffers: true,
+            transmit: true,
+        };
+        loop {
+            let idle = !(work.transmit || work.tap_ready && work.buffers);
+            let ready = match self.epoll.wait(if idle { -1 } else { 0 }, &mut events) {
+                Ok(ready) => ready,
+                Err(e) if e.kind() == io::ErrorKind::Interrupted => continue,
+                Err(e) => {
+                    tracing::error!("epoll_wait failed: {e}");
+                    return Ok(());
+                }
+            };
+            for event in &events[..ready] {
+                match event.data() {
+                    TAP => work.tap_ready = true,
+                    RECEIVE_KICK => {
+                        // Says EAGAIN if a reset took it.
+                        let _ = self.receive_kick.read();
+                        work.buffers = true;
+                    }
+                    TRANSMIT_KICK => {
+                        let _ = self.transmit_kick.read();
+                        work.transmit = true;
+                    }
+                    _ => return Ok(()),
+                }
+            }
+            self.turn(&mut work)?;
+        }
+    }
+
+    fn turn(&mut self, work: &mut Work) -> Result<(), BrokenQueue> {
+        if work.transmit {
+            let (turn, interrupt) = self.transmitter.run(&self.tap)?;
+            work.transmit = turn == Turn::More;
+            call(&self.transmit_call, interrupt);
+        }
+        if work.tap_ready && work.buffers {
+            let (turn, interrupt) = self.receiver.run(&self.tap)?;
+            work.tap_ready = turn != Turn::Drained;
+            work.buffers = turn != Turn::NoBuffers;
+            call(&self.receive_call, interrupt);
+        }
+        Ok(())
+    }
+}
+
+fn call(event: &EventFd, interrupt: bool) {
+    if interrupt {
+        // Fails only with the event's counter at its maximum, when an interrupt is due anyway.
+        let _ = event.write(1);
+    }
+}
+
+fn watch(epoll: &Epoll, fd: RawFd, set: EventSet, token: u64) -> io::Result<()> {
+    epoll.ctl(ControlOperation::Add, fd, EpollEvent::new(set, token))
+}

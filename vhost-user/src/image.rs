@@ -6,6 +6,8 @@ use std::os::fd::AsFd;
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
+use std::time::{Duration, Instant};
 
 use rustix::fs::{OFlags, fcntl_getfl, fcntl_setfl};
 
@@ -14,6 +16,9 @@ use crate::{Error, direct_io, image_lock};
 
 /// The unit in which virtio-blk counts, whatever the disk's block size (virtio 1.2, 5.2.4).
 pub const SECTOR_SIZE: u64 = 512;
+
+const LOCK_PATIENCE: Duration = Duration::from_secs(3);
+const LOCK_RETRY: Duration = Duration::from_millis(10);
 
 /// Whether to go around the page cache.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -199,17 +204,29 @@ fn open_file(options: &ImageOptions, block_device: bool) -> Result<File, Error> 
         })
 }
 
+// A killed process's io_uring keeps its files open, and so locked, until the kernel has
+// cancelled what was in flight. No process shows such a lock, so it is waited for a while.
 fn lock(file: &File, options: &ImageOptions) -> Result<(), Error> {
-    match image_lock::try_lock(file, !options.read_only) {
-        Ok(true) => Ok(()),
-        Ok(false) => Err(Error::ImageInUse {
-            path: options.path.clone(),
-            holder: image_lock::describe_holder(file),
-        }),
-        Err(source) => Err(Error::LockImage {
-            path: options.path.clone(),
-            source,
-        }),
+    let deadline = Instant::now() + LOCK_PATIENCE;
+    loop {
+        match image_lock::try_lock(file, !options.read_only) {
+            Ok(true) => return Ok(()),
+            Ok(false) => {}
+            Err(source) => {
+                return Err(Error::LockImage {
+                    path: options.path.clone(),
+                    source,
+                });
+            }
+        }
+        let holder = image_lock::find_holder(file);
+        if holder.is_some() || Instant::now() > deadline {
+            return Err(Error::ImageInUse {
+                path: options.path.clone(),
+                holder: holder.unwrap_or_else(|| "another process".into()),
+            });
+        }
+        thread::sleep(LOCK_RETRY);
     }
 }
 

@@ -33,22 +33,19 @@ pub fn try_lock(file: &File, exclusive: bool) -> io::Result<bool> {
     }
 }
 
-/// Who holds a lock on this file, as a phrase for a message.
+/// Who holds a lock on this file, as a phrase for a message, if any process shows it.
 ///
 /// The kernel doesn't name the holder of an OFD lock, but `/proc/PID/fdinfo` shows the locks
 /// of each open file, as far as this process may look.
-pub fn describe_holder(file: &File) -> String {
-    match find_holder(file) {
-        Some((process_id, name)) => format!("process {process_id} ({name})"),
-        None => "another process".into(),
-    }
-}
-
-fn find_holder(file: &File) -> Option<(u32, String)> {
+pub fn find_holder(file: &File) -> Option<String> {
     let wanted = file.metadata().ok()?;
     let own = std::process::id();
     for entry in fs::read_dir("/proc").ok()?.flatten() {
-        let Some(process_id) = entry.file_name().to_str().and_then(|s| s.parse().ok()) else {
+        let Some(process_id) = entry
+            .file_name()
+            .to_str()
+            .and_then(|s| s.parse::<u32>().ok())
+        else {
             continue;
         };
         if process_id == own {
@@ -69,7 +66,7 @@ fn find_holder(file: &File) -> Option<(u32, String)> {
                 .is_ok_and(|text| text.lines().any(|line| line.starts_with("lock:")));
             if locked {
                 let name = fs::read_to_string(entry.path().join("comm")).unwrap_or_default();
-                return Some((process_id, name.trim().to_owned()));
+                return Some(format!("process {process_id} ({})", name.trim()));
             }
         }
     }

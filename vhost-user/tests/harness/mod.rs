@@ -2,8 +2,13 @@
 //! client of the crate `virtio-driver`, and a bare guest that can write anything into its rings.
 
 #![allow(dead_code, reason = "each test binary uses its own part")]
+#![allow(
+    clippy::unwrap_used,
+    reason = "the exception for tests covers only their functions"
+)]
 
 pub mod driver;
+pub mod loop_device;
 pub mod raw_guest;
 
 use std::fs::{File, OpenOptions};
@@ -16,7 +21,7 @@ use std::time::{Duration, Instant};
 use tempfile::TempDir;
 
 /// Longer than anything here takes; only a hang gets there.
-pub const PATIENCE: Duration = Duration::from_secs(60);
+pub const PATIENCE: Duration = Duration::from_mins(1);
 
 /// A directory with an image of known content and a socket's path. On the build directory's
 /// file system: the usual one for temporary files is often tmpfs, which older kernels don't

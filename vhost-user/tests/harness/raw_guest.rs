@@ -1,6 +1,6 @@
 //! A guest without a driver: it writes descriptors and rings byte by byte, right or wrong.
 
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, FromRawFd, RawFd};
 use std::path::Path;
 use std::sync::atomic::{AtomicU16, Ordering};
 use std::time::{Duration, Instant};
@@ -44,6 +44,7 @@ pub struct RawGuest {
     pub call: EventFd,
     pub error: EventFd,
     memory: MmapRegion,
+    memory_file: RawFd,
     next_available: u16,
     used_seen: u16,
 }
@@ -72,24 +73,49 @@ impl RawGuest {
         let descriptor = file.as_raw_fd();
         let size = usize::try_from(MEMORY_BYTES).unwrap();
         let memory = MmapRegion::from_file(FileOffset::new(file, 0), size).unwrap();
-        frontend
-            .set_mem_table(&[VhostUserMemoryRegionInfo {
-                guest_phys_addr: 0,
-                memory_size: MEMORY_BYTES,
-                userspace_addr: FRONTEND_ADDRESS,
-                mmap_offset: 0,
-                mmap_handle: descriptor,
-            }])
-            .unwrap();
-        Self {
+        let guest = Self {
             frontend,
+            memory_file: descriptor,
             kick: EventFd::new(EFD_NONBLOCK).unwrap(),
             call: EventFd::new(EFD_NONBLOCK).unwrap(),
             error: EventFd::new(EFD_NONBLOCK).unwrap(),
             memory,
             next_available: 0,
             used_seen: 0,
-        }
+        };
+        guest.share_memory();
+        guest
+    }
+
+    /// Shares the memory, perhaps again.
+    pub fn share_memory(&self) {
+        self.frontend
+            .set_mem_table(&[VhostUserMemoryRegionInfo {
+                guest_phys_addr: 0,
+                memory_size: MEMORY_BYTES,
+                userspace_addr: FRONTEND_ADDRESS,
+                mmap_offset: 0,
+                mmap_handle: self.memory_file,
+            }])
+            .unwrap();
+    }
+
+    /// Stops queue 0 and returns the available index that it got to.
+    pub fn frontend_base(&mut self) -> u16 {
+        let base = self.frontend.get_vring_base(0).unwrap();
+        u16::try_from(base).unwrap()
+    }
+
+    /// Gives queue 0 any descriptor as its kick.
+    pub fn set_kick_to(&self, descriptor: RawFd) {
+        // SAFETY: dup has no preconditions, and the copy is owned here alone.
+        let eventfd = unsafe { EventFd::from_raw_fd(libc::dup(descriptor)) };
+        let _ = self.frontend.set_vring_kick(0, &eventfd);
+    }
+
+    pub fn set_config(&mut self, offset: u32, bytes: &[u8]) {
+        let flags = VhostUserConfigFlags::WRITABLE;
+        self.frontend.set_config(offset, flags, bytes).unwrap();
     }
 
     pub fn set_up_queue(&mut self, base: u16) {

@@ -1,0 +1,76 @@
+//! Real block devices for tests, which only root can make.
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+fn run(program: &str, arguments: &[&str]) -> String {
+    let output = Command::new(program).args(arguments).output().unwrap();
+    assert!(
+        output.status.success(),
+        "{program} {arguments:?}: {}",
+        String::from_utf8_lossy(&output.stderr)
+    );
+    String::from_utf8(output.stdout).unwrap().trim().to_owned()
+}
+
+/// Whether this is root; says so if a test can't run for lack of it.
+pub fn is_root() -> bool {
+    let root = rustix::process::geteuid().is_root();
+    if !root {
+        eprintln!("SKIPPED: making block devices takes root");
+    }
+    root
+}
+
+/// A loop device, detached at the end.
+pub struct LoopDevice(String);
+
+impl LoopDevice {
+    /// Attaches one to a file, or says that it can't.
+    pub fn over(file: &Path) -> Option<Self> {
+        if !is_root() {
+            return None;
+        }
+        Some(Self(run(
+            "losetup",
+            &["--find", "--show", file.to_str().unwrap()],
+        )))
+    }
+
+    pub fn path(&self) -> &str {
+        &self.0
+    }
+}
+
+impl Drop for LoopDevice {
+    fn drop(&mut self) {
+        let _ = Command::new("losetup").args(["--detach", &self.0]).status();
+    }
+}
+
+/// A tmpfs of limited size, unmounted at the end.
+pub struct SmallFileSystem(PathBuf);
+
+impl SmallFileSystem {
+    pub fn mount(directory: &Path, bytes: u64) -> Option<Self> {
+        if !is_root() {
+            return None;
+        }
+        let point = directory.join("small");
+        std::fs::create_dir(&point).unwrap();
+        let size = format!("size={bytes}");
+        let place = point.to_str().unwrap();
+        run("mount", &["-t", "tmpfs", "-o", &size, "tmpfs", place]);
+        Some(Self(point))
+    }
+
+    pub fn path(&self) -> &Path {
+        &self.0
+    }
+}
+
+impl Drop for SmallFileSystem {
+    fn drop(&mut self) {
+        let _ = Command::new("umount").arg("--lazy").arg(&self.0).status();
+    }
+}

@@ -1,1 +1,72 @@
-//! The host agent keelsond and its command line client keelson.
+//! The host agent.
+//!
+//! `keelsond` watches objects in a state store and makes the host match them: it starts a
+//! `keelson-vmm` per guest and a `keelson-blk` per disk, prepares TAP devices with eBPF policy, and
+//! writes what it observes back to the objects' status. Guests are processes of their own, in
+//! control groups of their own: the agent may end, be killed or be replaced at any time, and the
+//! next one finds them by the records in its run directory.
+
+pub mod config;
+mod error;
+mod events;
+mod guest;
+pub mod host;
+mod objects;
+mod reconciler;
+mod server;
+
+pub use error::AgentError;
+pub use reconciler::Reconciler;
+pub use server::serve;
+
+use std::sync::Arc;
+
+use keelson_controlplane::StateStore;
+
+use crate::config::Config;
+use crate::error::Result;
+use crate::events::EventRecorder;
+use crate::host::{HostNetwork, Inventory};
+use crate::objects::ObjectStore;
+
+/// What every part of the agent works with.
+#[derive(Clone, Debug)]
+pub struct Agent {
+    config: Arc<Config>,
+    inventory: Arc<Inventory>,
+    network: HostNetwork,
+    objects: ObjectStore,
+    events: EventRecorder,
+}
+
+impl Agent {
+    /// Checks the host, opens the state store, and loads or takes over the eBPF programs.
+    ///
+    /// # Errors
+    /// [`AgentError`] that says what the host lacks, or why the store cannot be opened.
+    pub async fn open(config: Config) -> Result<Self> {
+        host::check_abilities()?;
+        for directory in [&config.run_directory, &config.log_directory] {
+            std::fs::create_dir_all(directory)
+                .map_err(AgentError::io(format!("create {}", directory.display())))?;
+        }
+        let inventory = Inventory::read(config.host_name.as_deref())?;
+        let network = HostNetwork::open(&config).await?;
+        let store: Arc<dyn StateStore> = keelson_controlplane::open(&config.state).await?;
+        Ok(Self {
+            config: Arc::new(config),
+            inventory: Arc::new(inventory),
+            network,
+            objects: ObjectStore::new(Arc::clone(&store)),
+            events: EventRecorder::new(store),
+        })
+    }
+
+    /// Closes the state store; guests keep running.
+    ///
+    /// # Errors
+    /// [`AgentError::State`] where the store can't finish what is being written.
+    pub async fn close(&self) -> Result<()> {
+        self.objects.close().await
+    }
+}

@@ -8,6 +8,9 @@ use crate::FieldError;
 use crate::metadata::{Condition, ObjectMeta};
 use crate::object::absolute_path;
 
+/// The most virtqueues that keelson-vmm gives one disk.
+const QUEUE_LIMIT: u16 = 16;
+
 /// A raw image or block device on the host, served to a guest by keelson-blk.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
@@ -34,7 +37,7 @@ pub struct DiskSpec {
     /// Guests can only read it; several guests may then share it.
     #[serde(default)]
     pub read_only: bool,
-    /// Virtqueues, each with its own worker: 1 to 64.
+    /// Virtqueues, each with its own worker: 1 to 16.
     #[serde(default = "one")]
     pub queues: u16,
 }
@@ -46,10 +49,10 @@ fn one() -> u16 {
 impl DiskSpec {
     pub(crate) fn validate(&self, errors: &mut Vec<FieldError>) {
         absolute_path("spec.path", &self.path, errors);
-        if !(1..=64).contains(&self.queues) {
+        if !(1..=QUEUE_LIMIT).contains(&self.queues) {
             errors.push(FieldError::new(
                 "spec.queues",
-                format!("is {}; give 1 to 64", self.queues),
+                format!("is {}; give 1 to {QUEUE_LIMIT}", self.queues),
             ));
         }
     }

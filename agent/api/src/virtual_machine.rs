@@ -20,8 +20,8 @@ const MEMORY_MINIMUM_MIB: u64 = 32;
 const DEVICE_LIMIT: usize = 16;
 /// The kernel's own limit on x86 (`COMMAND_LINE_SIZE`), less what the agent appends.
 const COMMAND_LINE_LIMIT: usize = 1792;
-/// As long as an image's file name may be with the suffixes of its sockets.
-const DEVICE_NAME_LIMIT: usize = 32;
+/// As long as Linux' own interface names; the name stands in paths of sockets, which are short.
+const DEVICE_NAME_LIMIT: usize = 15;
 
 /// A guest: its processors, memory, kernel, disks and interfaces, and whether it should run.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -216,10 +216,10 @@ impl VirtualMachineSpec {
                 ),
             ));
         }
-        if line.chars().any(char::is_control) {
+        if !line.bytes().all(|byte| (0x20..0x7f).contains(&byte)) {
             errors.push(FieldError::new(
                 "spec.kernel.commandLine",
-                "holds a control character; write it on one line",
+                "holds something else than printable ASCII; write it so, on one line",
             ));
         }
     }

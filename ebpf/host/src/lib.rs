@@ -1,1 +1,30 @@
 //! Loads and attaches the eBPF programs and compiles policy to their maps.
+//!
+//! A [`Datapath`] owns the maps and hooks below one folder of a BPF file system. They outlive the
+//! process: policy stays in force while nobody runs, and the next [`Datapath::open`] adopts what it
+//! finds, replacing the programs in place.
+//!
+//! Calls block (system calls, and an RCU grace period where rules are replaced): async callers use
+//! a blocking thread. Interface names are those of the calling thread's network namespace.
+
+mod address;
+mod compile;
+mod counters;
+mod datapath;
+mod error;
+mod grace_period;
+mod hook;
+mod interface;
+mod kernel;
+mod object;
+mod pin_root;
+mod policy;
+mod rule_tables;
+
+pub use address::{AddressError, Ipv4Prefix, MacAddress};
+pub use counters::{DirectionCounters, InterfaceCounters};
+pub use datapath::{Attached, Datapath, DatapathConfig, Verdict};
+pub use error::DatapathError;
+pub use hook::{HookChoice, HookMode};
+pub use keelson_ebpf_common::{Direction, DropReason, Tally};
+pub use policy::{EgressPolicy, InterfacePolicy, MAX_RULES, Protocol, Rule, UnknownProtocol};

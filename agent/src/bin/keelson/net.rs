@@ -1,0 +1,114 @@
+//! `keelson net`
+
+use clap::{Args, Subcommand};
+use keelson_api::proto::{CountersRequest, DirectionCounters};
+use serde_json::{Value, json};
+
+use crate::client::Client;
+use crate::failure::Failure;
+use crate::output::{Format, print_lines, print_value, table};
+
+/// Show what guests' network interfaces passed and dropped.
+#[derive(Subcommand)]
+pub enum Net {
+    /// Packets and bytes by interface, direction and reason.
+    Counters(Counters),
+}
+
+/// Packets and bytes by interface, direction and reason.
+#[derive(Args)]
+pub struct Counters {
+    /// The guest.
+    name: String,
+    /// How to print.
+    #[arg(short, long, value_enum, default_value_t)]
+    output: Format,
+}
+
+impl Net {
+    /// Runs the command.
+    pub async fn run(self, client: &mut Client) -> Result<(), Failure> {
+        let Self::Counters(command) = self;
+        let request = CountersRequest { name: command.name };
+        let interfaces = client
+            .guests
+            .counters(request)
+            .await?
+            .into_inner()
+            .interfaces;
+        if matches!(command.output, Format::Json | Format::Yaml) {
+            let interfaces: Vec<_> = interfaces
+                .iter()
+                .map(|interface| {
+                    json!({
+                        "name": interface.name,
+                        "device": interface.device,
+                        "fromGuest": interface.from_guest.as_ref().map(to_json),
+                        "toGuest": interface.to_guest.as_ref().map(to_json),
+                    })
+                })
+                .collect();
+            return print_value(command.output, &interfaces);
+        }
+        let mut rows = table([
+            "INTERFACE",
+            "DEVICE",
+            "DIRECTION",
+            "VERDICT",
+            "PACKETS",
+            "BYTES",
+        ]);
+        for interface in &interfaces {
+            let directions = [
+                ("from guest", &interface.from_guest),
+                ("to guest", &interface.to_guest),
+            ];
+            for (direction, counters) in directions {
+                for (verdict, packets, bytes) in counters.iter().flat_map(verdicts) {
+                    rows.add_row([
+                        interface.name.clone(),
+                        interface.device.clone(),
+                        direction.into(),
+                        verdict,
+                        packets.to_string(),
+                        bytes.to_string(),
+                    ]);
+                }
+            }
+        }
+        print_lines(&rows)
+    }
+}
+
+fn verdicts(counters: &DirectionCounters) -> Vec<(String, u64, u64)> {
+    let passed = counters.passed.unwrap_or_default();
+    let mut verdicts = vec![("passed".to_owned(), passed.packets, passed.bytes)];
+    for drop in &counters.dropped {
+        let count = drop.count.unwrap_or_default();
+        verdicts.push((
+            format!("dropped: {}", drop.reason),
+            count.packets,
+            count.bytes,
+        ));
+    }
+    verdicts
+}
+
+fn to_json(counters: &DirectionCounters) -> Value {
+    let passed = counters.passed.unwrap_or_default();
+    let dropped: serde_json::Map<_, _> = counters
+        .dropped
+        .iter()
+        .map(|drop| {
+            let count = drop.count.unwrap_or_default();
+            (
+                drop.reason.clone(),
+                json!({ "packets": count.packets, "bytes": count.bytes }),
+            )
+        })
+        .collect();
+    json!({
+        "passed": { "packets": passed.packets, "bytes": passed.bytes },
+        "dropped": dropped,
+    })
+}

@@ -1,0 +1,181 @@
+//! What commands print: tables for people, JSON and YAML for machines.
+
+use std::io::{self, Write};
+
+use clap::ValueEnum;
+use comfy_table::{Table, presets};
+use jiff::{Timestamp, Unit};
+use keelson_api::{Condition, ConditionStatus, Object};
+use serde::Serialize;
+use serde_json::{Value, json};
+
+use crate::failure::Failure;
+
+/// How objects are printed.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+pub enum Format {
+    /// A table for people.
+    #[default]
+    Table,
+    /// JSON; several objects as one `List`.
+    Json,
+    /// YAML.
+    Yaml,
+    /// Only `kind/name`.
+    Name,
+}
+
+/// Prints objects; a single one by itself, where `single` says that one was asked for.
+pub fn print_objects(format: Format, objects: &[Object], single: bool) -> Result<(), Failure> {
+    let value = match objects {
+        [object] if single => serde_json::to_value(object)?,
+        _ => json!({ "apiVersion": "v1", "kind": "List", "items": objects }),
+    };
+    match format {
+        Format::Table => print_table(objects),
+        Format::Json | Format::Yaml => print_value(format, &value),
+        Format::Name => {
+            for object in objects {
+                line(&format!("{}/{}", object.kind(), object.metadata().name))?;
+            }
+            Ok(())
+        }
+    }
+}
+
+/// Prints a value as JSON or YAML.
+pub fn print_value<T: Serialize>(format: Format, value: &T) -> Result<(), Failure> {
+    let text = if format == Format::Yaml {
+        // Through JSON, so that both have the same fields in the same order.
+        let value: Value = serde_json::to_value(value)?;
+        serde_saphyr::to_string(&value).map_err(anyhow::Error::from)?
+    } else {
+        serde_json::to_string_pretty(value)?
+    };
+    line(text.trim_end())
+}
+
+/// Prints one line. A reader that went away, as `head` does, is the end and no failure.
+pub fn line(text: &str) -> Result<(), Failure> {
+    match writeln!(io::stdout(), "{text}") {
+        Err(error) if error.kind() == io::ErrorKind::BrokenPipe => std::process::exit(0),
+        other => Ok(other?),
+    }
+}
+
+/// A table without frames, as such tools have.
+pub fn table<const N: usize>(header: [&str; N]) -> Table {
+    let mut table = Table::new();
+    table.load_style(presets::NOTHING);
+    table.set_header(header.map(str::to_owned));
+    for column in table.column_iter_mut() {
+        column.set_padding((0, 3));
+    }
+    table
+}
+
+/// Prints a table without trailing blanks.
+pub fn print_lines(table: &Table) -> Result<(), Failure> {
+    table.lines().try_for_each(|row| line(row.trim_end()))
+}
+
+/// A time as an age, such as `5m`.
+pub fn age(since: Option<Timestamp>) -> String {
+    let Some(since) = since else {
+        return "-".into();
+    };
+    let seconds = Timestamp::now().duration_since(since).as_secs().max(0);
+    let (value, unit) = match seconds {
+        0..120 => (seconds, "s"),
+        120..7200 => (seconds / 60, "m"),
+        7200..172_800 => (seconds / 3600, "h"),
+        _ => (seconds / 86_400, "d"),
+    };
+    format!("{value}{unit}")
+}
+
+/// A time to the second, for lists.
+pub fn time(at: Timestamp) -> String {
+    at.round(Unit::Second).unwrap_or(at).to_string()
+}
+
+/// What the `Ready` condition says in one word.
+pub fn readiness(conditions: &[Condition]) -> String {
+    let ready = conditions
+        .iter()
+        .find(|condition| condition.kind == "Ready");
+    ready.map_or("Unknown".into(), |condition| match condition.status {
+        ConditionStatus::True => "True".into(),
+        ConditionStatus::Unknown => "Unknown".into(),
+        ConditionStatus::False => format!("False ({})", condition.reason),
+    })
+}
+
+fn print_table(objects: &[Object]) -> Result<(), Failure> {
+    let mut table = match objects.first() {
+        None => {
+            eprintln!("nothing found");
+            return Ok(());
+        }
+        Some(Object::Disk(_)) => table(["NAME", "PATH", "MODE", "READY", "AGE"]),
+        Some(Object::Network(_)) => table(["NAME", "SUBNET", "GATEWAY", "DEVICE", "READY", "AGE"]),
+        Some(Object::SecurityGroup(_)) => table(["NAME", "RULES", "AGE"]),
+        Some(Object::VirtualMachine(_)) => table([
+            "NAME",
+            "PHASE",
+            "READY",
+            "CPUS",
+            "MEMORY",
+            "ADDRESSES",
+            "UPTIME",
+            "AGE",
+        ]),
+    };
+    for object in objects {
+        table.add_row(row(object));
+    }
+    print_lines(&table)
+}
+
+fn row(object: &Object) -> Vec<String> {
+    let name = object.metadata().name.clone();
+    let created = age(object.metadata().creation_timestamp);
+    match object {
+        Object::Disk(disk) => vec![
+            name,
+            disk.spec.path.display().to_string(),
+            if disk.spec.read_only { "ro" } else { "rw" }.into(),
+            readiness(&disk.status.conditions),
+            created,
+        ],
+        Object::Network(network) => vec![
+            name,
+            network.spec.subnet.to_string(),
+            network.spec.gateway().to_string(),
+            network.status.device.clone().unwrap_or_else(|| "-".into()),
+            readiness(&network.status.conditions),
+            created,
+        ],
+        Object::SecurityGroup(group) => {
+            vec![name, group.spec.ingress.len().to_string(), created]
+        }
+        Object::VirtualMachine(guest) => {
+            let addresses = guest.spec.interfaces.iter().filter_map(|i| i.address);
+            let addresses: Vec<_> = addresses.map(|address| address.to_string()).collect();
+            vec![
+                name,
+                guest.status.phase.to_string(),
+                readiness(&guest.status.conditions),
+                guest.spec.cpus.to_string(),
+                guest.spec.memory.to_string(),
+                if addresses.is_empty() {
+                    "-".into()
+                } else {
+                    addresses.join(",")
+                },
+                age(guest.status.started_at),
+                created,
+            ]
+        }
+    }
+}

@@ -1,0 +1,96 @@
+//! The daemon's configuration: `/etc/keelson/keelsond.toml`, all of it optional.
+
+use std::path::{Path, PathBuf};
+
+use serde::Deserialize;
+
+use crate::AgentError;
+
+/// Where the configuration is looked for unless told otherwise.
+pub const DEFAULT_PATH: &str = "/etc/keelson/keelsond.toml";
+/// The agent's gRPC socket unless configured otherwise.
+pub const DEFAULT_SOCKET: &str = "/run/keelson/keelsond.sock";
+
+/// The daemon's configuration.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Config {
+    /// The state store's URL: `embedded:PATH`, `etcd:http://HOST:PORT[,…]`.
+    pub state: String,
+    /// The Unix socket of the gRPC interface; only its owner, root, may connect.
+    pub socket: PathBuf,
+    /// Sockets and process records of guests. They end with the host's uptime, as guests do.
+    pub run_directory: PathBuf,
+    /// Consoles and the logs of the guests' processes.
+    pub log_directory: PathBuf,
+    /// Where eBPF maps and links are pinned, in a mounted bpffs.
+    pub bpf_directory: PathBuf,
+    /// The folder of `keelson-vmm` and `keelson-blk`; the daemon's own where not given.
+    pub program_directory: Option<PathBuf>,
+    /// How eBPF programs are attached.
+    pub network_hook: NetworkHook,
+    /// The host's name in objects' status; the kernel's host name where not given.
+    pub host_name: Option<String>,
+}
+
+/// How eBPF programs are attached to a guest's TAP device.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum NetworkHook {
+    /// TCX where the kernel has it, else clsact.
+    #[default]
+    Auto,
+    /// TCX links (Linux 6.6 and later).
+    Tcx,
+    /// A clsact qdisc with filters.
+    Clsact,
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        Self {
+            state: "embedded:/var/lib/keelson/state".into(),
+            socket: DEFAULT_SOCKET.into(),
+            run_directory: "/run/keelson".into(),
+            log_directory: "/var/log/keelson".into(),
+            bpf_directory: "/sys/fs/bpf/keelson".into(),
+            program_directory: None,
+            network_hook: NetworkHook::default(),
+            host_name: None,
+        }
+    }
+}
+
+impl Config {
+    /// Reads the file at `path`, or at [`DEFAULT_PATH`] if it exists and no path is given.
+    ///
+    /// # Errors
+    /// [`AgentError::Config`] where the file cannot be read or a field is unknown or wrong.
+    pub fn load(path: Option<&Path>) -> Result<Self, AgentError> {
+        let default = Path::new(DEFAULT_PATH);
+        let Some(path) = path.or_else(|| default.exists().then_some(default)) else {
+            return Ok(Self::default());
+        };
+        let error = |message: String| AgentError::Config {
+            path: path.into(),
+            message,
+        };
+        let text = std::fs::read_to_string(path).map_err(|source| error(source.to_string()))?;
+        toml::from_str(&text).map_err(|source| error(source.to_string()))
+    }
+
+    /// The folder of `keelson-vmm` and `keelson-blk`.
+    ///
+    /// # Errors
+    /// [`AgentError::Io`] where neither is configured nor the daemon's own path is known.
+    pub fn programs(&self) -> Result<PathBuf, AgentError> {
+        if let Some(directory) = &self.program_directory {
+            return Ok(directory.clone());
+        }
+        let own = std::env::current_exe().map_err(|source| AgentError::Io {
+            what: "find the daemon's own program file".into(),
+            source,
+        })?;
+        Ok(own.parent().map(Path::to_path_buf).unwrap_or_default())
+    }
+}

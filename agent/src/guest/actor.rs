@@ -1,0 +1,403 @@
+//! The task that keeps one guest as its object desires.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use futures::FutureExt;
+use futures::future::{BoxFuture, select_all};
+use keelson_api::{Kind, Phase, PowerState, RestartPolicy, VirtualMachine};
+use keelson_vmm::api::{ExitReason, ExitStatus};
+use tokio::sync::Notify;
+use tokio::task::JoinHandle;
+use tokio::time::Instant;
+
+use super::plan::Plan;
+use super::runtime::Runtime;
+use super::status::StatusWriter;
+use crate::host::Exit;
+use crate::objects::Stored;
+use crate::{Agent, AgentError, error::Result};
+
+/// How often a guest is looked at though nothing is known to have happened.
+const RESYNC: Duration = Duration::from_secs(10);
+const BACKOFF_FIRST: Duration = Duration::from_secs(1);
+const BACKOFF_LIMIT: Duration = Duration::from_mins(1);
+/// A guest that ran so long starts again without delay.
+const STABLE_AFTER: Duration = Duration::from_mins(1);
+
+/// Wakes the actor of one guest.
+#[derive(Debug)]
+pub struct GuestMailbox {
+    wake: Arc<Notify>,
+    task: JoinHandle<()>,
+}
+
+impl GuestMailbox {
+    /// Makes the actor look at its guest's object again.
+    pub fn wake(&self) {
+        self.wake.notify_one();
+    }
+
+    /// Whether the actor's work is over: its guest is gone.
+    pub fn is_finished(&self) -> bool {
+        self.task.is_finished()
+    }
+}
+
+impl Drop for GuestMailbox {
+    fn drop(&mut self) {
+        self.task.abort();
+    }
+}
+
+/// The task that keeps one guest as its object desires.
+#[derive(Debug)]
+pub struct GuestActor {
+    agent: Agent,
+    name: String,
+    wake: Arc<Notify>,
+    runtime: Runtime,
+    status: StatusWriter,
+    stopping_since: Option<Instant>,
+    /// Starts and runs in a row that failed early.
+    failures: u32,
+    not_before: Option<Instant>,
+}
+
+/// When to look again, unless something happens.
+enum Next {
+    After(Duration),
+    /// The guest and its object are gone.
+    Gone,
+}
+
+impl GuestActor {
+    /// Starts the actor of the guest `name`.
+    pub fn spawn(agent: Agent, name: &str) -> GuestMailbox {
+        let wake = Arc::new(Notify::new());
+        let actor = Self {
+            runtime: Runtime::new(&agent, name),
+            status: StatusWriter::new(&agent, name),
+            agent,
+            name: name.into(),
+            wake: Arc::clone(&wake),
+            stopping_since: None,
+            failures: 0,
+            not_before: None,
+        };
+        GuestMailbox {
+            wake,
+            task: tokio::spawn(actor.run()),
+        }
+    }
+
+    async fn run(mut self) {
+        self.adopt().await;
+        loop {
+            let next = match self.reconcile().await {
+                Ok(Next::After(delay)) => delay.min(RESYNC),
+                Ok(Next::Gone) => return,
+                Err(error) => {
+                    tracing::warn!(guest = self.name, %error, "reconciling failed; trying again");
+                    BACKOFF_FIRST
+                }
+            };
+            tokio::select! {
+                () = self.wake.notified() => {}
+                () = self.runtime.something_ended() => {}
+                () = tokio::time::sleep(next) => {}
+            }
+        }
+    }
+
+    async fn adopt(&mut self) {
+        match self.runtime.adopt().await {
+            Ok(false) => {}
+            Ok(true) => {
+                let message = "the guest kept running without an agent and was found again";
+                self.agent
+                    .events
+                    .normal(Kind::VirtualMachine, &self.name, "Adopted", message)
+                    .await;
+            }
+            Err(error) => {
+                tracing::error!(guest = self.name, %error, "could not look for the guest's processes");
+            }
+        }
+    }
+
+    async fn reconcile(&mut self) -> Result<Next> {
+        let guest = match self
+            .agent
+            .objects
+            .get_typed::<VirtualMachine>(&self.name)
+            .await
+        {
+            Ok(Stored { object, .. }) => object,
+            Err(AgentError::NotFound { .. }) => {
+                self.runtime.kill().await;
+                self.runtime.tear_down(&[]).await?;
+                return Ok(Next::Gone);
+            }
+            Err(error) => return Err(error),
+        };
+        if let Some(exit) = self.runtime.take_exit().await {
+            self.handle_end(&guest, exit).await?;
+            return Ok(Next::After(Duration::ZERO));
+        }
+        let deleting = guest.metadata.deletion_timestamp.is_some();
+        let wanted = !deleting && guest.spec.power_state == PowerState::Running;
+        match (wanted, self.runtime.is_running()) {
+            (true, true) => self.maintain(&guest).await,
+            (true, false) if is_resting(&guest) => Ok(Next::After(RESYNC)),
+            (true, false) => self.start(&guest).await,
+            (false, true) => self.stop(&guest).await,
+            (false, false) => self.finish(&guest, deleting).await,
+        }
+    }
+
+    async fn start(&mut self, guest: &VirtualMachine) -> Result<Next> {
+        if guest.metadata.generation != guest.status.observed_generation {
+            self.not_before = None;
+        }
+        if let Some(wait) = self
+            .not_before
+            .and_then(|at| at.checked_duration_since(Instant::now()))
+        {
+            return Ok(Next::After(wait));
+        }
+        self.stopping_since = None;
+        self.status.starting(guest).await?;
+        let started = async {
+            let plan = Plan::resolve(&self.agent.objects, guest).await?;
+            self.runtime.start(&plan, guest.status.restarts).await
+        };
+        match started.await {
+            Ok(()) => {
+                let message = format!("process {}", self.runtime.process_id().unwrap_or_default());
+                self.agent
+                    .events
+                    .normal(Kind::VirtualMachine, &self.name, "Started", message)
+                    .await;
+                self.maintain(guest).await
+            }
+            Err(error @ AgentError::State(_)) => Err(error),
+            Err(error) => {
+                self.runtime.kill().await;
+                self.runtime.tear_down(&interface_names(guest)).await?;
+                self.back_off();
+                self.status
+                    .failed(guest, error.reason(), &error.to_string())
+                    .await?;
+                Ok(Next::After(BACKOFF_FIRST))
+            }
+        }
+    }
+
+    /// Keeps what runs up to date with the object, and the object's status with what runs.
+    async fn maintain(&mut self, guest: &VirtualMachine) -> Result<Next> {
+        self.stopping_since = None;
+        let plan = match Plan::resolve(&self.agent.objects, guest).await {
+            Ok(plan) => plan,
+            Err(error @ AgentError::State(_)) => return Err(error),
+            Err(error) => {
+                let problem = Some((error.reason(), error.to_string()));
+                self.status
+                    .running(guest, &self.runtime, None, problem)
+                    .await?;
+                return Ok(Next::After(RESYNC));
+            }
+        };
+        let problem = match self.runtime.maintain(&plan).await {
+            Ok(problem) => problem,
+            Err(error) => Some((error.reason(), error.to_string())),
+        };
+        self.status
+            .running(guest, &self.runtime, Some(&plan), problem)
+            .await?;
+        Ok(Next::After(RESYNC))
+    }
+
+    async fn stop(&mut self, guest: &VirtualMachine) -> Result<Next> {
+        let limit = guest.spec.stop_timeout.duration();
+        let Some(since) = self.stopping_since else {
+            self.stopping_since = Some(Instant::now());
+            self.status.stopping(guest).await?;
+            self.agent
+                .events
+                .normal(
+                    Kind::VirtualMachine,
+                    &self.name,
+                    "Stopping",
+                    "the power button is pressed",
+                )
+                .await;
+            if let Err(error) = self.runtime.press_power_button().await {
+                tracing::warn!(guest = self.name, %error, "the power button could not be pressed");
+            }
+            return Ok(Next::After(limit));
+        };
+        let left = limit.saturating_sub(since.elapsed());
+        if left.is_zero() {
+            let message = format!("it did not shut down within {}", guest.spec.stop_timeout);
+            self.agent
+                .events
+                .warning(Kind::VirtualMachine, &self.name, "Killed", message)
+                .await;
+            self.runtime.kill().await;
+            return Ok(Next::After(Duration::ZERO));
+        }
+        Ok(Next::After(left))
+    }
+
+    /// Removes what is left of a guest that should not run; its object as well where that is being
+    /// deleted.
+    async fn finish(&mut self, guest: &VirtualMachine, deleting: bool) -> Result<Next> {
+        self.runtime.tear_down(&interface_names(guest)).await?;
+        self.stopping_since = None;
+        if !deleting {
+            self.status
+                .stopped(guest, "PoweredOff", "it is shut down, as desired")
+                .await?;
+            return Ok(Next::After(RESYNC));
+        }
+        self.runtime.remove_logs()?;
+        self.agent
+            .objects
+            .remove(Kind::VirtualMachine, &self.name)
+            .await?;
+        self.agent
+            .events
+            .normal(
+                Kind::VirtualMachine,
+                &self.name,
+                "Deleted",
+                "nothing is left",
+            )
+            .await;
+        Ok(Next::Gone)
+    }
+
+    async fn handle_end(&mut self, guest: &VirtualMachine, exit: GuestExit) -> Result<()> {
+        let ran = self.runtime.running_for();
+        self.runtime.tear_down(&interface_names(guest)).await?;
+        let deleting = guest.metadata.deletion_timestamp.is_some();
+        let wanted = !deleting && guest.spec.power_state == PowerState::Running;
+        let events = &self.agent.events;
+        if exit.clean {
+            events
+                .normal(Kind::VirtualMachine, &self.name, "Stopped", &exit.message)
+                .await;
+        } else {
+            events
+                .warning(Kind::VirtualMachine, &self.name, "Ended", &exit.message)
+                .await;
+        }
+        if !wanted {
+            self.not_before = None;
+            return self
+                .status
+                .stopped(guest, "PoweredOff", &exit.message)
+                .await;
+        }
+        if ran.is_some_and(|ran| ran >= STABLE_AFTER) {
+            self.failures = 0;
+        }
+        match (guest.spec.restart_policy, exit.clean) {
+            (RestartPolicy::Always, _) | (RestartPolicy::OnFailure, false) => {
+                self.back_off();
+                self.status
+                    .restarting(guest, exit.reason, &exit.message)
+                    .await
+            }
+            (_, true) => self.status.stopped(guest, exit.reason, &exit.message).await,
+            (RestartPolicy::Never, false) => {
+                self.status.failed(guest, exit.reason, &exit.message).await
+            }
+        }
+    }
+
+    fn back_off(&mut self) {
+        let delay = BACKOFF_FIRST * 2_u32.saturating_pow(self.failures.min(16));
+        self.failures = self.failures.saturating_add(1);
+        self.not_before = Some(Instant::now() + delay.min(BACKOFF_LIMIT));
+    }
+}
+
+/// How a guest ended.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct GuestExit {
+    /// Whether the guest, or a person, wanted that.
+    pub clean: bool,
+    /// One CamelCase word.
+    pub reason: &'static str,
+    /// For people.
+    pub message: String,
+}
+
+impl GuestExit {
+    /// Puts together what keelson-vmm said before it ended, if that was heard, and how its process
+    /// ended.
+    pub fn new(said: Option<ExitStatus>, process: &Exit) -> Self {
+        match said {
+            Some(ExitStatus { reason, message }) => {
+                let (clean, reason) = match reason {
+                    ExitReason::Shutdown => (true, "GuestShutDown"),
+                    ExitReason::Reboot => (true, "GuestRebooted"),
+                    ExitReason::Killed => (true, "Killed"),
+                    ExitReason::TripleFault => (false, "TripleFault"),
+                    ExitReason::Error => (false, "MachineFailed"),
+                };
+                Self {
+                    clean,
+                    reason,
+                    message,
+                }
+            }
+            None if process.code == Some(0) => Self {
+                clean: true,
+                reason: "GuestShutDown",
+                message: "the guest shut down".into(),
+            },
+            None => Self {
+                clean: false,
+                reason: "MachineEnded",
+                message: match process.code {
+                    Some(code) => format!("keelson-vmm exited with {code}: {}", process.last_line),
+                    None => format!(
+                        "keelson-vmm was killed or ended unseen: {}",
+                        process.last_line
+                    ),
+                },
+            },
+        }
+    }
+}
+
+/// Waits until the first of several processes has ended; for ever where there is none.
+pub fn first_ended(waits: Vec<BoxFuture<'_, ()>>) -> BoxFuture<'_, ()> {
+    if waits.is_empty() {
+        return futures::future::pending().boxed();
+    }
+    select_all(waits).map(drop).boxed()
+}
+
+/// Whether a guest ended by itself and its restart policy leaves it so.
+fn is_resting(guest: &VirtualMachine) -> bool {
+    let status = &guest.status;
+    status.observed_generation == guest.metadata.generation
+        && match status.phase {
+            Phase::Stopped => true,
+            Phase::Failed => guest.spec.restart_policy == RestartPolicy::Never,
+            _ => false,
+        }
+}
+
+fn interface_names(guest: &VirtualMachine) -> Vec<String> {
+    guest
+        .spec
+        .interfaces
+        .iter()
+        .map(|interface| interface.name.clone())
+        .collect()
+}

@@ -1,0 +1,112 @@
+//! The keelson-blk process of one disk of a guest.
+
+use std::os::unix::fs::MetadataExt;
+use std::path::Path;
+use std::time::Duration;
+
+use keelson_api::DiskSpec;
+use serde::{Deserialize, Serialize};
+
+use super::GuestPaths;
+use crate::host::{LaunchRequest, ProcessHandle};
+use crate::{AgentError, error::Result};
+
+/// How long a backend may take to open its image and listen.
+const READY_LIMIT: Duration = Duration::from_secs(10);
+const READY_POLL: Duration = Duration::from_millis(2);
+
+/// What a started keelson-blk says on its first line.
+#[derive(Debug, Serialize, Deserialize)]
+struct Ready {
+    ready: bool,
+}
+
+/// Starts the backend of a disk and waits until it listens.
+///
+/// # Errors
+/// [`AgentError::Process`] with the backend's own reason.
+pub async fn start(
+    programs: &Path,
+    paths: &GuestPaths,
+    guest: &str,
+    disk: &str,
+    spec: &DiskSpec,
+) -> Result<ProcessHandle> {
+    let mut arguments = vec![
+        "--socket".into(),
+        paths.disk_socket(disk).into(),
+        "--image".into(),
+        spec.path.clone().into(),
+        "--queues".into(),
+        spec.queues.to_string().into(),
+        "--serial".into(),
+        disk.into(),
+    ];
+    if spec.read_only {
+        arguments.push("--read-only".into());
+    }
+    let request = LaunchRequest {
+        program: programs.join("keelson-blk"),
+        arguments,
+        unit: format!("keelson-disk-{guest}-{disk}"),
+        log: paths.disk_log(disk),
+        record: paths.disk_record(disk),
+    };
+    let process = ProcessHandle::launch(&request)?;
+    match tokio::time::timeout(READY_LIMIT, ready(&process, &request.log)).await {
+        Ok(Ok(())) => Ok(process),
+        Ok(Err(error)) => {
+            process.reap();
+            Err(error)
+        }
+        Err(_) => {
+            process.kill().await;
+            process.reap();
+            Err(AgentError::Process {
+                reason: "DiskBackendLate",
+                message: format!("disk {disk}: keelson-blk was not ready within {READY_LIMIT:?}"),
+            })
+        }
+    }
+}
+
+/// Whether the image that is served is no longer the file at its path, which a backend that has it
+/// open does not notice.
+pub fn image_vanished(process: &ProcessHandle, spec: &DiskSpec) -> bool {
+    let Ok(here) = std::fs::metadata(&spec.path) else {
+        return true;
+    };
+    let folder = format!("/proc/{}/fd", process.process_id());
+    let Ok(descriptors) = std::fs::read_dir(folder) else {
+        return false;
+    };
+    let mut served = descriptors
+        .flatten()
+        .filter_map(|entry| std::fs::metadata(entry.path()).ok());
+    !served.any(|file| (file.dev(), file.ino()) == (here.dev(), here.ino()))
+}
+
+async fn ready(process: &ProcessHandle, log: &Path) -> Result<()> {
+    loop {
+        let text = std::fs::read_to_string(log).unwrap_or_default();
+        let is_ready =
+            |line: &str| serde_json::from_str(line).is_ok_and(|ready: Ready| ready.ready);
+        if text.lines().any(is_ready) {
+            return Ok(());
+        }
+        if let Some(exit) = process.has_ended() {
+            // The exit codes of keelson-blk, which its --help lists.
+            let reason = match exit.code {
+                Some(3) => "DiskUnusable",
+                Some(4) => "DiskInUse",
+                Some(5) => "IoUringUnavailable",
+                _ => "DiskBackendFailed",
+            };
+            return Err(AgentError::Process {
+                reason,
+                message: exit.last_line,
+            });
+        }
+        tokio::time::sleep(READY_POLL).await;
+    }
+}

@@ -1,0 +1,213 @@
+//! The keelson-vmm process of a guest.
+
+use std::path::Path;
+use std::time::Duration;
+
+use keelson_vmm::api::{Event, ExitStatus, GuestState, Request, Response, Status};
+use keelson_vmm::client::{ClientError, VmmClient};
+use keelson_vmm::config::{
+    ConsoleConfig, DiskConfig, GuestConfig, HugepageSize, InterfaceConfig, KernelConfig,
+    MemoryConfig, OnReboot,
+};
+use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
+use tokio::net::UnixStream;
+
+use super::GuestPaths;
+use super::plan::Plan;
+use crate::host::{Exit, LaunchRequest, ProcessHandle};
+use crate::{AgentError, error::Result};
+
+/// How long keelson-vmm may take to set the guest up, loading its kernel and initrd included.
+const READY_LIMIT: Duration = Duration::from_secs(30);
+const READY_POLL: Duration = Duration::from_millis(2);
+/// How long keelson-vmm keeps of a console; the log is rotated at half of it.
+const CONSOLE_LOG_LIMIT_MIB: u64 = 16;
+
+/// A guest's virtual machine.
+#[derive(Clone, Debug)]
+pub struct Machine {
+    /// Its keelson-vmm.
+    pub process: ProcessHandle,
+    paths: GuestPaths,
+}
+
+impl Machine {
+    /// Starts a virtual machine and waits until its processors run.
+    ///
+    /// # Errors
+    /// [`AgentError::Process`] with the reason that keelson-vmm gives.
+    pub async fn start(programs: &Path, paths: &GuestPaths, plan: &Plan) -> Result<Self> {
+        let config = vmm_config(paths, plan)?;
+        crate::host::write_atomically(&paths.vmm_config(), &config)?;
+        let request = LaunchRequest {
+            program: programs.join("keelson-vmm"),
+            arguments: vec![
+                "--config".into(),
+                paths.vmm_config().into(),
+                "--api-socket".into(),
+                paths.api_socket().into(),
+            ],
+            unit: format!("keelson-vm-{}", plan.name),
+            log: paths.vmm_log(),
+            record: paths.vmm_record(),
+        };
+        let process = ProcessHandle::launch(&request)?;
+        let machine = Self {
+            process,
+            paths: paths.clone(),
+        };
+        if let Ok(ready) = tokio::time::timeout(READY_LIMIT, machine.ready()).await {
+            return ready.map(|()| machine);
+        }
+        machine.process.kill().await;
+        machine.process.reap();
+        Err(AgentError::Process {
+            reason: "MachineLate",
+            message: format!("the virtual machine was not set up within {READY_LIMIT:?}"),
+        })
+    }
+
+    /// Finds the virtual machine that an earlier agent started: `Err` with how it ended if it has.
+    pub fn find(paths: &GuestPaths) -> Result<Option<std::result::Result<Self, Exit>>> {
+        let found = ProcessHandle::find(&paths.vmm_record())?;
+        Ok(found.map(|found| {
+            found.map(|process| Self {
+                process,
+                paths: paths.clone(),
+            })
+        }))
+    }
+
+    /// What the guest does now.
+    pub async fn status(&self) -> Result<Status> {
+        self.call(VmmClient::status).await
+    }
+
+    /// Presses the ACPI power button.
+    pub async fn press_power_button(&self) -> Result<()> {
+        self.call(VmmClient::power_button).await
+    }
+
+    /// Writes down how the guest ended, for the agent that cleans up after it. Returns when
+    /// keelson-vmm closes its socket.
+    pub async fn keep_exit_status(self) -> Result<()> {
+        let what = || format!("follow {}", self.paths.api_socket().display());
+        let stream = UnixStream::connect(self.paths.api_socket()).await;
+        let (reader, mut writer) = stream.map_err(AgentError::io(what()))?.into_split();
+        let mut line = serde_json::to_string(&Request::Subscribe)
+            .map_err(|error| AgentError::io(what())(error.into()))?;
+        line.push('\n');
+        writer
+            .write_all(line.as_bytes())
+            .await
+            .map_err(AgentError::io(what()))?;
+        let mut lines = BufReader::new(reader).lines();
+        while let Some(line) = lines.next_line().await.map_err(AgentError::io(what()))? {
+            if let Ok(Event::Exit { reason, message }) = serde_json::from_str(&line) {
+                crate::host::write_atomically(&self.paths.exit(), &ExitStatus { reason, message })?;
+            } else if let Ok(Response::<Status>::Error(error)) = serde_json::from_str(&line) {
+                tracing::warn!(
+                    kind = error.kind,
+                    error.message,
+                    "keelson-vmm refused to be followed"
+                );
+            }
+        }
+        Ok(())
+    }
+
+    async fn ready(&self) -> Result<()> {
+        loop {
+            if let Some(exit) = self.process.has_ended() {
+                self.process.reap();
+                return Err(start_failure(&exit));
+            }
+            match self.status().await.map(|status| status.state) {
+                Ok(GuestState::Starting) | Err(_) => tokio::time::sleep(READY_POLL).await,
+                Ok(_) => return Ok(()),
+            }
+        }
+    }
+
+    async fn call<T: Send + 'static>(
+        &self,
+        request: impl FnOnce(&mut VmmClient) -> std::result::Result<T, ClientError> + Send + 'static,
+    ) -> Result<T> {
+        let socket = self.paths.api_socket();
+        let call = move || VmmClient::connect(socket).and_then(|mut client| request(&mut client));
+        let answer = tokio::task::spawn_blocking(call)
+            .await
+            .map_err(|error| AgentError::io("call keelson-vmm")(std::io::Error::other(error)))?;
+        answer.map_err(|error| AgentError::Process {
+            reason: "MachineUnreachable",
+            message: error.to_string(),
+        })
+    }
+}
+
+/// The exit codes of keelson-vmm, which its --help lists.
+fn start_failure(exit: &Exit) -> AgentError {
+    let reason = match exit.code {
+        Some(2) => "MachineConfigurationInvalid",
+        Some(3) => "KernelUnusable",
+        Some(4) => "KvmUnavailable",
+        Some(5) => "DeviceUnavailable",
+        _ => "MachineFailed",
+    };
+    AgentError::Process {
+        reason,
+        message: exit.last_line.clone(),
+    }
+}
+
+fn vmm_config(paths: &GuestPaths, plan: &Plan) -> Result<GuestConfig> {
+    let hardware = &plan.hardware;
+    let disks = hardware.disks.iter().map(|(name, spec)| DiskConfig {
+        id: format!("disk-{name}"),
+        socket: paths.disk_socket(name),
+        read_only: spec.read_only,
+        queues: spec.queues,
+        queue_size: 256,
+    });
+    let invalid = |message| AgentError::Process {
+        reason: "MachineConfigurationInvalid",
+        message,
+    };
+    let mut interfaces = Vec::new();
+    for port in &plan.ports {
+        interfaces.push(InterfaceConfig {
+            id: format!("net-{}", port.interface),
+            tap: port.device(),
+            mac: port.mac.to_string().parse().map_err(invalid)?,
+            mtu: port.network_spec.mtu,
+        });
+    }
+    let config = GuestConfig {
+        name: plan.name.clone(),
+        vcpus: hardware.cpus,
+        memory: MemoryConfig {
+            size_mib: hardware.memory.mib(),
+            hugepages: hardware.hugepages.map(|size| match size {
+                keelson_api::HugepageSize::Size2Mi => HugepageSize::Size2MiB,
+                keelson_api::HugepageSize::Size1Gi => HugepageSize::Size1GiB,
+            }),
+        },
+        kernel: KernelConfig {
+            image: hardware.kernel.image.clone(),
+            initrd: hardware.kernel.initrd.clone(),
+            command_line: hardware.kernel.command_line.clone(),
+        },
+        console: ConsoleConfig {
+            socket: paths.console_socket(),
+            log: paths.console_log(),
+            log_limit_mib: CONSOLE_LOG_LIMIT_MIB,
+        },
+        disks: disks.collect(),
+        interfaces,
+        on_reboot: OnReboot::Reboot,
+    };
+    config
+        .validate()
+        .map_err(|error| invalid(error.to_string()))?;
+    Ok(config)
+}

@@ -1,0 +1,14 @@
+//! One guest on this host: what it needs, its processes, and the actor that keeps them as desired.
+
+mod actor;
+mod disk_backend;
+mod machine;
+mod paths;
+mod plan;
+mod runtime;
+mod status;
+
+pub use actor::{GuestActor, GuestMailbox};
+pub use machine::Machine;
+pub use paths::GuestPaths;
+pub use runtime::Runtime;

@@ -1,0 +1,139 @@
+//! Everything that a guest needs, with all references resolved.
+
+use keelson_api::{
+    Disk, DiskSpec, HugepageSize, KernelSource, MemorySize, Network, SecurityGroup, VirtualMachine,
+};
+use serde::{Deserialize, Serialize};
+
+use crate::host::GuestPort;
+use crate::objects::ObjectStore;
+use crate::{AgentError, error::Result};
+
+/// Everything that a guest needs, with all references resolved.
+#[derive(Clone, Debug)]
+pub struct Plan {
+    /// The guest's name.
+    pub name: String,
+    /// The spec's generation that this plan is of.
+    pub generation: i64,
+    /// What can't change while it runs.
+    pub hardware: Hardware,
+    /// Its interfaces, with the rules in force.
+    pub ports: Vec<GuestPort>,
+}
+
+/// The part of a guest that can't change while it runs.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Hardware {
+    /// Virtual processors.
+    pub cpus: u8,
+    /// Memory.
+    pub memory: MemorySize,
+    /// The pages that back it.
+    pub hugepages: Option<HugepageSize>,
+    /// What it boots, with the agent's additions to the command line.
+    pub kernel: KernelSource,
+    /// Its disks by the names that it knows them by.
+    pub disks: Vec<(String, DiskSpec)>,
+    /// Its interfaces: name, network, Ethernet address, MTU.
+    pub interfaces: Vec<(String, String, String, u16)>,
+}
+
+/// A plan as it is kept on disk while the guest runs.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct RunningPlan {
+    /// The spec's generation.
+    pub generation: i64,
+    /// What it was started with.
+    pub hardware: Hardware,
+    /// When, in milliseconds since the Unix epoch.
+    pub started_at_unix_ms: i64,
+    /// Starts before this one that ended by themselves.
+    pub restarts: u32,
+}
+
+impl Plan {
+    /// Resolves a guest's references.
+    ///
+    /// # Errors
+    /// [`AgentError::NotFound`] where an object that it refers to is gone.
+    pub async fn resolve(objects: &ObjectStore, guest: &VirtualMachine) -> Result<Self> {
+        let spec = &guest.spec;
+        let mut disks = Vec::new();
+        for attachment in &spec.disks {
+            let disk = objects.get_typed::<Disk>(&attachment.disk).await?.object;
+            disks.push((attachment.name.clone(), disk.spec));
+        }
+        let mut ports = Vec::new();
+        for interface in &spec.interfaces {
+            let network = objects
+                .get_typed::<Network>(&interface.network)
+                .await?
+                .object;
+            let mut ingress = Vec::new();
+            for group in &interface.security_groups {
+                ingress.extend(
+                    objects
+                        .get_typed::<SecurityGroup>(group)
+                        .await?
+                        .object
+                        .spec
+                        .ingress,
+                );
+            }
+            let unassigned = || AgentError::Corrupt {
+                key: format!("VirtualMachine/{}", guest.metadata.name),
+                message: format!("interface {} has no address", interface.name),
+            };
+            ports.push(GuestPort {
+                guest: guest.metadata.name.clone(),
+                interface: interface.name.clone(),
+                network: interface.network.clone(),
+                network_spec: network.spec,
+                mac: interface.mac.ok_or_else(unassigned)?,
+                address: interface.address.ok_or_else(unassigned)?,
+                ingress,
+            });
+        }
+        let mut kernel = spec.kernel.clone();
+        if let Some(port) = ports.first() {
+            kernel.command_line = format!("{} {}", kernel.command_line, ip_option(port));
+        }
+        let interfaces = ports.iter().map(|port| {
+            let mtu = port.network_spec.mtu;
+            (
+                port.interface.clone(),
+                port.network.clone(),
+                port.mac.to_string(),
+                mtu,
+            )
+        });
+        let hardware = Hardware {
+            cpus: spec.cpus,
+            memory: spec.memory,
+            hugepages: spec.hugepages,
+            kernel,
+            disks,
+            interfaces: interfaces.collect(),
+        };
+        Ok(Self {
+            name: guest.metadata.name.clone(),
+            generation: guest.metadata.generation,
+            hardware,
+            ports,
+        })
+    }
+}
+
+/// `ip=<client>:<server>:<gateway>:<netmask>:<hostname>:<device>:<autoconf>`
+/// (Linux, Documentation/admin-guide/nfs/nfsroot.rst), which initramfs-tools obeys as well.
+fn ip_option(port: &GuestPort) -> String {
+    let network = &port.network_spec;
+    format!(
+        "ip={}::{}:{}:{}:eth0:off",
+        port.address,
+        network.gateway(),
+        network.subnet.netmask(),
+        port.guest
+    )
+}

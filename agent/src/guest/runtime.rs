@@ -1,0 +1,310 @@
+//! The processes and devices of one guest on this host.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use futures::FutureExt;
+use jiff::Timestamp;
+use keelson_vmm::api::ExitStatus;
+use tokio::task::JoinHandle;
+
+use super::actor::{GuestExit, first_ended};
+use super::plan::{Plan, RunningPlan};
+use super::{GuestPaths, Machine, disk_backend};
+use crate::host::{GuestPort, ProcessHandle, write_atomically};
+use crate::{Agent, error::Result};
+
+/// How long the last words of a keelson-vmm that has ended may take to be written down.
+const LAST_WORDS_LIMIT: Duration = Duration::from_secs(2);
+
+/// A problem of a guest that goes on running: one CamelCase word, and a sentence.
+pub type Problem = (&'static str, String);
+
+/// The processes and devices of one guest on this host.
+#[derive(Debug)]
+pub struct Runtime {
+    agent: Agent,
+    name: String,
+    paths: GuestPaths,
+    machine: Option<Machine>,
+    /// Writes down how the guest ends.
+    follower: Option<JoinHandle<()>>,
+    disks: BTreeMap<String, ProcessHandle>,
+    /// What the guest was started with.
+    running: Option<RunningPlan>,
+    /// The interfaces whose rules are in force.
+    ports: Vec<GuestPort>,
+    /// How the guest ended, where an earlier agent did not see it.
+    ended_unseen: Option<GuestExit>,
+}
+
+impl Runtime {
+    /// The guest `name`, of which nothing is known yet.
+    pub fn new(agent: &Agent, name: &str) -> Self {
+        Self {
+            paths: GuestPaths::new(&agent.config, name),
+            agent: agent.clone(),
+            name: name.into(),
+            machine: None,
+            follower: None,
+            disks: BTreeMap::new(),
+            running: None,
+            ports: Vec::new(),
+            ended_unseen: None,
+        }
+    }
+
+    /// Finds what an earlier agent started; whether the guest runs.
+    pub async fn adopt(&mut self) -> Result<bool> {
+        if !self.paths.exist() {
+            return Ok(false);
+        }
+        self.running = fs::read(self.paths.plan())
+            .ok()
+            .and_then(|text| serde_json::from_slice(&text).ok());
+        let disks = self
+            .running
+            .iter()
+            .flat_map(|running| &running.hardware.disks);
+        for (disk, _) in disks {
+            if let Some(Ok(process)) = ProcessHandle::find(&self.paths.disk_record(disk))? {
+                self.disks.insert(disk.clone(), process);
+            }
+        }
+        match Machine::find(&self.paths)? {
+            None => Ok(false),
+            Some(Err(exit)) => {
+                self.ended_unseen = Some(GuestExit::new(self.last_words(), &exit));
+                Ok(false)
+            }
+            // Without its plan nobody knows what it is: it was not set up to the end.
+            Some(Ok(machine)) if self.running.is_none() => {
+                machine.process.kill().await;
+                Ok(false)
+            }
+            Some(Ok(machine)) => {
+                self.follow(machine);
+                Ok(true)
+            }
+        }
+    }
+
+    /// Sets up everything that the plan names and starts the guest.
+    ///
+    /// # Errors
+    /// What could not be set up, and why. What was set up until then stays, for
+    /// [`Self::tear_down`].
+    pub async fn start(&mut self, plan: &Plan, restarts: u32) -> Result<()> {
+        self.tear_down(&[]).await?;
+        self.paths.create()?;
+        let programs = self.agent.config.programs()?;
+        for (disk, spec) in &plan.hardware.disks {
+            let process =
+                disk_backend::start(&programs, &self.paths, &self.name, disk, spec).await?;
+            self.disks.insert(disk.clone(), process);
+        }
+        for port in &plan.ports {
+            self.agent.network.ensure_port(port).await?;
+        }
+        self.ports.clone_from(&plan.ports);
+        let machine = Machine::start(&programs, &self.paths, plan).await?;
+        let running = RunningPlan {
+            generation: plan.generation,
+            hardware: plan.hardware.clone(),
+            started_at_unix_ms: Timestamp::now().as_millisecond(),
+            restarts,
+        };
+        write_atomically(&self.paths.plan(), &running)?;
+        self.running = Some(running);
+        self.follow(machine);
+        Ok(())
+    }
+
+    /// Puts changed rules in force and replaces disk backends that ended. Returns what is wrong
+    /// with a guest that goes on running.
+    pub async fn maintain(&mut self, plan: &Plan) -> Result<Option<Problem>> {
+        if self.ports != plan.ports {
+            for port in &plan.ports {
+                self.agent.network.ensure_port(port).await?;
+            }
+            self.ports.clone_from(&plan.ports);
+        }
+        let disks = self
+            .running
+            .as_ref()
+            .map(|running| running.hardware.disks.clone());
+        for (disk, spec) in disks.unwrap_or_default() {
+            let backend = self.disks.get(&disk);
+            if backend.is_some_and(|process| disk_backend::image_vanished(process, &spec)) {
+                let path = spec.path.display();
+                return Ok(Some((
+                    "DiskVanished",
+                    format!("disk {disk}: {path} was removed or replaced while the guest uses it"),
+                )));
+            }
+            let ended = backend.is_none_or(|process| process.has_ended().is_some());
+            if ended {
+                return self.replace_backend(&disk, &spec).await.map(Some);
+            }
+        }
+        Ok(None)
+    }
+
+    async fn replace_backend(
+        &mut self,
+        disk: &str,
+        spec: &keelson_api::DiskSpec,
+    ) -> Result<Problem> {
+        let reason = match self.disks.remove(disk) {
+            Some(process) => {
+                let exit = process.ended().await;
+                process.reap();
+                exit.last_line
+            }
+            None => "nobody saw how".into(),
+        };
+        let programs = self.agent.config.programs()?;
+        let process = disk_backend::start(&programs, &self.paths, &self.name, disk, spec).await?;
+        self.disks.insert(disk.into(), process);
+        Ok((
+            "DiskBackendEnded",
+            format!(
+                "disk {disk}: keelson-blk ended ({reason}) and was started again; the guest finds \
+                 the disk at its next reset"
+            ),
+        ))
+    }
+
+    /// Whether the guest's keelson-vmm runs.
+    pub fn is_running(&self) -> bool {
+        self.machine.is_some()
+    }
+
+    /// The process id of the guest's keelson-vmm.
+    pub fn process_id(&self) -> Option<u32> {
+        self.machine
+            .as_ref()
+            .map(|machine| machine.process.process_id())
+    }
+
+    /// What the guest was started with.
+    pub fn running(&self) -> Option<&RunningPlan> {
+        self.running.as_ref()
+    }
+
+    /// How long the guest has run.
+    pub fn running_for(&self) -> Option<Duration> {
+        let started = self.running.as_ref()?.started_at_unix_ms;
+        u64::try_from(Timestamp::now().as_millisecond() - started)
+            .ok()
+            .map(Duration::from_millis)
+    }
+
+    /// Presses the guest's power button.
+    pub async fn press_power_button(&self) -> Result<()> {
+        match &self.machine {
+            Some(machine) => machine.press_power_button().await,
+            None => Ok(()),
+        }
+    }
+
+    /// Ends the guest at once. What belongs to it is left to [`Self::tear_down`].
+    pub async fn kill(&self) {
+        if let Some(machine) = &self.machine {
+            machine.process.kill().await;
+        }
+    }
+
+    /// How the guest ended, if it did since this was last asked.
+    pub async fn take_exit(&mut self) -> Option<GuestExit> {
+        if let Some(exit) = self.ended_unseen.take() {
+            return Some(exit);
+        }
+        let exit = self.machine.as_ref()?.process.has_ended()?;
+        let machine = self.machine.take()?;
+        if let Some(follower) = self.follower.take() {
+            // It ends with the socket.
+            let _ = tokio::time::timeout(LAST_WORDS_LIMIT, follower).await;
+        }
+        machine.process.reap();
+        Some(GuestExit::new(self.last_words(), &exit))
+    }
+
+    /// Waits until one of the guest's processes ends.
+    pub async fn something_ended(&self) {
+        let machine = self.machine.iter().map(|machine| &machine.process);
+        let waits = machine
+            .chain(self.disks.values())
+            .map(|process| process.ended().map(drop).boxed())
+            .collect();
+        first_ended(waits).await;
+    }
+
+    /// Ends the disks' backends, once the machine has ended, and removes devices and records.
+    pub async fn tear_down(&mut self, interfaces: &[String]) -> Result<()> {
+        if let Some(machine) = self.machine.take() {
+            machine.process.ended().await;
+            machine.process.reap();
+        }
+        for record in self.paths.disk_records() {
+            if let Some(Ok(process)) = ProcessHandle::find(&record)? {
+                process.terminate().await;
+                process.reap();
+            }
+        }
+        self.disks.clear();
+        let mut interfaces: Vec<_> = interfaces.to_vec();
+        if let Some(running) = self.running.take() {
+            interfaces.extend(
+                running
+                    .hardware
+                    .interfaces
+                    .into_iter()
+                    .map(|(name, ..)| name),
+            );
+        }
+        interfaces.extend(self.ports.drain(..).map(|port| port.interface));
+        interfaces.sort();
+        interfaces.dedup();
+        if self.paths.exist() {
+            for interface in &interfaces {
+                self.agent
+                    .network
+                    .remove_port(&self.name, interface)
+                    .await?;
+            }
+        }
+        self.paths.remove()
+    }
+
+    /// Removes the guest's logs.
+    pub fn remove_logs(&self) -> Result<()> {
+        self.paths.remove_logs()
+    }
+
+    /// The guests that were started and not torn down since.
+    pub fn known_guests(agent: &Agent) -> Vec<String> {
+        let folder: PathBuf = GuestPaths::all_guests(&agent.config);
+        let entries = fs::read_dir(folder).into_iter().flatten().flatten();
+        entries
+            .filter_map(|entry| entry.file_name().into_string().ok())
+            .collect()
+    }
+
+    fn follow(&mut self, machine: Machine) {
+        let follower = machine.clone();
+        let name = self.name.clone();
+        self.follower = Some(tokio::spawn(async move {
+            if let Err(error) = follower.keep_exit_status().await {
+                tracing::debug!(guest = name, %error, "keelson-vmm can't be followed");
+            }
+        }));
+        self.machine = Some(machine);
+    }
+
+    fn last_words(&self) -> Option<ExitStatus> {
+        serde_json::from_slice(&fs::read(self.paths.exit()).ok()?).ok()
+    }
+}

@@ -1,0 +1,226 @@
+//! Writes what is observed of a guest into its object's status.
+
+use jiff::Timestamp;
+use keelson_api::{
+    ConditionStatus, InterfaceStatus, Kind, Phase, VirtualMachine, VirtualMachineStatus,
+    set_condition,
+};
+
+use super::plan::Plan;
+use super::runtime::{Problem, Runtime};
+use crate::{Agent, AgentError, error::Result};
+
+/// Writes what is observed of a guest into its object's status.
+#[derive(Debug)]
+pub struct StatusWriter {
+    agent: Agent,
+    name: String,
+    /// The last failure that was told as an event.
+    told: Option<(String, String)>,
+}
+
+impl StatusWriter {
+    /// Writes the status of the guest `name`.
+    pub fn new(agent: &Agent, name: &str) -> Self {
+        Self {
+            agent: agent.clone(),
+            name: name.into(),
+            told: None,
+        }
+    }
+
+    /// It is being set up.
+    pub async fn starting(&self, guest: &VirtualMachine) -> Result<()> {
+        self.write(guest, |status| {
+            if status.phase != Phase::Failed {
+                status.phase = Phase::Starting;
+                ready(
+                    status,
+                    ConditionStatus::False,
+                    "Starting",
+                    "its devices are being set up",
+                );
+            }
+        })
+        .await
+    }
+
+    /// It runs; `problem` is what is wrong all the same.
+    pub async fn running(
+        &mut self,
+        guest: &VirtualMachine,
+        runtime: &Runtime,
+        plan: Option<&Plan>,
+        problem: Option<Problem>,
+    ) -> Result<()> {
+        let host = self.agent.inventory.hostname.clone();
+        let process_id = runtime.process_id();
+        let running = runtime.running();
+        let restart = plan
+            .zip(running)
+            .map(|(plan, running)| plan.hardware != running.hardware);
+        self.write(guest, |status| {
+            status.phase = Phase::Running;
+            status.host = Some(host.clone());
+            status.process_id = process_id;
+            status.running_generation = running.map(|running| running.generation);
+            status.started_at = running
+                .and_then(|running| Timestamp::from_millisecond(running.started_at_unix_ms).ok());
+            match &problem {
+                None => ready(
+                    status,
+                    ConditionStatus::True,
+                    "Running",
+                    "its processors run",
+                ),
+                Some((reason, message)) => {
+                    ready(status, ConditionStatus::False, reason, message);
+                }
+            }
+            if let Some(plan) = plan {
+                status.interfaces = interfaces(plan);
+            }
+            restart_required(status, restart.unwrap_or(false));
+        })
+        .await?;
+        match problem {
+            None => self.told = None,
+            Some((reason, message)) => self.tell(reason, &message).await,
+        }
+        Ok(())
+    }
+
+    /// It was asked to shut down.
+    pub async fn stopping(&self, guest: &VirtualMachine) -> Result<()> {
+        self.write(guest, |status| {
+            status.phase = Phase::Stopping;
+            ready(
+                status,
+                ConditionStatus::False,
+                "Stopping",
+                "the power button is pressed",
+            );
+        })
+        .await
+    }
+
+    /// It does not run, and will not by itself.
+    pub async fn stopped(&self, guest: &VirtualMachine, reason: &str, message: &str) -> Result<()> {
+        // A reason that was given when it ended says more than that it does not run.
+        if guest.status.phase == Phase::Stopped
+            && guest.status.observed_generation == guest.metadata.generation
+        {
+            return Ok(());
+        }
+        self.write(guest, |status| {
+            status.phase = Phase::Stopped;
+            not_running(status);
+            ready(status, ConditionStatus::False, reason, message);
+        })
+        .await
+    }
+
+    /// It ended by itself and will be started again.
+    pub async fn restarting(
+        &self,
+        guest: &VirtualMachine,
+        reason: &str,
+        message: &str,
+    ) -> Result<()> {
+        self.write(guest, |status| {
+            status.phase = Phase::Failed;
+            status.restarts = status.restarts.saturating_add(1);
+            not_running(status);
+            ready(status, ConditionStatus::False, reason, message);
+        })
+        .await
+    }
+
+    /// It can't be started, or ended by a failure and is left so.
+    pub async fn failed(
+        &mut self,
+        guest: &VirtualMachine,
+        reason: &str,
+        message: &str,
+    ) -> Result<()> {
+        self.write(guest, |status| {
+            status.phase = Phase::Failed;
+            not_running(status);
+            ready(status, ConditionStatus::False, reason, message);
+        })
+        .await?;
+        self.tell(reason, message).await;
+        Ok(())
+    }
+
+    async fn tell(&mut self, reason: &str, message: &str) {
+        let failure = (reason.to_owned(), message.to_owned());
+        if self.told.as_ref() != Some(&failure) {
+            let events = &self.agent.events;
+            events
+                .warning(Kind::VirtualMachine, &self.name, reason, message)
+                .await;
+            self.told = Some(failure);
+        }
+    }
+
+    async fn write(
+        &self,
+        guest: &VirtualMachine,
+        mut change: impl FnMut(&mut VirtualMachineStatus) + Send,
+    ) -> Result<()> {
+        let generation = guest.metadata.generation;
+        let update = |guest: &mut VirtualMachine| {
+            guest.status.observed_generation = generation;
+            change(&mut guest.status);
+        };
+        match self.agent.objects.update(&self.name, update).await {
+            // It was deleted meanwhile, so that nobody wants to know.
+            Ok(_) | Err(AgentError::NotFound { .. }) => Ok(()),
+            Err(error) => Err(error),
+        }
+    }
+}
+
+fn ready(status: &mut VirtualMachineStatus, value: ConditionStatus, reason: &str, message: &str) {
+    set_condition(&mut status.conditions, "Ready", value, reason, message);
+}
+
+fn restart_required(status: &mut VirtualMachineStatus, required: bool) {
+    let known = status
+        .conditions
+        .iter()
+        .any(|condition| condition.kind == "RestartRequired");
+    if required {
+        let message = "the spec changed in what a running guest keeps; stop and start it";
+        let conditions = &mut status.conditions;
+        set_condition(
+            conditions,
+            "RestartRequired",
+            ConditionStatus::True,
+            "SpecChanged",
+            message,
+        );
+    } else if known {
+        status
+            .conditions
+            .retain(|condition| condition.kind != "RestartRequired");
+    }
+}
+
+fn not_running(status: &mut VirtualMachineStatus) {
+    status.process_id = None;
+    status.started_at = None;
+    status.running_generation = None;
+    restart_required(status, false);
+}
+
+fn interfaces(plan: &Plan) -> Vec<InterfaceStatus> {
+    let status = |port: &crate::host::GuestPort| InterfaceStatus {
+        name: port.interface.clone(),
+        device: port.device(),
+        address: port.address,
+        mac: port.mac,
+    };
+    plan.ports.iter().map(status).collect()
+}

@@ -1,0 +1,137 @@
+//! Network devices over rtnetlink.
+
+use std::net::Ipv4Addr;
+
+use futures::TryStreamExt;
+use rtnetlink::packet_route::link::{LinkAttribute, LinkMessage};
+use rtnetlink::{Handle, LinkUnspec};
+
+use crate::{AgentError, error::Result};
+
+/// A connection to the kernel's network configuration.
+#[derive(Clone, Debug)]
+pub struct Links {
+    handle: Handle,
+}
+
+impl Links {
+    /// Opens the connection and keeps it served by a task of the current runtime.
+    pub fn connect() -> Result<Self> {
+        let (connection, handle, _) =
+            rtnetlink::new_connection().map_err(AgentError::io("open a netlink socket"))?;
+        tokio::spawn(connection);
+        Ok(Self { handle })
+    }
+
+    /// The raw handle, for device types of their own.
+    pub fn handle(&self) -> &Handle {
+        &self.handle
+    }
+
+    /// The index of the device `name`, if there is one.
+    pub async fn index(&self, name: &str) -> Result<Option<u32>> {
+        let mut links = self
+            .handle
+            .link()
+            .get()
+            .match_name(name.to_owned())
+            .execute();
+        match links.try_next().await {
+            Ok(link) => Ok(link.map(|link| link.header.index)),
+            Err(error) if errno(&error) == Some(libc::ENODEV) => Ok(None),
+            Err(source) => Err(netlink(format!("look up the device {name}"))(source)),
+        }
+    }
+
+    /// The index of the device `name`, which must exist.
+    pub async fn require(&self, name: &str) -> Result<u32> {
+        self.index(name).await?.ok_or_else(|| AgentError::Process {
+            reason: "DeviceMissing",
+            message: format!("the network device {name} is gone"),
+        })
+    }
+
+    /// The names of all devices that start with `prefix`.
+    pub async fn names(&self, prefix: &str) -> Result<Vec<String>> {
+        let links: Vec<LinkMessage> = self
+            .handle
+            .link()
+            .get()
+            .execute()
+            .try_collect()
+            .await
+            .map_err(netlink("list the network devices"))?;
+        Ok(links
+            .into_iter()
+            .filter_map(name_of)
+            .filter(|name| name.starts_with(prefix))
+            .collect())
+    }
+
+    /// Sets a device's MTU and, where given, the bridge that it is a port of, and brings it up.
+    pub async fn bring_up(&self, name: &str, mtu: u16, bridge: Option<u32>) -> Result<()> {
+        let index = self.require(name).await?;
+        let mut message = LinkUnspec::new_with_index(index).mtu(mtu.into()).up();
+        if let Some(bridge) = bridge {
+            message = message.controller(bridge);
+        }
+        self.handle
+            .link()
+            .set(message.build())
+            .execute()
+            .await
+            .map_err(netlink(format!("bring up the device {name}")))
+    }
+
+    /// Gives a device an address, unless it has it.
+    pub async fn add_address(&self, index: u32, address: Ipv4Addr, prefix: u8) -> Result<()> {
+        let added = self
+            .handle
+            .address()
+            .add(index, address.into(), prefix)
+            .execute()
+            .await;
+        match added {
+            Ok(()) => Ok(()),
+            Err(error) if errno(&error) == Some(libc::EEXIST) => Ok(()),
+            Err(source) => Err(netlink(format!("set the address {address}/{prefix}"))(
+                source,
+            )),
+        }
+    }
+
+    /// Deletes the device `name`; whether it existed.
+    pub async fn delete(&self, name: &str) -> Result<bool> {
+        let Some(index) = self.index(name).await? else {
+            return Ok(false);
+        };
+        match self.handle.link().del(index).execute().await {
+            Ok(()) => Ok(true),
+            Err(error) if errno(&error) == Some(libc::ENODEV) => Ok(false),
+            Err(source) => Err(netlink(format!("delete the device {name}"))(source)),
+        }
+    }
+}
+
+/// Makes an error of netlink's answer, saying what was tried.
+pub fn netlink(what: impl Into<String>) -> impl FnOnce(rtnetlink::Error) -> AgentError {
+    let what = what.into();
+    move |source| AgentError::Netlink { what, source }
+}
+
+/// The kernel's positive errno in an answer.
+pub fn errno(error: &rtnetlink::Error) -> Option<i32> {
+    match error {
+        rtnetlink::Error::NetlinkError(message) => Some(message.raw_code().abs()),
+        _ => None,
+    }
+}
+
+fn name_of(link: LinkMessage) -> Option<String> {
+    link.attributes
+        .into_iter()
+        .find_map(|attribute| match attribute {
+            LinkAttribute::IfName(name) => Some(name),
+            _ => None,
+        })
+}

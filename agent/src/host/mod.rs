@@ -1,0 +1,13 @@
+//! What the agent does on its host: processes, control groups, network devices.
+
+mod bridge;
+mod cgroup;
+mod inventory;
+mod link;
+mod network;
+mod process;
+mod tap;
+
+pub use inventory::{Inventory, check_abilities};
+pub use network::{GuestPort, HostNetwork};
+pub use process::{Exit, LaunchRequest, ProcessHandle, write_atomically};

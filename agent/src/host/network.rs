@@ -1,0 +1,267 @@
+//! The host's side of guests' networks: bridges, TAP devices, and eBPF policy on them.
+
+use std::fmt;
+use std::net::Ipv4Addr;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use keelson_api::{IngressRule, MacAddress, NetworkSpec, Protocol};
+use keelson_ebpf::{
+    Datapath, DatapathConfig, DatapathError, EgressPolicy, HookChoice, InterfaceCounters,
+    InterfacePolicy, Ipv4Prefix, Rule,
+};
+use sha2::{Digest, Sha256};
+
+use super::link::Links;
+use super::{bridge, tap};
+use crate::config::{Config, NetworkHook};
+use crate::{AgentError, error::Result};
+
+const BRIDGE_PREFIX: &str = "kbr-";
+const TAP_PREFIX: &str = "ktap-";
+
+/// The host's side of guests' networks.
+#[derive(Clone)]
+pub struct HostNetwork {
+    links: Links,
+    datapath: Arc<Mutex<Datapath>>,
+}
+
+/// One interface of one guest, as the host sees it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct GuestPort {
+    /// The guest's name.
+    pub guest: String,
+    /// The interface's name in the guest's manifest.
+    pub interface: String,
+    /// The network's name.
+    pub network: String,
+    /// The network's addresses.
+    pub network_spec: NetworkSpec,
+    /// The interface's Ethernet address.
+    pub mac: MacAddress,
+    /// The interface's address.
+    pub address: Ipv4Addr,
+    /// What may reach it.
+    pub ingress: Vec<IngressRule>,
+}
+
+impl GuestPort {
+    /// The name of its TAP device, the same at every start.
+    pub fn device(&self) -> String {
+        device_name(TAP_PREFIX, &format!("{}/{}", self.guest, self.interface))
+    }
+
+    fn policy(&self) -> Result<InterfacePolicy> {
+        let mut ingress = Vec::new();
+        for rule in &self.ingress {
+            push_rules(rule, &mut ingress)?;
+        }
+        Ok(InterfacePolicy {
+            name: self.device(),
+            mac: keelson_ebpf::MacAddress(self.mac.0),
+            ipv4: self.address,
+            ingress,
+            egress: EgressPolicy::AllowAll,
+        })
+    }
+}
+
+impl HostNetwork {
+    /// Loads the eBPF programs, or takes over those that an earlier agent pinned.
+    ///
+    /// # Errors
+    /// [`AgentError::Datapath`] where the kernel refuses, with what to do.
+    pub async fn open(config: &Config) -> Result<Self> {
+        let datapath_config = DatapathConfig {
+            pin_root: config.bpf_directory.clone(),
+            hook: match config.network_hook {
+                NetworkHook::Auto => HookChoice::Auto,
+                NetworkHook::Tcx => HookChoice::Tcx,
+                NetworkHook::Clsact => HookChoice::Clsact,
+            },
+            ..DatapathConfig::default()
+        };
+        let datapath = blocking(move || Datapath::open(&datapath_config)).await?;
+        Ok(Self {
+            links: Links::connect()?,
+            datapath: Arc::new(Mutex::new(datapath)),
+        })
+    }
+
+    /// Brings up a network's bridge; returns its device name.
+    pub async fn ensure_network(&self, name: &str, spec: &NetworkSpec) -> Result<String> {
+        let device = device_name(BRIDGE_PREFIX, name);
+        bridge::ensure(&self.links, &device, spec).await?;
+        Ok(device)
+    }
+
+    /// Removes the bridges of networks other than `names`.
+    pub async fn remove_networks_except(&self, names: &[&str]) -> Result<()> {
+        let wanted: Vec<_> = names
+            .iter()
+            .map(|name| device_name(BRIDGE_PREFIX, name))
+            .collect();
+        for device in self.links.names(BRIDGE_PREFIX).await? {
+            if !wanted.contains(&device) {
+                self.links.delete(&device).await?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Makes a guest's TAP device ready: the policy is in force before the device is up.
+    pub async fn ensure_port(&self, port: &GuestPort) -> Result<()> {
+        let device = port.device();
+        let bridge = device_name(BRIDGE_PREFIX, &port.network);
+        let bridge = bridge::ensure(&self.links, &bridge, &port.network_spec).await?;
+        if self.links.index(&device).await?.is_none() {
+            tap::create(&device)?;
+        }
+        let policy = port.policy()?;
+        self.with_datapath(move |datapath| datapath.attach(&policy))
+            .await?;
+        self.links
+            .bring_up(&device, port.network_spec.mtu, Some(bridge))
+            .await
+    }
+
+    /// Puts a guest's present rules in force, on a device that is attached.
+    pub async fn update_port(&self, port: &GuestPort) -> Result<()> {
+        let policy = port.policy()?;
+        self.with_datapath(move |datapath| datapath.update(&policy))
+            .await
+    }
+
+    /// Removes the TAP device of a guest's interface, and then its policy.
+    pub async fn remove_port(&self, guest: &str, interface: &str) -> Result<()> {
+        let device = device_name(TAP_PREFIX, &format!("{guest}/{interface}"));
+        self.links.delete(&device).await?;
+        self.with_datapath(move |datapath| datapath.detach(&device).map(drop))
+            .await
+    }
+
+    /// Removes the TAP devices of interfaces other than those named, as `(guest, interface)`.
+    pub async fn remove_ports_except(&self, ports: &[(String, String)]) -> Result<()> {
+        let wanted: Vec<_> = ports
+            .iter()
+            .map(|(guest, interface)| device_name(TAP_PREFIX, &format!("{guest}/{interface}")))
+            .collect();
+        for device in self.links.names(TAP_PREFIX).await? {
+            if !wanted.contains(&device) {
+                self.links.delete(&device).await?;
+                self.with_datapath(move |datapath| datapath.detach(&device).map(drop))
+                    .await?;
+            }
+        }
+        self.with_datapath(|datapath| datapath.collect_garbage().map(drop))
+            .await
+    }
+
+    /// What the device of a guest's interface passed and dropped, and the device's name.
+    pub async fn counters(
+        &self,
+        guest: &str,
+        interface: &str,
+    ) -> Result<(String, InterfaceCounters)> {
+        let device = device_name(TAP_PREFIX, &format!("{guest}/{interface}"));
+        let name = device.clone();
+        let counters = self
+            .with_datapath(move |datapath| datapath.counters(&name))
+            .await?;
+        Ok((device, counters))
+    }
+
+    /// How programs are attached on this kernel: `tcx`, `clsact`, or `none` before the first.
+    pub async fn hook(&self) -> Result<String> {
+        let attached = self.with_datapath(|datapath| datapath.attached()).await?;
+        Ok(attached
+            .first()
+            .map_or("none".into(), |attached| attached.hook.to_string()))
+    }
+
+    async fn with_datapath<T: Send + 'static>(
+        &self,
+        work: impl FnOnce(&mut Datapath) -> std::result::Result<T, DatapathError> + Send + 'static,
+    ) -> Result<T> {
+        let datapath = Arc::clone(&self.datapath);
+        blocking(move || work(&mut datapath.lock().unwrap_or_else(PoisonError::into_inner))).await
+    }
+}
+
+impl fmt::Debug for HostNetwork {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        formatter
+            .debug_struct("HostNetwork")
+            .finish_non_exhaustive()
+    }
+}
+
+async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> std::result::Result<T, DatapathError> + Send + 'static,
+) -> Result<T> {
+    match tokio::task::spawn_blocking(work).await {
+        Ok(result) => Ok(result?),
+        Err(error) => Err(AgentError::Io {
+            what: "finish work on the eBPF network".into(),
+            source: std::io::Error::other(error),
+        }),
+    }
+}
+
+/// A device name of at most 15 bytes, the same for the same `identity`.
+fn device_name(prefix: &str, identity: &str) -> String {
+    let hash = Sha256::digest(identity);
+    let number = u32::from_be_bytes([hash[0], hash[1], hash[2], hash[3]]);
+    format!("{prefix}{number:08x}")
+}
+
+/// Every combination of a rule's ports and source networks, as the eBPF programs take them.
+fn push_rules(rule: &IngressRule, rules: &mut Vec<Rule>) -> Result<()> {
+    let protocol = match rule.protocol {
+        Protocol::Any => keelson_ebpf::Protocol::Any,
+        Protocol::Icmp => keelson_ebpf::Protocol::Icmp,
+        Protocol::Tcp => keelson_ebpf::Protocol::Tcp,
+        Protocol::Udp => keelson_ebpf::Protocol::Udp,
+    };
+    let mut ports: Vec<_> = rule
+        .ports
+        .iter()
+        .map(|range| range.first..=range.last)
+        .collect();
+    if ports.is_empty() {
+        ports.push(Rule::ALL_PORTS);
+    }
+    let mut peers = Vec::new();
+    for network in &rule.from {
+        peers.push(Ipv4Prefix::new(network.network(), network.prefix_len()).map_err(invalid_rule)?);
+    }
+    if peers.is_empty() {
+        peers.push(Ipv4Prefix::ANY);
+    }
+    for ports in ports {
+        rules.extend(peers.iter().map(|&peer| Rule {
+            protocol,
+            ports: ports.clone(),
+            peer,
+        }));
+    }
+    Ok(())
+}
+
+/// A manifest's rules were checked, so that this says the two disagree.
+fn invalid_rule(problem: impl fmt::Display) -> AgentError {
+    AgentError::Invalid(vec![format!("a security group's rule: {problem}")])
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn device_names_fit_and_differ() {
+        let one = device_name(TAP_PREFIX, "web/eth0");
+        assert!(one.len() < libc::IFNAMSIZ);
+        assert_ne!(one, device_name(TAP_PREFIX, "web/eth1"));
+        assert_eq!(one, device_name(TAP_PREFIX, "web/eth0"));
+    }
+}

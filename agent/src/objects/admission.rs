@@ -1,0 +1,468 @@
+//! Admission: a manifest is checked whole, against everything there is, before anything of it is
+//! written; then it is written whole.
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::os::unix::fs::FileTypeExt;
+use std::path::Path;
+
+use jiff::Timestamp;
+use keelson_api::{
+    Disk, DiskStatus, Kind, Network, NetworkStatus, Object, Phase, PowerState, SecurityGroup,
+    SecurityGroupStatus, VirtualMachine, VirtualMachineStatus,
+};
+use serde_json::Value;
+
+use super::allocation::Allocation;
+use super::store::{ObjectStore, World};
+use crate::host::Inventory;
+use crate::{AgentError, error::Result};
+
+/// How often admission is tried against others' admissions.
+const ATTEMPTS: usize = 20;
+
+/// What applying did to an object.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Action {
+    /// It is new.
+    Created,
+    /// Its spec or metadata changed.
+    Configured,
+    /// It was so already.
+    Unchanged,
+}
+
+/// What applying did to one object of a manifest.
+#[derive(Clone, Debug)]
+pub struct Applied {
+    /// What was done.
+    pub action: Action,
+    /// The object as it is now.
+    pub object: Object,
+}
+
+/// Decides on changes of objects.
+#[derive(Clone, Copy, Debug)]
+pub struct Admission<'a> {
+    /// Where the objects are.
+    pub objects: &'a ObjectStore,
+    /// What the host has.
+    pub inventory: &'a Inventory,
+}
+
+impl Admission<'_> {
+    /// Creates or replaces all objects of a manifest, or none.
+    ///
+    /// # Errors
+    /// [`AgentError::Manifest`] or [`AgentError::Invalid`] where an object is wrong by itself,
+    /// [`AgentError::Precondition`] where it does not fit to the host or to other objects, and
+    /// [`AgentError::Conflict`].
+    pub async fn apply(&self, documents: &[Value], dry_run: bool) -> Result<Vec<Applied>> {
+        let objects = read(documents)?;
+        for _ in 0..ATTEMPTS {
+            let world = self.objects.world().await?;
+            let applied = self.merge(&world, &objects)?;
+            let changed: Vec<_> = applied
+                .iter()
+                .filter(|applied| applied.action != Action::Unchanged)
+                .map(|applied| applied.object.clone())
+                .collect();
+            if dry_run || changed.is_empty() || self.objects.commit(&world, &changed).await? {
+                return Ok(applied);
+            }
+        }
+        Err(AgentError::Conflict("the objects".into()))
+    }
+
+    /// Deletes an object that nothing refers to. A guest is only marked: it goes when its teardown
+    /// is complete.
+    ///
+    /// # Errors
+    /// [`AgentError::NotFound`], [`AgentError::Precondition`] with what refers to it, and
+    /// [`AgentError::Conflict`].
+    pub async fn delete(&self, kind: Kind, name: &str) -> Result<()> {
+        if kind == Kind::VirtualMachine {
+            let mark = |guest: &mut VirtualMachine| {
+                guest
+                    .metadata
+                    .deletion_timestamp
+                    .get_or_insert_with(Timestamp::now);
+            };
+            return self.objects.update(name, mark).await.map(drop);
+        }
+        for _ in 0..ATTEMPTS {
+            let world = self.objects.world().await?;
+            if !world.objects.contains_key(&(kind, name.into())) {
+                return Err(AgentError::NotFound {
+                    kind,
+                    name: name.into(),
+                });
+            }
+            let users: Vec<_> = world
+                .objects
+                .values()
+                .filter(|stored| references(&stored.object).any(|r| r == (kind, name)))
+                .map(|stored| format!("VirtualMachine/{}", stored.object.metadata().name))
+                .collect();
+            if !users.is_empty() {
+                let users = users.join(", ");
+                return Err(AgentError::Precondition(vec![format!(
+                    "{kind}/{name} is used by {users}; delete that first"
+                )]));
+            }
+            if self.objects.commit_deletion(&world, kind, name).await? {
+                return Ok(());
+            }
+        }
+        Err(AgentError::Conflict(format!("{kind}/{name}")))
+    }
+
+    /// Gives every object the history and allocations of its predecessor, and checks the result
+    /// against the host and against everything else.
+    fn merge(&self, world: &World, objects: &[Object]) -> Result<Vec<Applied>> {
+        let mut errors = Vec::new();
+        let mut merged: Vec<_> = objects
+            .iter()
+            .map(|object| inherit(world, object.clone(), &mut errors))
+            .collect();
+        let mut after = world.clone();
+        for object in &merged {
+            let key = (object.kind(), object.metadata().name.clone());
+            let revision = after.objects.get(&key).map_or(0, |stored| stored.revision);
+            let stored = super::Stored {
+                object: object.clone(),
+                revision,
+            };
+            after.objects.insert(key, stored);
+        }
+        let given: BTreeSet<_> = merged
+            .iter()
+            .map(|o| (o.kind(), o.metadata().name.clone()))
+            .collect();
+        let others = after
+            .objects
+            .iter()
+            .filter(|(key, _)| !given.contains(*key));
+        let mut allocation = Allocation::of(others.map(|(_, stored)| &stored.object));
+        for object in &mut merged {
+            let identity = format!("{}/{}", object.kind(), object.metadata().name);
+            let mut report = |field: &str, message: String| {
+                errors.push(format!("{identity}: {field}: {message}"));
+            };
+            match object {
+                Object::Disk(disk) => check_disk(disk, &mut report),
+                Object::Network(network) => check_network(network, &after, &mut report),
+                Object::SecurityGroup(_) => {}
+                Object::VirtualMachine(guest) => {
+                    self.check_guest(guest, &after, &mut report);
+                    allocate(guest, &after, &mut allocation, &mut report);
+                }
+            }
+        }
+        if !errors.is_empty() {
+            return Err(AgentError::Precondition(errors));
+        }
+        Ok(merged
+            .into_iter()
+            .map(|object| finish(world, object))
+            .collect())
+    }
+
+    fn check_guest(
+        &self,
+        guest: &VirtualMachine,
+        after: &World,
+        report: &mut impl FnMut(&str, String),
+    ) {
+        if guest.spec.memory.bytes() > self.inventory.memory_bytes {
+            report(
+                "spec.memory",
+                format!(
+                    "is {}; this host has {}",
+                    guest.spec.memory,
+                    self.inventory.memory()
+                ),
+            );
+        }
+        check_file("spec.kernel.image", &guest.spec.kernel.image, report);
+        if let Some(initrd) = &guest.spec.kernel.initrd {
+            check_file("spec.kernel.initrd", initrd, report);
+        }
+        for (index, disk) in guest.spec.disks.iter().enumerate() {
+            if after.get::<Disk>(&disk.disk).is_none() {
+                let field = format!("spec.disks[{index}].disk");
+                report(&field, missing(Kind::Disk, &disk.disk));
+            }
+        }
+        for (index, interface) in guest.spec.interfaces.iter().enumerate() {
+            for (position, group) in interface.security_groups.iter().enumerate() {
+                if after.get::<SecurityGroup>(group).is_none() {
+                    let field = format!("spec.interfaces[{index}].securityGroups[{position}]");
+                    report(&field, missing(Kind::SecurityGroup, group));
+                }
+            }
+        }
+    }
+}
+
+/// Reads and checks the objects of a manifest, each by itself.
+fn read(documents: &[Value]) -> Result<Vec<Object>> {
+    let mut objects = Vec::new();
+    let mut errors = Vec::new();
+    let mut seen = BTreeSet::new();
+    for document in documents {
+        let object = Object::from_json(document)?;
+        let identity = format!("{}/{}", object.kind(), object.metadata().name);
+        errors.extend(
+            object
+                .validate()
+                .iter()
+                .map(|error| format!("{identity}: {error}")),
+        );
+        if !seen.insert(identity.clone()) {
+            errors.push(format!(
+                "{identity}: metadata.name: stands in the manifest twice"
+            ));
+        }
+        objects.push(object);
+    }
+    if errors.is_empty() {
+        Ok(objects)
+    } else {
+        Err(AgentError::Invalid(errors))
+    }
+}
+
+/// Takes over what an earlier version of the object has and a manifest does not say.
+fn inherit(world: &World, mut object: Object, errors: &mut Vec<String>) -> Object {
+    let key = (object.kind(), object.metadata().name.clone());
+    let Some(known) = world.objects.get(&key).map(|stored| &stored.object) else {
+        let metadata = object.metadata_mut();
+        metadata.uid = uuid::Uuid::new_v4().to_string();
+        metadata.generation = 1;
+        metadata.creation_timestamp = Some(Timestamp::now());
+        metadata.deletion_timestamp = None;
+        metadata.resource_version = String::new();
+        clear_status(&mut object);
+        return object;
+    };
+    if known.metadata().deletion_timestamp.is_some() {
+        errors.push(format!(
+            "{}/{}: is being deleted; apply it again later",
+            key.0, key.1
+        ));
+    }
+    let labels = object.metadata().labels.clone();
+    let annotations = object.metadata().annotations.clone();
+    *object.metadata_mut() = known.metadata().clone();
+    object.metadata_mut().labels = labels;
+    object.metadata_mut().annotations = annotations;
+    object.take_status(known);
+    if let (Object::VirtualMachine(guest), Object::VirtualMachine(known)) = (&mut object, known) {
+        inherit_allocations(guest, known);
+    }
+    object
+}
+
+fn clear_status(object: &mut Object) {
+    match object {
+        Object::Disk(disk) => disk.status = DiskStatus::default(),
+        Object::Network(network) => network.status = NetworkStatus::default(),
+        Object::SecurityGroup(group) => group.status = SecurityGroupStatus::default(),
+        Object::VirtualMachine(guest) => guest.status = VirtualMachineStatus::default(),
+    }
+}
+
+/// An interface that asks for no address keeps the one that it was given.
+fn inherit_allocations(guest: &mut VirtualMachine, known: &VirtualMachine) {
+    for interface in &mut guest.spec.interfaces {
+        let before =
+            known.spec.interfaces.iter().find(|before| {
+                before.name == interface.name && before.network == interface.network
+            });
+        if let Some(before) = before {
+            interface.address = interface.address.or(before.address);
+            interface.mac = interface.mac.or(before.mac);
+        }
+    }
+}
+
+fn allocate(
+    guest: &mut VirtualMachine,
+    after: &World,
+    allocation: &mut Allocation,
+    report: &mut impl FnMut(&str, String),
+) {
+    for index in 0..guest.spec.interfaces.len() {
+        let interface = guest.spec.interfaces[index].clone();
+        let field = format!("spec.interfaces[{index}]");
+        let Some(Object::Network(network)) = after.get::<Network>(&interface.network) else {
+            report(
+                &format!("{field}.network"),
+                missing(Kind::Network, &interface.network),
+            );
+            continue;
+        };
+        match allocation.take_address(guest, &interface, &network) {
+            Ok(address) => guest.spec.interfaces[index].address = Some(address),
+            Err(message) => report(&format!("{field}.address"), message),
+        }
+        match allocation.take_mac(guest, &interface) {
+            Ok(mac) => guest.spec.interfaces[index].mac = Some(mac),
+            Err(message) => report(&format!("{field}.mac"), message),
+        }
+    }
+}
+
+/// Compares with the earlier version and counts the generation.
+fn finish(world: &World, mut object: Object) -> Applied {
+    let key = (object.kind(), object.metadata().name.clone());
+    let Some(known) = world.objects.get(&key).map(|stored| &stored.object) else {
+        return Applied {
+            action: Action::Created,
+            object,
+        };
+    };
+    let same_spec = object.same_spec(known);
+    let same = same_spec && object.metadata() == known.metadata();
+    if !same_spec {
+        object.metadata_mut().generation += 1;
+    }
+    Applied {
+        action: if same {
+            Action::Unchanged
+        } else {
+            Action::Configured
+        },
+        object,
+    }
+}
+
+fn check_disk(disk: &Disk, report: &mut impl FnMut(&str, String)) {
+    let path = &disk.spec.path;
+    match fs::metadata(path) {
+        Err(error) => report("spec.path", format!("{}: {error}", path.display())),
+        Ok(metadata) if metadata.is_dir() => report(
+            "spec.path",
+            format!(
+                "{} is a directory; give a raw image or a block device",
+                path.display()
+            ),
+        ),
+        Ok(metadata) if !metadata.is_file() && !metadata.file_type().is_block_device() => report(
+            "spec.path",
+            format!("{} is neither a file nor a block device", path.display()),
+        ),
+        Ok(metadata) if metadata.is_file() && metadata.len() < 512 => report(
+            "spec.path",
+            format!(
+                "{} is {} bytes large; a disk has at least 512",
+                path.display(),
+                metadata.len()
+            ),
+        ),
+        Ok(_) => {}
+    }
+}
+
+fn check_network(network: &Network, after: &World, report: &mut impl FnMut(&str, String)) {
+    for stored in after.of_kind(Kind::Network) {
+        let Object::Network(other) = &stored.object else {
+            continue;
+        };
+        let (ours, theirs) = (network.spec.subnet, other.spec.subnet);
+        let overlap = ours.contains(&theirs.network()) || theirs.contains(&ours.network());
+        if overlap && other.metadata.name != network.metadata.name {
+            report(
+                "spec.subnet",
+                format!(
+                    "{ours} overlaps {theirs} of Network/{}",
+                    other.metadata.name
+                ),
+            );
+        }
+    }
+    for stored in after.of_kind(Kind::VirtualMachine) {
+        let Object::VirtualMachine(guest) = &stored.object else {
+            continue;
+        };
+        for interface in &guest.spec.interfaces {
+            let address = interface
+                .address
+                .filter(|_| interface.network == network.metadata.name);
+            if let Some(problem) = address.and_then(|a| network.spec.refuse_address(a)) {
+                report(
+                    "spec",
+                    format!(
+                        "{problem}, and VirtualMachine/{} holds it",
+                        guest.metadata.name
+                    ),
+                );
+            }
+        }
+    }
+}
+
+fn check_file(field: &str, path: &Path, report: &mut impl FnMut(&str, String)) {
+    match fs::metadata(path) {
+        Err(error) => report(field, format!("{}: {error}", path.display())),
+        Ok(metadata) if !metadata.is_file() => {
+            report(field, format!("{} is not a file", path.display()));
+        }
+        Ok(_) => {}
+    }
+}
+
+fn missing(kind: Kind, name: &str) -> String {
+    format!("{kind}/{name} does not exist; apply it first or in the same manifest")
+}
+
+/// What an object refers to.
+fn references(object: &Object) -> impl Iterator<Item = (Kind, &str)> {
+    let guest = match object {
+        Object::VirtualMachine(guest) => Some(guest),
+        _ => None,
+    };
+    guest.into_iter().flat_map(|guest| {
+        let disks = guest
+            .spec
+            .disks
+            .iter()
+            .map(|disk| (Kind::Disk, disk.disk.as_str()));
+        let interfaces = guest.spec.interfaces.iter().flat_map(|interface| {
+            let groups = interface.security_groups.iter();
+            groups
+                .map(|group| (Kind::SecurityGroup, group.as_str()))
+                .chain([(Kind::Network, interface.network.as_str())])
+        });
+        disks.chain(interfaces)
+    })
+}
+
+/// Sets the desired power state of a guest.
+///
+/// # Errors
+/// [`AgentError::NotFound`], [`AgentError::Precondition`] where it is being deleted.
+pub async fn set_power_state(
+    objects: &ObjectStore,
+    name: &str,
+    power_state: PowerState,
+) -> Result<Object> {
+    let mut deleting = false;
+    let change = |guest: &mut VirtualMachine| {
+        deleting = guest.metadata.deletion_timestamp.is_some();
+        // A guest that ended by itself should run already; a new generation starts it again.
+        let start_again = power_state == PowerState::Running
+            && matches!(guest.status.phase, Phase::Stopped | Phase::Failed);
+        if !deleting && (guest.spec.power_state != power_state || start_again) {
+            guest.spec.power_state = power_state;
+            guest.metadata.generation += 1;
+        }
+    };
+    let stored = objects.update(name, change).await?;
+    if deleting {
+        let message = format!("VirtualMachine/{name} is being deleted");
+        return Err(AgentError::Precondition(vec![message]));
+    }
+    Ok(Object::VirtualMachine(stored.object))
+}

@@ -1,0 +1,110 @@
+//! Addresses of guests' interfaces: those that are taken, and the next free one.
+
+use std::collections::BTreeMap;
+use std::net::Ipv4Addr;
+
+use keelson_api::{Interface, MacAddress, Network, Object, VirtualMachine};
+use sha2::{Digest, Sha256};
+
+/// Who holds which address.
+#[derive(Debug, Default)]
+pub struct Allocation {
+    /// By network and address: the holder, as `VirtualMachine/name interface name`.
+    addresses: BTreeMap<(String, Ipv4Addr), String>,
+    macs: BTreeMap<MacAddress, String>,
+}
+
+impl Allocation {
+    /// What the guests among `objects` hold.
+    pub fn of<'a>(objects: impl Iterator<Item = &'a Object>) -> Self {
+        let mut allocation = Self::default();
+        for object in objects {
+            let Object::VirtualMachine(guest) = object else {
+                continue;
+            };
+            for interface in &guest.spec.interfaces {
+                let holder = holder(guest, interface);
+                if let Some(address) = interface.address {
+                    let place = (interface.network.clone(), address);
+                    allocation.addresses.insert(place, holder.clone());
+                }
+                if let Some(mac) = interface.mac {
+                    allocation.macs.insert(mac, holder);
+                }
+            }
+        }
+        allocation
+    }
+
+    /// Gives an interface the address that it asks for, or the lowest free one.
+    ///
+    /// # Errors
+    /// What is wrong with the address, or that the network is full.
+    pub fn take_address(
+        &mut self,
+        guest: &VirtualMachine,
+        interface: &Interface,
+        network: &Network,
+    ) -> Result<Ipv4Addr, String> {
+        let is_free = |address: Ipv4Addr| {
+            network.spec.refuse_address(address).is_none()
+                && !self
+                    .addresses
+                    .contains_key(&(interface.network.clone(), address))
+        };
+        let address = match interface.address {
+            Some(address) => address,
+            None => network
+                .spec
+                .subnet
+                .hosts()
+                .find(|&address| is_free(address))
+                .ok_or_else(|| format!("Network/{} has no free address", interface.network))?,
+        };
+        if let Some(problem) = network.spec.refuse_address(address) {
+            return Err(problem);
+        }
+        let place = (interface.network.clone(), address);
+        if let Some(taken) = self.addresses.get(&place) {
+            return Err(format!(
+                "{address} is taken by {taken}; choose another or leave it out to get a free one"
+            ));
+        }
+        self.addresses.insert(place, holder(guest, interface));
+        Ok(address)
+    }
+
+    /// Gives an interface the Ethernet address that it asks for, or one derived from its identity.
+    ///
+    /// # Errors
+    /// Who holds the address already.
+    pub fn take_mac(
+        &mut self,
+        guest: &VirtualMachine,
+        interface: &Interface,
+    ) -> Result<MacAddress, String> {
+        let mac = interface
+            .mac
+            .unwrap_or_else(|| derived_mac(guest, interface));
+        if let Some(taken) = self.macs.get(&mac) {
+            return Err(format!(
+                "{mac} is taken by {taken}; choose another or leave it out to get one"
+            ));
+        }
+        self.macs.insert(mac, holder(guest, interface));
+        Ok(mac)
+    }
+}
+
+fn holder(guest: &VirtualMachine, interface: &Interface) -> String {
+    format!(
+        "VirtualMachine/{} ({})",
+        guest.metadata.name, interface.name
+    )
+}
+
+/// A locally administered address (IEEE 802c) that two interfaces share by one chance in 2^40.
+fn derived_mac(guest: &VirtualMachine, interface: &Interface) -> MacAddress {
+    let hash = Sha256::digest(format!("{}/{}", guest.metadata.uid, interface.name));
+    MacAddress([0x02, hash[0], hash[1], hash[2], hash[3], hash[4]])
+}

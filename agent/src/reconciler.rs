@@ -1,0 +1,217 @@
+//! Watches the objects and keeps one actor per guest, and the host's networks, as they desire.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use futures::StreamExt;
+use keelson_api::{ConditionStatus, Disk, Kind, Network, Object, SecurityGroup, set_condition};
+
+use crate::guest::{GuestActor, GuestMailbox, Runtime};
+use crate::objects::World;
+use crate::{Agent, AgentError, error::Result};
+
+/// How long the loop waits before it reads everything again after the store failed.
+const RETRY: Duration = Duration::from_secs(1);
+/// How often the loop shows that it lives though nothing changes.
+const HEARTBEAT: Duration = Duration::from_secs(2);
+
+/// Watches the objects and keeps one actor per guest, and the host's networks, as they desire.
+#[derive(Debug)]
+pub struct Reconciler {
+    agent: Agent,
+    guests: BTreeMap<String, GuestMailbox>,
+    beats: Arc<AtomicU64>,
+}
+
+impl Reconciler {
+    /// A reconciler that has not looked yet.
+    pub fn new(agent: Agent) -> Self {
+        Self {
+            agent,
+            guests: BTreeMap::new(),
+            beats: Arc::default(),
+        }
+    }
+
+    /// Counts up while the loop lives, for a watchdog.
+    pub fn beats(&self) -> Arc<AtomicU64> {
+        Arc::clone(&self.beats)
+    }
+
+    /// Reads everything, then follows the changes; begins again whenever that fails. Never ends.
+    pub async fn run(mut self) {
+        loop {
+            if let Err(error) = self.list_and_watch().await {
+                tracing::warn!(%error, "the objects can't be followed; trying again");
+            }
+            self.beats.fetch_add(1, Ordering::Relaxed);
+            tokio::time::sleep(RETRY).await;
+        }
+    }
+
+    async fn list_and_watch(&mut self) -> Result<()> {
+        let world = self.agent.objects.world().await?;
+        let mut changes = self.agent.objects.watch(None, world.revision).await?;
+        self.reconcile_all(&world).await?;
+        loop {
+            self.beats.fetch_add(1, Ordering::Relaxed);
+            let change = tokio::select! {
+                change = changes.next() => change,
+                () = tokio::time::sleep(HEARTBEAT) => continue,
+            };
+            let Some(change) = change else { return Ok(()) };
+            let (change, _) = change?;
+            match change.kind() {
+                Kind::VirtualMachine => self.wake_guest(change.name()),
+                // An object that guests refer to: few, and rarely changed.
+                Kind::Disk | Kind::Network | Kind::SecurityGroup => {
+                    let world = self.agent.objects.world().await?;
+                    self.reconcile_all(&world).await?;
+                }
+            }
+        }
+    }
+
+    async fn reconcile_all(&mut self, world: &World) -> Result<()> {
+        self.reconcile_networks(world).await?;
+        self.remove_stray_ports(world).await?;
+        self.report_references(world).await?;
+        let in_store = world.of_kind(Kind::VirtualMachine);
+        let mut names: BTreeSet<_> = in_store
+            .map(|stored| stored.object.metadata().name.clone())
+            .collect();
+        // Guests whose objects were deleted while no agent looked.
+        names.extend(Runtime::known_guests(&self.agent));
+        for name in names {
+            self.wake_guest(&name);
+        }
+        Ok(())
+    }
+
+    fn wake_guest(&mut self, name: &str) {
+        self.guests.retain(|_, mailbox| !mailbox.is_finished());
+        if let Some(mailbox) = self.guests.get(name) {
+            mailbox.wake();
+        } else {
+            let mailbox = GuestActor::spawn(self.agent.clone(), name);
+            self.guests.insert(name.into(), mailbox);
+        }
+    }
+
+    async fn reconcile_networks(&self, world: &World) -> Result<()> {
+        let mut names = Vec::new();
+        for stored in world.of_kind(Kind::Network) {
+            let Object::Network(network) = &stored.object else {
+                continue;
+            };
+            let name = network.metadata.name.as_str();
+            names.push(name);
+            let ensured = self.agent.network.ensure_network(name, &network.spec).await;
+            let update = |network: &mut Network| match &ensured {
+                Ok(device) => {
+                    network.status.device = Some(device.clone());
+                    let conditions = &mut network.status.conditions;
+                    let message = "the host holds the gateway's address";
+                    set_condition(conditions, "Ready", ConditionStatus::True, "Up", message);
+                }
+                Err(error) => {
+                    let (reason, message) = (error.reason(), error.to_string());
+                    let conditions = &mut network.status.conditions;
+                    set_condition(
+                        conditions,
+                        "Ready",
+                        ConditionStatus::False,
+                        reason,
+                        &message,
+                    );
+                }
+            };
+            ignore_gone(self.agent.objects.update(name, update).await.map(drop))?;
+        }
+        self.agent.network.remove_networks_except(&names).await
+    }
+
+    /// Removes TAP devices of guests that neither are in the store nor were started.
+    async fn remove_stray_ports(&self, world: &World) -> Result<()> {
+        let mut ports = Vec::new();
+        for stored in world.of_kind(Kind::VirtualMachine) {
+            let Object::VirtualMachine(guest) = &stored.object else {
+                continue;
+            };
+            let name = &guest.metadata.name;
+            let interfaces = guest.spec.interfaces.iter().map(|i| i.name.clone());
+            let observed = guest.status.interfaces.iter().map(|i| i.name.clone());
+            ports.extend(
+                interfaces
+                    .chain(observed)
+                    .map(|interface| (name.clone(), interface)),
+            );
+        }
+        if Runtime::known_guests(&self.agent).iter().all(|guest| {
+            world
+                .objects
+                .contains_key(&(Kind::VirtualMachine, guest.clone()))
+        }) {
+            self.agent.network.remove_ports_except(&ports).await?;
+        }
+        Ok(())
+    }
+
+    /// Says on disks and security groups that they are taken note of.
+    async fn report_references(&self, world: &World) -> Result<()> {
+        for stored in world.objects.values() {
+            let name = stored.object.metadata().name.as_str();
+            let updated = match &stored.object {
+                Object::Disk(_) => {
+                    let update = |disk: &mut Disk| {
+                        let readable = std::fs::metadata(&disk.spec.path);
+                        let conditions = &mut disk.status.conditions;
+                        match readable {
+                            Ok(_) => set_condition(
+                                conditions,
+                                "Ready",
+                                ConditionStatus::True,
+                                "Found",
+                                "the image is there",
+                            ),
+                            Err(error) => set_condition(
+                                conditions,
+                                "Ready",
+                                ConditionStatus::False,
+                                "Missing",
+                                &format!("{}: {error}", disk.spec.path.display()),
+                            ),
+                        };
+                    };
+                    self.agent.objects.update(name, update).await.map(drop)
+                }
+                Object::SecurityGroup(_) => {
+                    let update = |group: &mut SecurityGroup| {
+                        let conditions = &mut group.status.conditions;
+                        let message = "the rules go to all interfaces that name the group";
+                        set_condition(
+                            conditions,
+                            "Ready",
+                            ConditionStatus::True,
+                            "Accepted",
+                            message,
+                        );
+                    };
+                    self.agent.objects.update(name, update).await.map(drop)
+                }
+                Object::Network(_) | Object::VirtualMachine(_) => Ok(()),
+            };
+            ignore_gone(updated)?;
+        }
+        Ok(())
+    }
+}
+
+fn ignore_gone(result: Result<()>) -> Result<()> {
+    match result {
+        Err(AgentError::NotFound { .. }) => Ok(()),
+        other => other,
+    }
+}

@@ -1,0 +1,198 @@
+//! What is done to one guest.
+
+use std::io::SeekFrom;
+use std::pin::Pin;
+use std::time::Duration;
+
+use futures::{Stream, StreamExt};
+use keelson_api::proto::virtual_machines_server::VirtualMachines;
+use keelson_api::proto::{
+    ConsoleInput, ConsoleOutput, CountersRequest, CountersResponse, DirectionCounters, DropCounter,
+    InterfaceCounters, LogsChunk, LogsRequest, Object, PacketCounter, StartRequest, StopRequest,
+};
+use keelson_api::{PowerState, VirtualMachine};
+use tokio::fs::File;
+use tokio::io::{AsyncReadExt, AsyncSeekExt};
+use tonic::{Request, Response, Status, Streaming};
+
+use super::{console, status, to_proto};
+use crate::guest::{GuestPaths, Machine};
+use crate::objects::set_power_state;
+use crate::{Agent, AgentError};
+
+/// How much of a log is read at once.
+const CHUNK: usize = 64 << 10;
+/// How often a log that is followed is looked at again.
+const FOLLOW_INTERVAL: Duration = Duration::from_millis(200);
+
+/// What is done to one guest.
+#[derive(Debug)]
+pub struct VirtualMachinesService {
+    agent: Agent,
+}
+
+impl VirtualMachinesService {
+    /// The service of this agent.
+    pub fn new(agent: Agent) -> Self {
+        Self { agent }
+    }
+
+    async fn guest(&self, name: &str) -> Result<VirtualMachine, Status> {
+        Ok(self
+            .agent
+            .objects
+            .get_typed(name)
+            .await
+            .map_err(status)?
+            .object)
+    }
+}
+
+#[tonic::async_trait]
+impl VirtualMachines for VirtualMachinesService {
+    async fn start(&self, request: Request<StartRequest>) -> Result<Response<Object>, Status> {
+        let name = request.into_inner().name;
+        let object = set_power_state(&self.agent.objects, &name, PowerState::Running).await;
+        Ok(Response::new(to_proto(&object.map_err(status)?)?))
+    }
+
+    async fn stop(&self, request: Request<StopRequest>) -> Result<Response<Object>, Status> {
+        let StopRequest { name, force } = request.into_inner();
+        let object = set_power_state(&self.agent.objects, &name, PowerState::Stopped).await;
+        let object = object.map_err(status)?;
+        if force {
+            let paths = GuestPaths::new(&self.agent.config, &name);
+            if let Some(Ok(machine)) = Machine::find(&paths).map_err(status)? {
+                machine.process.kill().await;
+            }
+        }
+        Ok(Response::new(to_proto(&object)?))
+    }
+
+    type ConsoleStream = Pin<Box<dyn Stream<Item = Result<ConsoleOutput, Status>> + Send>>;
+
+    async fn console(
+        &self,
+        request: Request<Streaming<ConsoleInput>>,
+    ) -> Result<Response<Self::ConsoleStream>, Status> {
+        let mut input = request.into_inner();
+        let first = input
+            .message()
+            .await?
+            .ok_or_else(|| Status::invalid_argument("the first message must name the guest"))?;
+        self.guest(&first.name).await?;
+        let paths = GuestPaths::new(&self.agent.config, &first.name);
+        let output = console::attach(&paths.console_socket(), &first, input).await?;
+        Ok(Response::new(output.boxed()))
+    }
+
+    type LogsStream = Pin<Box<dyn Stream<Item = Result<LogsChunk, Status>> + Send>>;
+
+    async fn logs(
+        &self,
+        request: Request<LogsRequest>,
+    ) -> Result<Response<Self::LogsStream>, Status> {
+        let request = request.into_inner();
+        self.guest(&request.name).await?;
+        let path = GuestPaths::new(&self.agent.config, &request.name).console_log();
+        let mut file = File::open(&path).await.map_err(|error| {
+            Status::failed_precondition(format!(
+                "VirtualMachine/{} has no console log yet ({}: {error}); it was never started",
+                request.name,
+                path.display()
+            ))
+        })?;
+        if request.tail_lines > 0 {
+            let at = tail_position(&mut file, request.tail_lines).await;
+            let at = at.map_err(|error| Status::internal(error.to_string()))?;
+            file.seek(SeekFrom::Start(at))
+                .await
+                .map_err(|error| Status::internal(error.to_string()))?;
+        }
+        let chunks = futures::stream::try_unfold(file, move |mut file| async move {
+            loop {
+                let mut data = vec![0; CHUNK];
+                let length = file.read(&mut data).await?;
+                data.truncate(length);
+                if length > 0 {
+                    return Ok(Some((LogsChunk { data }, file)));
+                }
+                if !request.follow {
+                    return Ok(None);
+                }
+                tokio::time::sleep(FOLLOW_INTERVAL).await;
+            }
+        });
+        let chunks = chunks.map(|chunk: std::io::Result<_>| {
+            chunk.map_err(|error| Status::internal(error.to_string()))
+        });
+        Ok(Response::new(chunks.boxed()))
+    }
+
+    async fn counters(
+        &self,
+        request: Request<CountersRequest>,
+    ) -> Result<Response<CountersResponse>, Status> {
+        let name = request.into_inner().name;
+        let guest = self.guest(&name).await?;
+        let mut interfaces = Vec::new();
+        for interface in &guest.spec.interfaces {
+            match self.agent.network.counters(&name, &interface.name).await {
+                Ok((device, counters)) => interfaces.push(InterfaceCounters {
+                    name: interface.name.clone(),
+                    device,
+                    from_guest: Some(direction(&counters.from_guest)),
+                    to_guest: Some(direction(&counters.to_guest)),
+                }),
+                Err(AgentError::Datapath(keelson_ebpf::DatapathError::NotAttached { .. })) => {}
+                Err(error) => return Err(status(error)),
+            }
+        }
+        Ok(Response::new(CountersResponse { interfaces }))
+    }
+}
+
+/// Where the last `lines` lines of a file begin.
+async fn tail_position(file: &mut File, lines: u32) -> std::io::Result<u64> {
+    let mut end = file.seek(SeekFrom::End(0)).await?;
+    let mut left = u64::from(lines);
+    let mut at_end = true;
+    while end > 0 {
+        let start = end.saturating_sub(CHUNK as u64);
+        file.seek(SeekFrom::Start(start)).await?;
+        let mut data = Vec::new();
+        file.take(end - start).read_to_end(&mut data).await?;
+        for (index, byte) in data.iter().enumerate().rev() {
+            // The newline that ends the last line separates nothing.
+            if *byte == b'\n' && !std::mem::take(&mut at_end) {
+                left -= 1;
+                if left == 0 {
+                    return Ok(start + index as u64 + 1);
+                }
+            }
+            at_end = false;
+        }
+        end = start;
+    }
+    Ok(0)
+}
+
+fn direction(counters: &keelson_ebpf::DirectionCounters) -> DirectionCounters {
+    let tally = |tally: &keelson_ebpf::Tally| {
+        Some(PacketCounter {
+            packets: tally.packets,
+            bytes: tally.bytes,
+        })
+    };
+    DirectionCounters {
+        passed: tally(&counters.passed),
+        dropped: counters
+            .dropped
+            .iter()
+            .map(|(reason, count)| DropCounter {
+                reason: reason.to_string(),
+                count: tally(count),
+            })
+            .collect(),
+    }
+}

@@ -1,0 +1,53 @@
+//! How rules lie in two longest-prefix-match maps.
+//!
+//! A rule table is a set of peer prefixes; the longest one that covers a peer's address gives that
+//! peer's *class*. The host gives a class all ports that any rule covering the prefix allows, so two
+//! lookups decide, whatever the number of rules.
+
+/// The rule table that allows everything and has no entries.
+pub const ALLOW_ALL: u32 = 0;
+
+/// Key of the peer class map after its prefix length: up to 64 bits are matched.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct SourceKey {
+    /// Rule table; always matched wholly.
+    pub table: u32,
+    /// Peer address, network byte order.
+    pub address: [u8; 4],
+}
+
+impl SourceKey {
+    /// Bits of the table, which precede those of the address prefix.
+    pub const TABLE_BITS: u32 = 32;
+    /// Bits of a lookup's key.
+    pub const BITS: u32 = 64;
+}
+
+/// Key of the allowed ports map after its prefix length: up to 56 bits are matched.
+///
+/// A prefix of 32 bits allows a class every protocol, one of 40 every port of one protocol.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct PortKey {
+    /// Class of peers; always matched wholly.
+    pub class: u32,
+    /// IP protocol number.
+    pub protocol: u8,
+    /// Destination port, network byte order; zero for protocols without ports.
+    pub port: [u8; 2],
+    /// Zero, never matched.
+    pub reserved: u8,
+}
+
+impl PortKey {
+    /// Bits of the class.
+    pub const CLASS_BITS: u32 = 32;
+    /// Bits of a lookup's key.
+    pub const BITS: u32 = 56;
+}
+
+/// Prefix length of a [`PortKey`] that matches class, protocol and the first `bits` of the port.
+pub const fn port_prefix_length(bits: u32) -> u32 {
+    PortKey::CLASS_BITS + 8 + bits
+}

@@ -1,0 +1,494 @@
+//! The datapath of a host: attach, change and detach policies, read counters.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::Ipv4Addr;
+use std::path::PathBuf;
+
+use aya::maps::PerCpuValues;
+use aya::programs::{TestRun as _, TestRunOptions};
+use keelson_ebpf_common::{
+    ALLOW_ALL, CounterKey, Direction, DirectionTallies, PolicyEntry, map_name, program_name,
+};
+
+use crate::address::MacAddress;
+use crate::compile::{MAX_ENTRIES, compile};
+use crate::counters::{DirectionCounters, InterfaceCounters};
+use crate::error::DatapathError;
+use crate::hook::{self, HookChoice, HookMode, Hooks, Target};
+use crate::object::{Object, chain};
+use crate::pin_root::PinRoot;
+use crate::policy::{EgressPolicy, InterfacePolicy, Rule};
+use crate::rule_tables::{RuleTables, ignore_missing};
+use crate::{grace_period, interface};
+
+/// How a [`Datapath`] is opened.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DatapathConfig {
+    /// Folder of a BPF file system; made if it is missing. A file system is mounted at
+    /// `/sys/fs/bpf` if the folder is below that and none is.
+    pub pin_root: PathBuf,
+    /// The hooks of interfaces attached from now on. Those that are attached keep theirs.
+    pub hook: HookChoice,
+    /// Flows that guests opened and that are remembered at a time, on the whole host; about 100
+    /// bytes each. Takes effect when the maps are made.
+    pub max_flows: u32,
+}
+
+impl Default for DatapathConfig {
+    fn default() -> Self {
+        Self {
+            pin_root: "/sys/fs/bpf/keelson".into(),
+            hook: HookChoice::Auto,
+            max_flows: 1 << 17,
+        }
+    }
+}
+
+/// An interface that a policy is attached to.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Attached {
+    /// The interface's name.
+    pub name: String,
+    /// Its index.
+    pub ifindex: u32,
+    /// The guest's MAC address.
+    pub mac: MacAddress,
+    /// The guest's IPv4 address.
+    pub ipv4: Ipv4Addr,
+    /// How the programs are attached.
+    pub hook: HookMode,
+}
+
+/// What the programs say about a packet.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Verdict {
+    /// It goes on.
+    Pass,
+    /// It is dropped.
+    Drop,
+}
+
+/// The programs, maps and hooks below one pin root. Dropping it detaches nothing.
+pub struct Datapath {
+    root: PinRoot,
+    object: Object,
+    tables: RuleTables,
+    mode: HookMode,
+    // What this process applied, so that applying it again costs nothing.
+    applied: BTreeMap<u32, InterfacePolicy>,
+}
+
+impl Datapath {
+    /// Opens or creates the datapath. Programs of interfaces that are attached are replaced in
+    /// place; records of interfaces that are gone are removed.
+    ///
+    /// # Errors
+    /// Says what to do where BPF can't be used ([`DatapathError::NotPermitted`],
+    /// [`DatapathError::BpfUnavailable`], [`DatapathError::KernelTooOld`],
+    /// [`DatapathError::BpffsUnavailable`]), another process has it open
+    /// ([`DatapathError::InUse`]) or it is another version's ([`DatapathError::LayoutMismatch`]).
+    pub fn open(config: &DatapathConfig) -> Result<Self, DatapathError> {
+        let mode = hook::choose(config.hook)?;
+        let root = PinRoot::open(&config.pin_root)?;
+        let mut object = Object::load(&root, config.max_flows)?;
+        let referenced: BTreeSet<u32> = entries(&object)?
+            .values()
+            .flat_map(|entry| [entry.ingress_table, entry.egress_table])
+            .collect();
+        let tables = RuleTables::adopt(&mut object, &referenced)?;
+        let mut datapath = Self {
+            root,
+            object,
+            tables,
+            mode,
+            applied: BTreeMap::new(),
+        };
+        if datapath.read_counters(0)?.is_none() {
+            datapath.zero_counters(0)?;
+        }
+        let gone = datapath.collect_garbage()?;
+        if !gone.is_empty() {
+            tracing::info!(interfaces = ?gone, "removed the policies of interfaces that are gone");
+        }
+        datapath.remove_stray_links()?;
+        Ok(datapath)
+    }
+
+    /// Puts a policy in force on an interface: the policy is written first, then the programs are
+    /// attached, so keep the interface down until this returns. If it is attached already, this is
+    /// [`update`](Self::update), and hooks that someone took away are attached again.
+    ///
+    /// # Errors
+    /// [`DatapathError::InvalidPolicy`] names the field; [`DatapathError::InterfaceMissing`],
+    /// [`DatapathError::Hook`], [`DatapathError::Full`]. Nothing is left half attached.
+    pub fn attach(&mut self, policy: &InterfacePolicy) -> Result<Attached, DatapathError> {
+        policy.validate()?;
+        let ifindex = interface::index(&policy.name)?;
+        for (old_ifindex, entry) in entries(&self.object)? {
+            let same_name = interface::from_bytes(&entry.name) == policy.name;
+            if old_ifindex == ifindex {
+                let target = target(&policy.name, ifindex, &entry);
+                if hook::replace(&mut self.object, &self.root, target)? == Hooks::InForce {
+                    return self.swap(ifindex, &entry, policy);
+                }
+                self.forget(ifindex, &entry)?;
+            } else if same_name {
+                self.forget(old_ifindex, &entry)?;
+            }
+        }
+        self.attach_new(ifindex, policy)
+    }
+
+    /// Replaces the policy of an attached interface: each packet sees the old or the new one, whole.
+    /// Flows that the guest opened go on.
+    ///
+    /// # Errors
+    /// [`DatapathError::NotAttached`], [`DatapathError::InvalidPolicy`], [`DatapathError::Full`];
+    /// the old policy stays in force.
+    pub fn update(&mut self, policy: &InterfacePolicy) -> Result<(), DatapathError> {
+        policy.validate()?;
+        let (ifindex, entry) = self.find(&policy.name)?;
+        self.swap(ifindex, &entry, policy).map(drop)
+    }
+
+    /// Detaches the programs and removes the policy and counters; works after the interface is gone,
+    /// too. False if nothing was attached under this name. A clsact qdisc stays: others may use it.
+    ///
+    /// # Errors
+    /// [`DatapathError::Hook`] if the kernel doesn't let a hook go; the policy stays then.
+    pub fn detach(&mut self, interface: &str) -> Result<bool, DatapathError> {
+        match self.find(interface) {
+            Ok((ifindex, entry)) => self.forget(ifindex, &entry).map(|()| true),
+            Err(DatapathError::NotAttached { .. }) => Ok(false),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// The interfaces with a policy, by name.
+    ///
+    /// # Errors
+    /// [`DatapathError::Map`] if the kernel doesn't let the map be read.
+    pub fn attached(&self) -> Result<Vec<Attached>, DatapathError> {
+        let mut list: Vec<Attached> = entries(&self.object)?
+            .iter()
+            .map(|(ifindex, entry)| attached(*ifindex, entry))
+            .collect();
+        list.sort_by(|one, other| one.name.cmp(&other.name));
+        Ok(list)
+    }
+
+    /// What was counted on an interface since it was attached.
+    ///
+    /// # Errors
+    /// [`DatapathError::NotAttached`].
+    pub fn counters(&self, interface: &str) -> Result<InterfaceCounters, DatapathError> {
+        let (ifindex, _) = self.find(interface)?;
+        let counters = self.read_counters(ifindex)?;
+        Ok(counters.unwrap_or_default())
+    }
+
+    /// What the programs counted on interfaces that have no counters of their own: nothing, unless a
+    /// hook was left without a policy.
+    ///
+    /// # Errors
+    /// [`DatapathError::Map`] if the kernel doesn't let the map be read.
+    pub fn unattributed_counters(&self) -> Result<InterfaceCounters, DatapathError> {
+        Ok(self.read_counters(0)?.unwrap_or_default())
+    }
+
+    /// Removes the records of interfaces that are gone, and returns their names. Hooks that
+    /// interfaces have lost are attached again.
+    ///
+    /// # Errors
+    /// [`DatapathError::Hook`] and [`DatapathError::Map`] as the kernel says them.
+    pub fn collect_garbage(&mut self) -> Result<Vec<String>, DatapathError> {
+        let mut gone = Vec::new();
+        for (ifindex, entry) in entries(&self.object)? {
+            let recorded = interface::from_bytes(&entry.name);
+            if !self.settle(ifindex, &entry, &recorded)? {
+                self.forget(ifindex, &entry)?;
+                gone.push(recorded);
+            }
+        }
+        Ok(gone)
+    }
+
+    /// Asks the programs about a frame as if an attached interface saw it; it is counted and may
+    /// open a flow like any other. For diagnosis and tests.
+    ///
+    /// # Errors
+    /// [`DatapathError::NotAttached`]; [`DatapathError::Load`] if the kernel refuses the frame, which
+    /// must have 14 bytes and fit a page.
+    pub fn evaluate(
+        &mut self,
+        interface: &str,
+        direction: Direction,
+        frame: &[u8],
+    ) -> Result<Verdict, DatapathError> {
+        /// Bytes of `struct __sk_buff` up to and with `ifindex`, which is the last of eleven words.
+        const CONTEXT_LENGTH: usize = 44;
+        /// `TC_ACT_SHOT`; everything else goes on.
+        const SHOT: u32 = 2;
+
+        let (ifindex, _) = self.find(interface)?;
+        let name = match direction {
+            Direction::FromGuest => program_name::FROM_GUEST,
+            Direction::ToGuest => program_name::TO_GUEST,
+        };
+        let mut context = [0; CONTEXT_LENGTH];
+        context[CONTEXT_LENGTH - 4..].copy_from_slice(&ifindex.to_ne_bytes());
+        let options = TestRunOptions {
+            data_in: Some(frame),
+            ctx_in: Some(&context),
+            ..TestRunOptions::new()
+        };
+        let result = self.object.program(name)?.test_run(options);
+        let result = result.map_err(|error| DatapathError::Load {
+            what: format!("a test frame of {} bytes", frame.len()),
+            problem: chain(&error),
+        })?;
+        Ok(match result.return_value {
+            SHOT => Verdict::Drop,
+            _ => Verdict::Pass,
+        })
+    }
+
+    fn find(&self, name: &str) -> Result<(u32, PolicyEntry), DatapathError> {
+        entries(&self.object)?
+            .into_iter()
+            .find(|(_, entry)| interface::from_bytes(&entry.name) == name)
+            .ok_or_else(|| DatapathError::NotAttached {
+                interface: name.to_owned(),
+            })
+    }
+
+    /// Makes sure that a recorded interface's hooks are in force. False if the interface is gone.
+    fn settle(
+        &mut self,
+        ifindex: u32,
+        entry: &PolicyEntry,
+        recorded: &str,
+    ) -> Result<bool, DatapathError> {
+        let Some(name) = interface::name(ifindex) else {
+            return Ok(false);
+        };
+        let target = target(&name, ifindex, entry);
+        if name == recorded {
+            let hooks = hook::ensure(&mut self.object, &self.root, target)?;
+            return Ok(hooks == Hooks::InForce);
+        }
+        // Another name: the same interface, renamed, if it has our hooks; else one that came later.
+        if hook::replace(&mut self.object, &self.root, target)? != Hooks::InForce {
+            return Ok(false);
+        }
+        let renamed = PolicyEntry {
+            name: interface::to_bytes(&name),
+            ..*entry
+        };
+        self.write_entry(ifindex, renamed)?;
+        Ok(true)
+    }
+
+    fn attach_new(
+        &mut self,
+        ifindex: u32,
+        policy: &InterfacePolicy,
+    ) -> Result<Attached, DatapathError> {
+        // Links that are here are those of an earlier interface with this index.
+        hook::remove_links(&self.root, ifindex)?;
+        let interface_id = self.root.reserve_numbers(1)?;
+        let entry = self.install(policy, interface_id, self.mode)?;
+        let attach = |datapath: &mut Self| {
+            datapath.zero_counters(ifindex)?;
+            datapath.write_entry(ifindex, entry)?;
+            let target = target(&policy.name, ifindex, &entry);
+            hook::ensure(&mut datapath.object, &datapath.root, target)
+        };
+        if let Err(error) = attach(self) {
+            if let Err(second) = self.forget(ifindex, &entry) {
+                tracing::warn!(interface = policy.name, %second, "could not undo an attach");
+            }
+            return Err(error);
+        }
+        self.applied.insert(ifindex, policy.clone());
+        Ok(attached(ifindex, &entry))
+    }
+
+    fn swap(
+        &mut self,
+        ifindex: u32,
+        old: &PolicyEntry,
+        policy: &InterfacePolicy,
+    ) -> Result<Attached, DatapathError> {
+        if self.applied.get(&ifindex) == Some(policy) {
+            return Ok(attached(ifindex, old));
+        }
+        let entry = self.install(policy, old.interface_id, HookMode::from_byte(old.hook))?;
+        if let Err(error) = self.write_entry(ifindex, entry) {
+            self.remove_tables(&entry)?;
+            return Err(error);
+        }
+        self.applied.insert(ifindex, policy.clone());
+        self.remove_tables(old)?;
+        Ok(attached(ifindex, &entry))
+    }
+
+    /// Writes the policy's rules to new tables, and gives the entry that refers to them.
+    fn install(
+        &mut self,
+        policy: &InterfacePolicy,
+        interface_id: u32,
+        mode: HookMode,
+    ) -> Result<PolicyEntry, DatapathError> {
+        let mut install = |field: &str, rules: &[Rule]| {
+            let compiled = compile(rules).map_err(|_| {
+                let problem = format!(
+                    "the rules need more than {MAX_ENTRIES} entries: use fewer port ranges for \
+                     networks that contain each other"
+                );
+                policy.invalid(field, problem)
+            })?;
+            self.tables
+                .install(&mut self.object, &mut self.root, &compiled)
+        };
+        let ingress_table = install("ingress", &policy.ingress)?;
+        let egress_table = match &policy.egress {
+            EgressPolicy::AllowAll => Ok(ALLOW_ALL),
+            EgressPolicy::Only(rules) => install("egress", rules),
+        };
+        let egress_table = match egress_table {
+            Ok(table) => table,
+            Err(error) => {
+                self.tables.remove(&mut self.object, ingress_table)?;
+                return Err(error);
+            }
+        };
+        Ok(PolicyEntry {
+            interface_id,
+            ipv4: policy.ipv4.octets(),
+            ingress_table,
+            egress_table,
+            mac: policy.mac.0,
+            hook: mode.to_byte(),
+            reserved: 0,
+            name: interface::to_bytes(&policy.name),
+        })
+    }
+
+    /// Replaces an entry as a whole and waits until no program sees the old one: its memory and its
+    /// tables may be used again when this returns.
+    fn write_entry(&mut self, ifindex: u32, entry: PolicyEntry) -> Result<(), DatapathError> {
+        self.object
+            .policies
+            .insert(ifindex, entry, 0)
+            .map_err(DatapathError::map("write", map_name::POLICIES))?;
+        grace_period::wait();
+        Ok(())
+    }
+
+    fn remove_tables(&mut self, entry: &PolicyEntry) -> Result<(), DatapathError> {
+        self.tables.remove(&mut self.object, entry.ingress_table)?;
+        self.tables.remove(&mut self.object, entry.egress_table)
+    }
+
+    /// Removes everything about an interface. The hooks go first: what is left if this is cut short
+    /// is a policy, which the next start puts in force again, not a hook that nobody knows of.
+    fn forget(&mut self, ifindex: u32, entry: &PolicyEntry) -> Result<(), DatapathError> {
+        match interface::name(ifindex) {
+            Some(name) => hook::detach(&self.root, target(&name, ifindex, entry))?,
+            None => hook::remove_links(&self.root, ifindex)?,
+        }
+        ignore_missing(self.object.policies.remove(&ifindex))
+            .map_err(DatapathError::map("write", map_name::POLICIES))?;
+        for direction in [Direction::FromGuest, Direction::ToGuest] {
+            ignore_missing(
+                self.object
+                    .counters
+                    .remove(&counter_key(ifindex, direction)),
+            )
+            .map_err(DatapathError::map("write", map_name::COUNTERS))?;
+        }
+        grace_period::wait();
+        self.applied.remove(&ifindex);
+        self.remove_tables(entry)
+    }
+
+    fn remove_stray_links(&self) -> Result<(), DatapathError> {
+        let entries = entries(&self.object)?;
+        for ifindex in self.root.linked_interfaces()? {
+            if !entries.contains_key(&ifindex) {
+                hook::remove_links(&self.root, ifindex)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn read_counters(&self, ifindex: u32) -> Result<Option<InterfaceCounters>, DatapathError> {
+        let read = |direction| {
+            let key = counter_key(ifindex, direction);
+            match self.object.counters.get(&key, 0) {
+                Ok(values) => Ok(Some(DirectionCounters::sum(values.iter()))),
+                Err(error) => ignore_missing(Err(error))
+                    .map(|()| None)
+                    .map_err(DatapathError::map("read", map_name::COUNTERS)),
+            }
+        };
+        let from_guest = read(Direction::FromGuest)?;
+        let to_guest = read(Direction::ToGuest)?;
+        Ok(from_guest
+            .zip(to_guest)
+            .map(|(from_guest, to_guest)| InterfaceCounters {
+                from_guest,
+                to_guest,
+            }))
+    }
+
+    fn zero_counters(&mut self, ifindex: u32) -> Result<(), DatapathError> {
+        let cpus = aya::util::nr_cpus().map_err(|(path, error)| DatapathError::Load {
+            what: "the number of CPUs".into(),
+            problem: format!("{path}: {error}"),
+        })?;
+        for direction in [Direction::FromGuest, Direction::ToGuest] {
+            let zeros = PerCpuValues::try_from(vec![DirectionTallies::default(); cpus])
+                .map_err(|error| DatapathError::map("write", map_name::COUNTERS)(error.into()))?;
+            self.object
+                .counters
+                .insert(counter_key(ifindex, direction), zeros, 0)
+                .map_err(DatapathError::map("write", map_name::COUNTERS))?;
+        }
+        Ok(())
+    }
+}
+
+fn entries(object: &Object) -> Result<BTreeMap<u32, PolicyEntry>, DatapathError> {
+    object
+        .policies
+        .iter()
+        .collect::<Result<_, _>>()
+        .map_err(DatapathError::map("read", map_name::POLICIES))
+}
+
+fn target<'a>(name: &'a str, ifindex: u32, entry: &PolicyEntry) -> Target<'a> {
+    Target {
+        name,
+        ifindex,
+        mode: HookMode::from_byte(entry.hook),
+    }
+}
+
+fn attached(ifindex: u32, entry: &PolicyEntry) -> Attached {
+    Attached {
+        name: interface::from_bytes(&entry.name),
+        ifindex,
+        mac: MacAddress(entry.mac),
+        ipv4: entry.ipv4.into(),
+        hook: HookMode::from_byte(entry.hook),
+    }
+}
+
+fn counter_key(ifindex: u32, direction: Direction) -> CounterKey {
+    CounterKey {
+        ifindex,
+        direction: direction as u32,
+    }
+}

@@ -1,0 +1,155 @@
+//! The compiled programs, loaded with the pinned maps.
+
+use std::error::Error;
+
+use aya::maps::{HashMap, LpmTrie, Map, MapData, MapError, PerCpuHashMap};
+use aya::programs::{ProgramError, SchedClassifier};
+use aya::util::KernelVersion;
+use aya::{Ebpf, EbpfError, EbpfLoader};
+use keelson_ebpf_common::{
+    CounterKey, DirectionTallies, PolicyEntry, PortKey, SourceKey, map_name, program_name,
+};
+
+use crate::error::DatapathError;
+use crate::kernel;
+use crate::pin_root::PinRoot;
+
+/// What ebpf/programs was compiled to, aligned as the ELF reader wants it.
+static OBJECT: &Aligned<[u8]> = &Aligned(*include_bytes!(concat!(env!("OUT_DIR"), "/programs.o")));
+
+#[repr(C, align(32))]
+struct Aligned<T: ?Sized>(T);
+
+/// The loaded programs and the maps that the host writes.
+pub struct Object {
+    // Owns the programs, and the maps that only programs use.
+    ebpf: Ebpf,
+    pub policies: HashMap<MapData, u32, PolicyEntry>,
+    pub peer_classes: LpmTrie<MapData, SourceKey, u32>,
+    pub allowed_ports: LpmTrie<MapData, PortKey, u32>,
+    pub counters: PerCpuHashMap<MapData, CounterKey, DirectionTallies>,
+}
+
+impl Object {
+    /// Opens or creates the maps and loads the programs. Attaches nothing.
+    pub fn load(root: &PinRoot, max_flows: u32) -> Result<Self, DatapathError> {
+        require_kernel()?;
+        let mut loader = EbpfLoader::new();
+        for name in [
+            map_name::POLICIES,
+            map_name::PEER_CLASSES,
+            map_name::ALLOWED_PORTS,
+            map_name::FLOWS,
+            map_name::FRAGMENTS,
+            map_name::COUNTERS,
+        ] {
+            loader.map_pin_path(name, root.map(name));
+        }
+        loader.map_max_entries(map_name::FLOWS, max_flows);
+        let mut ebpf = loader.load(&OBJECT.0).map_err(|error| load_error(&error))?;
+        for name in [program_name::FROM_GUEST, program_name::TO_GUEST] {
+            program(&mut ebpf, name)?
+                .load()
+                .map_err(|error| program_error(name, &error))?;
+        }
+        Ok(Self {
+            policies: take(&mut ebpf, map_name::POLICIES)?,
+            peer_classes: take(&mut ebpf, map_name::PEER_CLASSES)?,
+            allowed_ports: take(&mut ebpf, map_name::ALLOWED_PORTS)?,
+            counters: take(&mut ebpf, map_name::COUNTERS)?,
+            ebpf,
+        })
+    }
+
+    /// A loaded program by its name in the object.
+    pub fn program(&mut self, name: &'static str) -> Result<&mut SchedClassifier, DatapathError> {
+        program(&mut self.ebpf, name)
+    }
+}
+
+/// Debian 12's kernel is the oldest that the project is tried on.
+fn require_kernel() -> Result<(), DatapathError> {
+    if kernel::is_at_least(KernelVersion::new(6, 1, 0)) {
+        return Ok(());
+    }
+    Err(DatapathError::KernelTooOld {
+        found: kernel::release(),
+        required: "6.1",
+        needs: "the eBPF network",
+    })
+}
+
+fn program<'a>(
+    ebpf: &'a mut Ebpf,
+    name: &'static str,
+) -> Result<&'a mut SchedClassifier, DatapathError> {
+    ebpf.program_mut(name)
+        .and_then(|program| <&mut SchedClassifier>::try_from(program).ok())
+        .ok_or_else(|| DatapathError::Load {
+            what: format!("the program {name}"),
+            problem: "it is not in the object".into(),
+        })
+}
+
+fn take<T>(ebpf: &mut Ebpf, name: &'static str) -> Result<T, DatapathError>
+where
+    T: TryFrom<Map, Error = MapError>,
+{
+    let map = ebpf.take_map(name).ok_or_else(|| DatapathError::Load {
+        what: format!("the map {name}"),
+        problem: "it is not in the object".into(),
+    })?;
+    T::try_from(map).map_err(DatapathError::map("use", name))
+}
+
+fn load_error(error: &EbpfError) -> DatapathError {
+    let what = "the maps of the eBPF object".to_owned();
+    if let Some(error) = not_permitted(error, "to create BPF maps") {
+        return error;
+    }
+    DatapathError::Load {
+        what,
+        problem: chain(error),
+    }
+}
+
+fn program_error(name: &str, error: &ProgramError) -> DatapathError {
+    if let Some(error) = not_permitted(error, "to load a BPF program") {
+        return error;
+    }
+    DatapathError::Load {
+        what: format!("the program {name}"),
+        problem: chain(error),
+    }
+}
+
+fn not_permitted(error: &(dyn Error + 'static), action: &str) -> Option<DatapathError> {
+    let mut next = Some(error);
+    while let Some(error) = next {
+        let errno = error
+            .downcast_ref::<std::io::Error>()
+            .and_then(std::io::Error::raw_os_error);
+        if errno == Some(libc::EPERM) {
+            return Some(DatapathError::NotPermitted {
+                action: action.to_owned(),
+            });
+        }
+        next = error.source();
+    }
+    None
+}
+
+/// The error and its causes in one line.
+pub fn chain(error: &(dyn Error + 'static)) -> String {
+    let mut text = error.to_string();
+    let mut next = error.source();
+    while let Some(cause) = next {
+        let cause_text = cause.to_string();
+        if !text.contains(&cause_text) {
+            text.push_str(": ");
+            text.push_str(&cause_text);
+        }
+        next = cause.source();
+    }
+    text
+}

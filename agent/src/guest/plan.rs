@@ -97,7 +97,7 @@ impl Plan {
         }
         let mut kernel = spec.kernel.clone();
         if let Some(port) = ports.first() {
-            kernel.command_line = format!("{} {}", kernel.command_line, ip_option(port));
+            kernel.command_line = with_option(&kernel.command_line, &ip_option(port));
         }
         let interfaces = ports.iter().map(|port| {
             let mtu = port.network_spec.mtu;
@@ -136,4 +136,26 @@ fn ip_option(port: &GuestPort) -> String {
         network.subnet.netmask(),
         port.guest
     )
+}
+
+/// Adds an option for the kernel, before ` -- `, after which all is for the guest's init.
+fn with_option(command_line: &str, option: &str) -> String {
+    match command_line.split_once(" -- ") {
+        Some((kernel, init)) => format!("{kernel} {option} -- {init}"),
+        None => format!("{command_line} {option}"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn options_go_to_the_kernel_and_not_to_init() {
+        assert_eq!(with_option("quiet", "ip=x"), "quiet ip=x");
+        assert_eq!(
+            with_option("quiet -- single", "ip=x"),
+            "quiet ip=x -- single"
+        );
+    }
 }

@@ -3,14 +3,13 @@
 use crate::error::Error;
 
 /// What separates the kernel's own parameters from the steps, as from an init program's arguments.
-const SEPARATOR: &str = " -- ";
+const SEPARATOR: &str = "--";
 
 /// The steps of a command line, in order; none without a separator.
 pub fn steps(command_line: &str) -> impl Iterator<Item = Step<'_>> {
-    let steps = command_line
-        .split_once(SEPARATOR)
-        .map_or("", |(_, steps)| steps);
-    steps.split_ascii_whitespace().map(|text| {
+    let words = command_line.split_ascii_whitespace();
+    let steps = words.skip_while(|word| *word != SEPARATOR).skip(1);
+    steps.map(|text| {
         let (name, arguments) = text.split_once(':').unwrap_or((text, ""));
         Step {
             name,

@@ -7,7 +7,7 @@
 //!
 //! `cargo build --release` in this folder gives a static ELF for `x86_64-unknown-linux-gnu`, linked at
 //! 2 MiB, which a VMM loads as it loads a `vmlinux`. What to do is on the kernel command line, after
-//! ` -- `: the steps, separated by blanks and taken in order, each `name` or `name:key=value,key=value`.
+//! `--`: the steps, separated by blanks and taken in order, each `name` or `name:key=value,key=value`.
 //! ```text
 //! console=ttyS0 -- hello blk-write:seed=7,sectors=4096 blk-verify:seed=7,sectors=4096
 //! ```

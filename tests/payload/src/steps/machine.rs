@@ -8,7 +8,7 @@ use crate::console::say;
 use crate::error::Error;
 use crate::interrupts::{self, Vector};
 use crate::mmio::Window;
-use crate::supervisor;
+use crate::supervisor::{self, Width};
 use crate::virtio::device::wait_for;
 
 pub fn hello(machine: &Machine<'_>, arguments: &Arguments<'_>) -> Result<(), Error> {
@@ -79,6 +79,46 @@ pub fn hang(arguments: &Arguments<'_>) -> Result<(), Error> {
     arguments.allow(&[])?;
     say!("hang ok");
     supervisor::stop()
+}
+
+/// Many numbered lines, to see what becomes of them.
+pub fn lines(arguments: &Arguments<'_>) -> Result<(), Error> {
+    arguments.allow(&["count"])?;
+    let count = arguments.number("count", 1000)?;
+    for number in 0..count {
+        say!("lines number={number:08}");
+    }
+    say!("lines ok count={count}");
+    Ok(())
+}
+
+/// Reads a line from COM1, as a driver that polls the line status, and says it.
+pub fn read_line(arguments: &Arguments<'_>) -> Result<(), Error> {
+    const DATA: u16 = 0x3f8;
+    const LINE_STATUS: u16 = 0x3fd;
+    const DATA_READY: u32 = 1;
+    arguments.allow(&["ms"])?;
+    let deadline = Deadline::after_milliseconds(arguments.number("ms", 10_000)?);
+    let mut line = [0; 64];
+    let mut length = 0;
+    say!("console-read ready");
+    while length < line.len() {
+        if supervisor::port_in(LINE_STATUS, Width::Byte) & DATA_READY != 0 {
+            let byte = supervisor::port_in(DATA, Width::Byte) as u8;
+            if byte == b'\n' {
+                break;
+            }
+            line[length] = byte;
+            length += 1;
+        } else if deadline.passed() {
+            return Err(Error::Timeout("line on the console"));
+        }
+    }
+    say!(
+        "console-read ok line={}",
+        str::from_utf8(&line[..length]).unwrap_or("?")
+    );
+    Ok(())
 }
 
 pub fn power_off(machine: &Machine<'_>, arguments: &Arguments<'_>) -> Result<(), Error> {

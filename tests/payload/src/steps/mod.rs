@@ -8,6 +8,8 @@
 //! | `initrd` | | reports the initrd's size and FNV-1a hash |
 //! | `idle` | `ms` (100) | halts |
 //! | `busy` | `ms` (100) | computes |
+//! | `lines` | `count` (1000) | prints numbered lines |
+//! | `console-read` | `ms` (10000) | reads a line from the console and prints it |
 //! | `hang` | | halts for ever with interrupts off |
 //! | `wait-power-button` | `ms` (10000) | waits for the ACPI power button |
 //! | `power-off`, `reboot`, `triple-fault` | | ends the run so |
@@ -107,6 +109,8 @@ fn take(machine: &Machine<'_>, step: Step<'_>) -> Result<(), Error> {
         "idle" => machine::idle(arguments),
         "busy" => machine::busy(arguments),
         "hang" => machine::hang(arguments),
+        "lines" => machine::lines(arguments),
+        "console-read" => machine::read_line(arguments),
         "wait-power-button" => machine::wait_for_power_button(machine, arguments),
         "power-off" => machine::power_off(machine, arguments),
         "reboot" => machine::reboot(machine, arguments),

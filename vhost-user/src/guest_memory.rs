@@ -11,6 +11,7 @@ use vm_memory::{
     GuestRegionMmap, MmapRegion, Permissions,
 };
 
+use crate::bus_fault::Guard;
 use crate::descriptor_chain::Segment;
 
 /// Most regions that a frontend may share: QEMU's memory slots with hotplug, with a margin.
@@ -70,10 +71,18 @@ pub struct RegionDescription {
     pub file_offset: u64,
 }
 
+#[derive(Clone, Debug)]
+struct Region {
+    description: RegionDescription,
+    // Before the mapping, which it must not outlive.
+    _guard: Arc<Guard>,
+    mapping: Arc<GuestRegionMmap>,
+}
+
 /// All regions that are shared now. Cheap to clone; a clone keeps the mappings alive.
 #[derive(Clone, Debug, Default)]
 pub struct MemoryTable {
-    regions: Vec<(RegionDescription, Arc<GuestRegionMmap>)>,
+    regions: Vec<Region>,
 }
 
 impl MemoryTable {
@@ -82,24 +91,31 @@ impl MemoryTable {
         if self.regions.len() >= MAX_REGIONS {
             return Err(MemoryError::TooManyRegions);
         }
-        let region = map(description, file)?;
+        let mapping = map(description, file)?;
         let start = description.guest_address;
         let end = start + (description.size - 1);
-        let overlaps = self.regions.iter().any(|(other, _)| {
+        let overlaps = self.regions.iter().any(|region| {
+            let other = region.description;
             start <= other.guest_address + (other.size - 1) && other.guest_address <= end
         });
         if overlaps {
             return Err(MemoryError::Overlap);
         }
-        self.regions.push((description, Arc::new(region)));
+        let size = usize::try_from(mapping.len()).unwrap_or(0);
+        self.regions.push(Region {
+            description,
+            _guard: Arc::new(Guard::new(mapping.as_ptr() as usize, size)),
+            mapping: Arc::new(mapping),
+        });
         self.regions
-            .sort_by_key(|(description, _)| description.guest_address);
+            .sort_by_key(|region| region.description.guest_address);
         Ok(())
     }
 
     /// Forgets one region. Its mapping goes with the last user of it.
     pub fn remove(&mut self, description: RegionDescription) -> Result<(), MemoryError> {
-        let position = self.regions.iter().position(|(known, _)| {
+        let position = self.regions.iter().position(|region| {
+            let known = region.description;
             known.guest_address == description.guest_address
                 && known.size == description.size
                 && known.frontend_address == description.frontend_address
@@ -118,7 +134,10 @@ impl MemoryTable {
 
     /// The guest's memory for a queue to work on, or `None` while nothing is shared.
     pub fn guest_memory(&self) -> Option<Arc<GuestMemoryMmap>> {
-        let regions = self.regions.iter().map(|(_, region)| Arc::clone(region));
+        let regions = self
+            .regions
+            .iter()
+            .map(|region| Arc::clone(&region.mapping));
         GuestMemoryMmap::from_arc_regions(regions.collect())
             .ok()
             .map(Arc::new)
@@ -127,7 +146,8 @@ impl MemoryTable {
     /// The guest physical address behind an address in the frontend's address space, in which
     /// vhost-user names the rings.
     pub fn translate(&self, frontend_address: u64) -> Option<GuestAddress> {
-        self.regions.iter().find_map(|(region, _)| {
+        self.regions.iter().find_map(|region| {
+            let region = region.description;
             let offset = frontend_address.checked_sub(region.frontend_address)?;
             (offset < region.size).then(|| GuestAddress(region.guest_address + offset))
         })

@@ -46,7 +46,7 @@ pub struct ImageOptions {
 /// Block sizes that the guest should know of, in bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct BlockSizes {
-    /// The smallest unit that needs no read-modify-write in this process.
+    /// The smallest unit that can be written; smaller writes fail, as in QEMU.
     pub logical: u32,
     /// The unit that the medium writes at once.
     pub physical: u32,
@@ -83,7 +83,7 @@ impl Image {
         }
         let direct = match options.direct {
             DirectMode::Off => None,
-            mode => match enable_direct(&file, bytes) {
+            mode => match enable_direct(&file, bytes, mode, block_device) {
                 Ok(alignment) => Some(alignment),
                 Err(reason) if mode == DirectMode::On => {
                     return Err(Error::NoDirectIo {
@@ -230,17 +230,28 @@ fn lock(file: &File, options: &ImageOptions) -> Result<(), Error> {
     }
 }
 
-fn enable_direct(file: &File, bytes: u64) -> Result<DirectAlignment, String> {
+fn enable_direct(
+    file: &File,
+    bytes: u64,
+    mode: DirectMode,
+    block_device: bool,
+) -> Result<DirectAlignment, String> {
     let flags = fcntl_getfl(file.as_fd()).map_err(|error| error.to_string())?;
     fcntl_setfl(file.as_fd(), flags | OFlags::DIRECT).map_err(|error| error.to_string())?;
     let probed = direct_io::probe(file).and_then(|alignment| {
-        let sectors = bytes.next_multiple_of(SECTOR_SIZE);
+        let block = alignment.offset as u64;
+        let large = block > SECTOR_SIZE;
         // The last block could only be written by growing the file past the guest's disk.
-        if alignment.offset as u64 > SECTOR_SIZE && !sectors.is_multiple_of(alignment.offset as u64)
-        {
+        if large && !bytes.next_multiple_of(SECTOR_SIZE).is_multiple_of(block) {
             return Err(format!(
-                "its size is no multiple of the {} bytes that O_DIRECT needs here",
-                alignment.offset
+                "its size is no multiple of the {block} bytes that O_DIRECT needs here"
+            ));
+        }
+        // Partition tables count in blocks, and files are made with 512: a guest that is told
+        // of larger ones wouldn't find its partitions. A device has its own block size.
+        if large && !block_device && mode == DirectMode::Auto {
+            return Err(format!(
+                "O_DIRECT needs blocks of {block} bytes here, but disk images have 512"
             ));
         }
         Ok(alignment)

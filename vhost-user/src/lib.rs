@@ -15,6 +15,7 @@
 //! * [`in_flight`] owns everything the kernel may still touch until it has completed.
 
 pub mod backend;
+pub mod bus_fault;
 pub mod config_space;
 pub mod descriptor_chain;
 pub mod disk;

@@ -10,7 +10,7 @@ use keelson_blk::config_space::capacity_bytes;
 use keelson_blk::disk::{Disk, SERIAL_SIZE};
 use keelson_blk::image::{DirectMode, Image, ImageOptions};
 use keelson_blk::server::{Server, ServerOptions, Stopper};
-use keelson_blk::{Error, uring};
+use keelson_blk::{Error, bus_fault, uring};
 use serde_json::json;
 
 /// Serves a raw file or a block device as a vhost-user-blk disk, on io_uring.
@@ -94,6 +94,10 @@ fn main() -> ExitCode {
 fn run(arguments: &Arguments) -> Result<(), Error> {
     let stopper = Stopper::new()?;
     stop_on_signals(&stopper)?;
+    bus_fault::install().map_err(|source| Error::Io {
+        action: "can't handle SIGBUS".into(),
+        source,
+    })?;
     uring::check_available()?;
     let image = Image::open(&ImageOptions {
         path: arguments.image.clone(),

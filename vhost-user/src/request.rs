@@ -84,7 +84,14 @@ pub fn parse(
 }
 
 /// Where a transfer lies in the image in bytes, if it lies in the disk and in whole sectors.
-pub fn transfer_offset(sector: u64, data_len: u64, capacity_sectors: u64) -> Option<u64> {
+///
+/// `block` is the unit that both ends have to keep to, a multiple of 512 bytes.
+pub fn transfer_offset(
+    sector: u64,
+    data_len: u64,
+    capacity_sectors: u64,
+    block: u64,
+) -> Option<u64> {
     if !data_len.is_multiple_of(SECTOR_SIZE) {
         return None;
     }
@@ -92,7 +99,8 @@ pub fn transfer_offset(sector: u64, data_len: u64, capacity_sectors: u64) -> Opt
     if end > capacity_sectors {
         return None;
     }
-    sector.checked_mul(SECTOR_SIZE)
+    let offset = sector.checked_mul(SECTOR_SIZE)?;
+    (offset.is_multiple_of(block) && data_len.is_multiple_of(block)).then_some(offset)
 }
 
 fn take_header(

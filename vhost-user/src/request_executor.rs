@@ -14,11 +14,12 @@ use virtio_bindings::bindings::virtio_blk::{
 };
 use vm_memory::{Bytes, GuestAddress};
 
+use crate::bus_fault;
 use crate::descriptor_chain::DescriptorChain;
 use crate::disk::{Disk, SERIAL_SIZE};
 use crate::error_log::ErrorLog;
 use crate::guest_memory::append_iovecs;
-use crate::image::Image;
+use crate::image::{Image, SECTOR_SIZE};
 use crate::in_flight::{InFlight, InFlightTable, Work};
 use crate::metrics::{Completed, QueueMetrics};
 use crate::request::{self, Operation, Request};
@@ -36,6 +37,7 @@ pub struct RequestExecutor {
     metrics: Arc<QueueMetrics>,
     log: ErrorLog,
     operations: VecDeque<squeue::Entry>,
+    lost_before: usize,
 }
 
 impl RequestExecutor {
@@ -56,6 +58,7 @@ impl RequestExecutor {
             metrics,
             log: ErrorLog::default(),
             operations: VecDeque::with_capacity(capacity),
+            lost_before: bus_fault::lost_regions(),
         }
     }
 
@@ -89,6 +92,9 @@ impl RequestExecutor {
     /// At most one queue's worth in a row, so that a guest that never stops asking can't keep
     /// completions and the order to stop from being seen.
     pub fn take_requests(&mut self) -> Result<bool, QueueError> {
+        if bus_fault::lost_regions() != self.lost_before {
+            return Err(QueueError::MemoryLost);
+        }
         let mut budget = self.queue.table().size;
         self.queue.disable_kicks()?;
         loop {
@@ -152,7 +158,15 @@ impl RequestExecutor {
         write: bool,
     ) -> Result<(), QueueError> {
         let image = &self.disk.image;
-        let offset = request::transfer_offset(sector, request.data_len, image.capacity_sectors());
+        // Reads of less than a block go through a larger buffer; such writes can't be done
+        // without racing with their neighbours.
+        let block = if write {
+            u64::from(image.block_sizes().logical)
+        } else {
+            SECTOR_SIZE
+        };
+        let capacity = image.capacity_sectors();
+        let offset = request::transfer_offset(sector, request.data_len, capacity, block);
         let (segments, completed) = if write {
             (&self.chain.readable, Completed::Write(request.data_len))
         } else {

@@ -34,26 +34,19 @@ pub(crate) enum Step {
     Failed(i32),
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Phase {
-    /// Filling the buffer: a read, or the surroundings of an unaligned write.
-    Reading,
-    /// Writing the buffer out.
-    Writing,
-}
-
+// A piece of a transfer in aligned memory of our own.
 #[derive(Debug)]
 struct Bounce {
     buffer: AlignedBuffer,
     /// The file offset of the buffer's first byte.
     start: u64,
-    /// Bytes of the buffer in use.
+    /// Bytes of the buffer to read or write.
     span: usize,
-    /// Where the guest's bytes start in the buffer, and how many they are.
+    /// Where the guest's bytes start in the buffer, and how many they are. Reads may have to
+    /// start earlier and end later; writes are whole blocks.
     inner: (usize, usize),
-    /// Bytes of the span that the current phase has moved.
+    /// Bytes of the span that have moved.
     moved: usize,
-    phase: Phase,
 }
 
 /// A read or write under way.
@@ -246,20 +239,14 @@ impl Transfer {
         let Some(buffer) = AlignedBuffer::new(span, memory) else {
             return false;
         };
-        let surroundings = before != 0 || chunk != span;
         self.bounce = Some(Bounce {
             buffer,
             start,
             span,
             inner: (before, chunk),
             moved: 0,
-            phase: if self.write && !surroundings {
-                Phase::Writing
-            } else {
-                Phase::Reading
-            },
         });
-        if self.write && !surroundings {
+        if self.write {
             self.copy_from_guest();
         }
         true
@@ -271,14 +258,15 @@ impl Transfer {
         let rest = u32::try_from(bounce.span - bounce.moved).ok()?;
         let pointer = bounce.buffer.as_mut_ptr().wrapping_add(bounce.moved);
         let position = bounce.start + bounce.moved as u64;
-        Some(match bounce.phase {
-            Phase::Reading => opcode::Read::new(IMAGE_FILE, pointer, rest)
-                .offset(position)
-                .build(),
-            Phase::Writing => opcode::Write::new(IMAGE_FILE, pointer, rest)
+        Some(if self.write {
+            opcode::Write::new(IMAGE_FILE, pointer, rest)
                 .offset(position)
                 .rw_flags(flags)
-                .build(),
+                .build()
+        } else {
+            opcode::Read::new(IMAGE_FILE, pointer, rest)
+                .offset(position)
+                .build()
         })
     }
 
@@ -289,26 +277,21 @@ impl Transfer {
             return false;
         };
         let total = bounce.moved + moved;
-        let needed = match bounce.phase {
-            Phase::Reading if !write => bounce.inner.0 + bounce.inner.1,
-            _ => bounce.span,
-        };
-        let at_end = bounce.phase == Phase::Reading && bounce.start + total as u64 >= image.bytes();
+        let (before, len) = bounce.inner;
+        let needed = if write { bounce.span } else { before + len };
+        // What the image lacks to a whole last sector stays zero in the buffer.
+        let at_end = !write && bounce.start + total as u64 >= image.bytes();
         if total < needed && !at_end {
             let usable = total - total % block;
             let progress = usable > bounce.moved;
             bounce.moved = usable;
             return progress;
         }
-        match (bounce.phase, write) {
-            (Phase::Reading, false) => self.copy_to_guest(),
-            (Phase::Reading, true) => {
-                bounce.moved = 0;
-                bounce.phase = Phase::Writing;
-                self.copy_from_guest();
-            }
-            // The guest's bytes were counted when they were copied out of its memory.
-            (Phase::Writing, _) => self.bounce = None,
+        if write {
+            // Its bytes were counted when they were copied out of the guest's memory.
+            self.bounce = None;
+        } else {
+            self.copy_to_guest();
         }
         true
     }

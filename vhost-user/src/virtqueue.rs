@@ -19,6 +19,9 @@ pub enum QueueError {
     /// The rings aren't all in guest memory.
     #[error("a ring lies outside guest memory")]
     OutsideMemory,
+    /// The frontend took memory away that it had shared.
+    #[error("the file behind the guest's memory was shortened")]
+    MemoryLost,
     /// A descriptor chain breaks the rules.
     #[error("{0}")]
     Chain(#[from] ChainError),

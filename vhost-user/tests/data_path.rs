@@ -160,3 +160,25 @@ fn a_size_that_is_no_multiple_of_a_sector_is_rounded_up_with_zeroes() {
     assert_eq!(driver.write(4096, &[9; 512]), 0);
     assert!(driver.read(4096, 512).unwrap() == [9; 512]);
 }
+
+#[test]
+fn a_device_of_4_kib_sectors_is_shown_as_such_and_read_in_any_piece() {
+    let scene = Scene::new(1 << 20);
+    scene.fill(0, &pattern(5, MIB));
+    let Some(device) = harness::loop_device::LoopDevice::with_sectors(&scene.image, 4096) else {
+        return;
+    };
+    let command = harness::command(device.path().as_ref(), &scene.socket);
+    let backend = harness::Backend::start(command);
+    assert_eq!(backend.ready["direct"], true);
+    let mut driver = Driver::connect(scene.socket_path(), USUAL, 1, 4 * MIB);
+    assert_eq!(u32::from(driver.config().blk_size), 4096);
+    for (offset, len) in [(512, 512), (0, 4096), (3584, 1024), (512, 300 * 1024)] {
+        let place = usize::try_from(offset).unwrap();
+        let bytes = driver.read(offset, len).unwrap();
+        assert!(bytes == pattern(5, MIB)[place..place + len], "{offset}");
+    }
+    assert_eq!(driver.write(4096, &[1; 4096]), 0);
+    assert_eq!(driver.write(512, &[1; 512]), -libc::EIO);
+    assert_eq!(driver.read(4096, 4096).unwrap(), [1; 4096]);
+}

@@ -1,5 +1,10 @@
 //! What has been acknowledged stays.
 
+#![allow(
+    clippy::unwrap_used,
+    reason = "the exception for tests covers only their functions"
+)]
+
 mod harness;
 
 use harness::driver::{Driver, FLUSH, USUAL};

@@ -1,5 +1,10 @@
 //! Frontends that send nonsense: their connection ends, and the next frontend is served.
 
+#![allow(
+    clippy::unwrap_used,
+    reason = "the exception for tests covers only their functions"
+)]
+
 mod harness;
 
 use std::fs::File;
@@ -185,6 +190,20 @@ fn queues_can_be_stopped_moved_and_started_again_with_requests_in_flight() {
         assert_eq!(guest.wait_used(), (0, 4097));
         assert!(guest.get(DATA, 4096) == pattern(1, 4096));
     }
+    drop(guest);
+    assert_serving(&scene, &mut backend);
+}
+
+#[test]
+fn a_memory_file_that_is_cut_off_breaks_the_queue_only() {
+    let scene = Scene::new(1 << 20);
+    let mut backend = scene.start(&[]);
+    let mut guest = RawGuest::connect(&scene.socket, 0);
+    guest.chain(0, 0, (DATA, 512), true);
+    assert_eq!(guest.perform(), (0, 513));
+    guest.cut_memory_off();
+    guest.kick.write(1).unwrap();
+    guest.wait_broken();
     drop(guest);
     assert_serving(&scene, &mut backend);
 }

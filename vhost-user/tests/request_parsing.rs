@@ -146,12 +146,13 @@ proptest! {
 
     #[test]
     fn transfers_stay_inside_the_disk(
-        sector in any::<u64>(),
+        sector in prop_oneof![any::<u64>(), 0_u64..1 << 20],
         data_len in prop_oneof![any::<u64>(), (0_u64..100).prop_map(|sectors| sectors * 512)],
         capacity in 0_u64..1 << 40,
+        block in prop_oneof![Just(512_u64), Just(4096)],
     ) {
-        if let Some(offset) = transfer_offset(sector, data_len, capacity) {
-            prop_assert_eq!(offset % 512, 0);
+        if let Some(offset) = transfer_offset(sector, data_len, capacity, block) {
+            prop_assert_eq!((offset % block, data_len % block), (0, 0));
             prop_assert!(offset + data_len <= capacity * 512);
         }
     }

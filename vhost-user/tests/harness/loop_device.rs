@@ -28,13 +28,18 @@ pub struct LoopDevice(String);
 impl LoopDevice {
     /// Attaches one to a file, or says that it can't.
     pub fn over(file: &Path) -> Option<Self> {
+        Self::with_sectors(file, 512)
+    }
+
+    /// The same, with sectors of this many bytes.
+    pub fn with_sectors(file: &Path, bytes: u32) -> Option<Self> {
         if !is_root() {
             return None;
         }
-        Some(Self(run(
-            "losetup",
-            &["--find", "--show", file.to_str().unwrap()],
-        )))
+        let sectors = bytes.to_string();
+        let file = file.to_str().unwrap();
+        let arguments = ["--find", "--show", "--sector-size", &sectors, file];
+        Some(Self(run("losetup", &arguments)))
     }
 
     pub fn path(&self) -> &str {

@@ -1,6 +1,6 @@
 //! A guest without a driver: it writes descriptors and rings byte by byte, right or wrong.
 
-use std::os::fd::{AsRawFd, FromRawFd, RawFd};
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, RawFd};
 use std::path::Path;
 use std::sync::atomic::{AtomicU16, Ordering};
 use std::time::{Duration, Instant};
@@ -104,6 +104,13 @@ impl RawGuest {
     pub fn frontend_base(&mut self) -> u16 {
         let base = self.frontend.get_vring_base(0).unwrap();
         u16::try_from(base).unwrap()
+    }
+
+    /// Shortens the file behind the memory. Nothing here may touch the memory afterwards.
+    pub fn cut_memory_off(&self) {
+        // SAFETY: the mapping keeps the descriptor open.
+        let file = unsafe { BorrowedFd::borrow_raw(self.memory_file) };
+        rustix::fs::ftruncate(file, 0).unwrap();
     }
 
     /// Gives queue 0 any descriptor as its kick.

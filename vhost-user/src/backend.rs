@@ -7,7 +7,6 @@
 use std::fs::File;
 use std::io;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 
 use vhost::vhost_user::message::{
     VhostTransferStateDirection, VhostTransferStatePhase, VhostUserConfigFlags, VhostUserInflight,
@@ -16,155 +15,33 @@ use vhost::vhost_user::message::{
 };
 use vhost::vhost_user::{
     Error, GpuBackend, Result, VhostUserBackendReqHandlerMut, VhostUserProtocolFeatures,
-    VhostUserVirtioFeatures,
 };
-use virtio_bindings::bindings::{virtio_blk, virtio_config, virtio_ring};
-use vm_memory::GuestMemoryMmap;
 
-use crate::config_space::{self, CONFIG_SPACE_SIZE, WRITEBACK_OFFSET};
-use crate::disk::Disk;
-use crate::guest_memory::{self, MAX_REGIONS, MemoryTable, RegionDescription};
-use crate::metrics::QueueMetrics;
-use crate::vring::{Negotiated, RingAddresses, Vring};
+use crate::config_space::{CONFIG_SPACE_SIZE, WRITEBACK_OFFSET};
+use crate::device::{BlockDevice, reject};
+use crate::guest_memory::{MAX_REGIONS, MemoryTable, RegionDescription};
+use crate::vring::RingAddresses;
 
-const VIRTIO_F_VERSION_1: u64 = 1 << virtio_config::VIRTIO_F_VERSION_1;
-const VIRTIO_F_INDIRECT_DESC: u64 = 1 << virtio_ring::VIRTIO_RING_F_INDIRECT_DESC;
-const VIRTIO_F_EVENT_IDX: u64 = 1 << virtio_ring::VIRTIO_RING_F_EVENT_IDX;
-const VIRTIO_BLK_F_FLUSH: u64 = 1 << virtio_blk::VIRTIO_BLK_F_FLUSH;
-const VIRTIO_BLK_F_CONFIG_WCE: u64 = 1 << virtio_blk::VIRTIO_BLK_F_CONFIG_WCE;
-
-/// One frontend's device: its memory, its queues, and what it negotiated.
+/// Answers one frontend's messages.
 #[derive(Debug)]
 pub struct BlockBackend {
-    disk: Arc<Disk>,
-    max_queue_size: u16,
+    device: BlockDevice,
     owned: bool,
-    acked_features: u64,
-    writeback: bool,
-    table: MemoryTable,
-    memory: Option<Arc<GuestMemoryMmap>>,
-    vrings: Vec<Vring>,
 }
 
 impl BlockBackend {
-    /// A device that no frontend has talked to. There is one queue for each of the counters.
-    pub fn new(disk: Arc<Disk>, max_queue_size: u16, metrics: &[Arc<QueueMetrics>]) -> Self {
-        disk.write_through.store(true, Ordering::Release);
-        let vrings = metrics.iter().enumerate();
+    /// For a device that no frontend has talked to.
+    pub fn new(device: BlockDevice) -> Self {
         Self {
-            disk,
-            max_queue_size,
+            device,
             owned: false,
-            acked_features: 0,
-            writeback: true,
-            table: MemoryTable::default(),
-            memory: None,
-            vrings: vrings
-                .map(|(index, metrics)| Vring::new(index, Arc::clone(metrics)))
-                .collect(),
         }
     }
 
     /// Completes what is in flight and stops all queues.
     pub fn stop(&mut self) {
-        for vring in &mut self.vrings {
-            vring.stop();
-        }
+        self.device.stop();
     }
-
-    fn offered_features(&self) -> u64 {
-        let mut bits = vec![
-            virtio_blk::VIRTIO_BLK_F_SIZE_MAX,
-            virtio_blk::VIRTIO_BLK_F_SEG_MAX,
-            virtio_blk::VIRTIO_BLK_F_BLK_SIZE,
-            virtio_blk::VIRTIO_BLK_F_TOPOLOGY,
-            virtio_blk::VIRTIO_BLK_F_FLUSH,
-            virtio_blk::VIRTIO_BLK_F_CONFIG_WCE,
-        ];
-        if self.vrings.len() > 1 {
-            bits.push(virtio_blk::VIRTIO_BLK_F_MQ);
-        }
-        if self.disk.image.read_only() {
-            bits.push(virtio_blk::VIRTIO_BLK_F_RO);
-        }
-        let device = bits.iter().fold(0, |bits, bit| bits | 1_u64 << bit);
-        device
-            | VIRTIO_F_VERSION_1
-            | VIRTIO_F_INDIRECT_DESC
-            | VIRTIO_F_EVENT_IDX
-            | VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits()
-    }
-
-    fn negotiated(&self) -> Negotiated {
-        Negotiated {
-            disk: Arc::clone(&self.disk),
-            event_idx: self.acked_features & VIRTIO_F_EVENT_IDX != 0,
-            indirect: self.acked_features & VIRTIO_F_INDIRECT_DESC != 0,
-        }
-    }
-
-    // Virtio 1.2, 5.2.6.2: without FLUSH the driver has no way to make writes durable, so each
-    // one is; CONFIG_WCE lets it choose the same with FLUSH.
-    fn apply_cache_mode(&self) {
-        let flush = self.acked_features & VIRTIO_BLK_F_FLUSH != 0;
-        let switchable = self.acked_features & VIRTIO_BLK_F_CONFIG_WCE != 0;
-        let write_back = flush && (self.writeback || !switchable);
-        self.disk
-            .write_through
-            .store(!write_back, Ordering::Release);
-    }
-
-    fn vring(&mut self, index: u32) -> Result<&mut Vring> {
-        let index = usize::try_from(index).map_err(|_| Error::InvalidParam)?;
-        self.vrings.get_mut(index).ok_or(Error::InvalidParam)
-    }
-
-    // Changes a queue that may be running: in-flight requests complete first.
-    fn reconfigure(&mut self, index: u32, change: impl FnOnce(&mut Vring)) -> Result<()> {
-        let vring = self.vring(index)?;
-        vring.pause();
-        change(vring);
-        self.start_ready_queues()
-    }
-
-    // Replaces the guest's memory: every request in flight on the old one completes first.
-    fn change_memory(
-        &mut self,
-        change: impl FnOnce(&mut MemoryTable) -> std::result::Result<(), guest_memory::MemoryError>,
-    ) -> Result<()> {
-        let mut table = self.table.clone();
-        change(&mut table).map_err(reject)?;
-        for vring in &mut self.vrings {
-            vring.pause();
-        }
-        self.memory = table.guest_memory();
-        self.table = table;
-        tracing::debug!(
-            bytes = self.memory.as_deref().map_or(0, guest_memory::total_bytes),
-            "guest memory changed"
-        );
-        self.start_ready_queues()
-    }
-
-    fn start_ready_queues(&mut self) -> Result<()> {
-        let negotiated = self.negotiated();
-        for vring in &mut self.vrings {
-            vring
-                .start_if_ready(&self.table, self.memory.as_ref(), &negotiated)
-                .map_err(reject)?;
-        }
-        Ok(())
-    }
-}
-
-impl Drop for BlockBackend {
-    fn drop(&mut self) {
-        self.stop();
-    }
-}
-
-fn reject(error: impl std::error::Error + Send + Sync + 'static) -> Error {
-    Error::ReqHandlerError(io::Error::other(error))
 }
 
 fn describe(region: &VhostUserMemoryRegion) -> RegionDescription {
@@ -185,7 +62,7 @@ impl VhostUserBackendReqHandlerMut for BlockBackend {
     }
 
     fn reset_owner(&mut self) -> Result<()> {
-        self.stop();
+        self.device.stop();
         self.owned = false;
         Ok(())
     }
@@ -195,28 +72,11 @@ impl VhostUserBackendReqHandlerMut for BlockBackend {
     }
 
     fn get_features(&mut self) -> Result<u64> {
-        Ok(self.offered_features())
+        Ok(self.device.offered_features())
     }
 
     fn set_features(&mut self, features: u64) -> Result<()> {
-        let unknown = features & !self.offered_features();
-        if unknown != 0 {
-            return Err(reject(io::Error::other(format!(
-                "features {unknown:#x} were acknowledged but never offered"
-            ))));
-        }
-        for vring in &mut self.vrings {
-            vring.pause();
-        }
-        self.acked_features = features;
-        self.apply_cache_mode();
-        // Without protocol features there is no SET_VRING_ENABLE, and queues start enabled.
-        if features & VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits() == 0 {
-            for vring in &mut self.vrings {
-                vring.enabled = true;
-            }
-        }
-        self.start_ready_queues()
+        self.device.acknowledge_features(features)
     }
 
     fn set_mem_table(
@@ -225,7 +85,7 @@ impl VhostUserBackendReqHandlerMut for BlockBackend {
         files: Vec<File>,
         _postcopy_listening: Option<bool>,
     ) -> Result<Option<Vec<u64>>> {
-        self.change_memory(|table| {
+        self.device.change_memory(|table| {
             *table = MemoryTable::default();
             regions
                 .iter()
@@ -238,14 +98,15 @@ impl VhostUserBackendReqHandlerMut for BlockBackend {
     fn set_vring_num(&mut self, index: u32, num: u32) -> Result<()> {
         let size = u16::try_from(num)
             .ok()
-            .filter(|size| size.is_power_of_two() && *size <= self.max_queue_size);
+            .filter(|size| size.is_power_of_two() && *size <= self.device.max_queue_size());
         let Some(size) = size else {
             return Err(reject(io::Error::other(format!(
                 "queue {index} can't have {num} descriptors: a power of two up to {} can",
-                self.max_queue_size
+                self.device.max_queue_size()
             ))));
         };
-        self.reconfigure(index, |vring| vring.size = Some(size))
+        self.device
+            .reconfigure(index, |vring| vring.size = Some(size))
     }
 
     fn set_vring_addr(
@@ -260,7 +121,7 @@ impl VhostUserBackendReqHandlerMut for BlockBackend {
         if flags.contains(VhostUserVringAddrFlags::VHOST_VRING_F_LOG) {
             return Err(Error::InvalidOperation("dirty logging isn't offered"));
         }
-        self.reconfigure(index, |vring| {
+        self.device.reconfigure(index, |vring| {
             vring.addresses = Some(RingAddresses {
                 descriptor_table: descriptor,
                 available_ring: available,
@@ -271,11 +132,11 @@ impl VhostUserBackendReqHandlerMut for BlockBackend {
 
     fn set_vring_base(&mut self, index: u32, base: u32) -> Result<()> {
         let base = u16::try_from(base).map_err(|_| Error::InvalidParam)?;
-        self.reconfigure(index, |vring| vring.base = base)
+        self.device.reconfigure(index, |vring| vring.base = base)
     }
 
     fn get_vring_base(&mut self, index: u32) -> Result<VhostUserVringState> {
-        let base = self.vring(index)?.stop();
+        let base = self.device.vring(index)?.stop();
         Ok(VhostUserVringState::new(index, u32::from(base)))
     }
 
@@ -283,16 +144,18 @@ impl VhostUserBackendReqHandlerMut for BlockBackend {
         let Some(kick) = fd else {
             return Err(Error::InvalidOperation("a queue without a kick eventfd"));
         };
-        self.reconfigure(u32::from(index), |vring| vring.kick = Some(Arc::new(kick)))
+        self.device
+            .reconfigure(u32::from(index), |vring| vring.kick = Some(Arc::new(kick)))
     }
 
     fn set_vring_call(&mut self, index: u8, fd: Option<File>) -> Result<()> {
-        let vring = self.vring(u32::from(index))?;
+        let vring = self.device.vring(u32::from(index))?;
         vring.call.replace(fd).map_err(Error::ReqHandlerError)
     }
 
     fn set_vring_err(&mut self, index: u8, fd: Option<File>) -> Result<()> {
-        self.reconfigure(u32::from(index), |vring| vring.error = fd.map(Arc::new))
+        self.device
+            .reconfigure(u32::from(index), |vring| vring.error = fd.map(Arc::new))
     }
 
     // INFLIGHT_SHMFD, RESET_DEVICE, STATUS and LOG_SHMFD join here with crash-safe restart.
@@ -314,11 +177,12 @@ impl VhostUserBackendReqHandlerMut for BlockBackend {
     }
 
     fn get_queue_num(&mut self) -> Result<u64> {
-        Ok(self.vrings.len() as u64)
+        Ok(self.device.queues() as u64)
     }
 
     fn set_vring_enable(&mut self, index: u32, enable: bool) -> Result<()> {
-        self.reconfigure(index, |vring| vring.enabled = enable)
+        self.device
+            .reconfigure(index, |vring| vring.enabled = enable)
     }
 
     fn get_config(
@@ -327,9 +191,7 @@ impl VhostUserBackendReqHandlerMut for BlockBackend {
         size: u32,
         _flags: VhostUserConfigFlags,
     ) -> Result<Vec<u8>> {
-        let queues = u16::try_from(self.vrings.len()).unwrap_or(u16::MAX);
-        let image = &self.disk.image;
-        let space = config_space::config_space(image, queues, self.max_queue_size, self.writeback);
+        let space = self.device.config_space();
         let start = (offset as usize).min(CONFIG_SPACE_SIZE);
         let end = start.saturating_add(size as usize);
         let part = space.get(start..end).ok_or(Error::InvalidParam)?;
@@ -337,16 +199,10 @@ impl VhostUserBackendReqHandlerMut for BlockBackend {
     }
 
     fn set_config(&mut self, offset: u32, buf: &[u8], _flags: VhostUserConfigFlags) -> Result<()> {
-        let switchable = self.acked_features & VIRTIO_BLK_F_CONFIG_WCE != 0;
+        let switchable = self.device.cache_is_switchable();
         match buf {
             [writeback @ (0 | 1)] if offset == WRITEBACK_OFFSET && switchable => {
-                self.writeback = *writeback == 1;
-                self.apply_cache_mode();
-                if self.writeback {
-                    return Ok(());
-                }
-                // What was written under write-back has to become durable with the switch.
-                self.disk.image.sync().map_err(Error::ReqHandlerError)
+                self.device.set_writeback(*writeback == 1)
             }
             _ => {
                 // A driver's mistake, not the frontend's: no reason to take its disk away.
@@ -390,13 +246,14 @@ impl VhostUserBackendReqHandlerMut for BlockBackend {
         _postcopy_listening: Option<bool>,
     ) -> Result<Option<u64>> {
         let description = describe(region);
-        self.change_memory(|table| table.add(description, fd))?;
+        self.device
+            .change_memory(|table| table.add(description, fd))?;
         Ok(None)
     }
 
     fn remove_mem_region(&mut self, region: &VhostUserSingleMemoryRegion) -> Result<()> {
         let description = describe(region);
-        self.change_memory(|table| table.remove(description))
+        self.device.change_memory(|table| table.remove(description))
     }
 
     fn set_device_state_fd(

@@ -8,7 +8,7 @@
 //!
 //! * [`image`] opens, locks and measures the raw file or block device.
 //! * [`server`] listens, serves one frontend after another and stops cleanly.
-//! * [`backend`] answers the vhost-user messages and starts and stops the queues.
+//! * [`backend`] answers the vhost-user messages, and [`device`] starts and stops the queues.
 //! * [`queue_worker`] is the data path: one thread and one io_uring for each virtqueue.
 //! * [`request_executor`] turns descriptor chains into disk operations and their results into
 //!   answers, with [`descriptor_chain`] and [`request`] checking what the guest wrote.
@@ -18,6 +18,7 @@ pub mod backend;
 pub mod bus_fault;
 pub mod config_space;
 pub mod descriptor_chain;
+pub mod device;
 pub mod disk;
 pub mod error;
 pub mod guest_memory;

@@ -15,6 +15,7 @@ use vhost::vhost_user::{BackendReqHandler, Error as VhostError};
 
 use crate::Error;
 use crate::backend::BlockBackend;
+use crate::device::BlockDevice;
 use crate::disk::Disk;
 use crate::metrics::{QueueCounters, QueueMetrics};
 
@@ -124,7 +125,8 @@ impl Server {
     // Ends with the frontend, however it ends; only the server's own failures are errors.
     fn serve(&self, connection: UnixStream) -> Result<(), Error> {
         let disk = Arc::clone(&self.disk);
-        let backend = BlockBackend::new(disk, self.options.queue_size, &self.metrics);
+        let device = BlockDevice::new(disk, self.options.queue_size, &self.metrics);
+        let backend = BlockBackend::new(device);
         let backend = Arc::new(Mutex::new(backend));
         let clone = connection.try_clone();
         let clone = clone.map_err(|error| Error::io("can't duplicate a connection", error))?;

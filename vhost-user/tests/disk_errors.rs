@@ -48,7 +48,7 @@ fn a_device_that_cannot_write_gives_errors_and_recovers_with_it() {
 
     let mut failed = None;
     for block in 0..64_u64 {
-        match driver.write(block << 16, &[1; 1 << 16]) {
+        match driver.write(block << 16, &vec![1; 1 << 16]) {
             0 => {}
             errno => {
                 assert_eq!(errno, -libc::EIO);
@@ -62,7 +62,7 @@ fn a_device_that_cannot_write_gives_errors_and_recovers_with_it() {
     assert_eq!(driver.read(0, 4096).unwrap(), [1; 4096]);
 
     std::fs::remove_file(&hog).unwrap();
-    assert_eq!(driver.write(failed << 16, &[2; 1 << 16]), 0);
+    assert_eq!(driver.write(failed << 16, &vec![2; 1 << 16]), 0);
     assert_eq!(driver.flush(), 0);
     assert_eq!(driver.read(failed << 16, 4096).unwrap(), [2; 4096]);
 }
@@ -73,8 +73,8 @@ fn a_mounted_device_is_in_use() {
     let Some(device) = LoopDevice::over(&scene.image) else {
         return;
     };
-    let mut make = std::process::Command::new("mkfs.ext4");
-    let made = make.args(["-q", device.path()]).status().unwrap();
+    let mut mkfs = std::process::Command::new("mkfs.ext4");
+    let made = mkfs.args(["-q", device.path()]).status().unwrap();
     assert!(made.success());
     let point = scene.directory.path().join("mounted");
     std::fs::create_dir(&point).unwrap();

@@ -1,0 +1,212 @@
+//! One frontend's block device: what it negotiated, its memory and its queues.
+
+use std::io;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use vhost::vhost_user::{Error, Result, VhostUserVirtioFeatures};
+use virtio_bindings::bindings::{virtio_blk, virtio_config, virtio_ring};
+use vm_memory::GuestMemoryMmap;
+
+use crate::config_space::{self, CONFIG_SPACE_SIZE};
+use crate::disk::Disk;
+use crate::guest_memory::{self, MemoryError, MemoryTable};
+use crate::metrics::QueueMetrics;
+use crate::vring::{Negotiated, Vring};
+
+const VIRTIO_F_VERSION_1: u64 = 1 << virtio_config::VIRTIO_F_VERSION_1;
+const VIRTIO_F_INDIRECT_DESC: u64 = 1 << virtio_ring::VIRTIO_RING_F_INDIRECT_DESC;
+const VIRTIO_F_EVENT_IDX: u64 = 1 << virtio_ring::VIRTIO_RING_F_EVENT_IDX;
+const VIRTIO_BLK_F_FLUSH: u64 = 1 << virtio_blk::VIRTIO_BLK_F_FLUSH;
+const VIRTIO_BLK_F_CONFIG_WCE: u64 = 1 << virtio_blk::VIRTIO_BLK_F_CONFIG_WCE;
+
+/// One frontend's device: its memory, its queues, and what it negotiated.
+#[derive(Debug)]
+pub struct BlockDevice {
+    disk: Arc<Disk>,
+    max_queue_size: u16,
+    acked_features: u64,
+    writeback: bool,
+    table: MemoryTable,
+    memory: Option<Arc<GuestMemoryMmap>>,
+    vrings: Vec<Vring>,
+}
+
+impl BlockDevice {
+    /// A device that no frontend has talked to. There is one queue for each of the counters.
+    pub fn new(disk: Arc<Disk>, max_queue_size: u16, metrics: &[Arc<QueueMetrics>]) -> Self {
+        disk.write_through.store(true, Ordering::Release);
+        let vrings = metrics.iter().enumerate();
+        Self {
+            disk,
+            max_queue_size,
+            acked_features: 0,
+            writeback: true,
+            table: MemoryTable::default(),
+            memory: None,
+            vrings: vrings
+                .map(|(index, metrics)| Vring::new(index, Arc::clone(metrics)))
+                .collect(),
+        }
+    }
+
+    /// Completes what is in flight and stops all queues.
+    pub fn stop(&mut self) {
+        for vring in &mut self.vrings {
+            vring.stop();
+        }
+    }
+
+    pub(crate) fn offered_features(&self) -> u64 {
+        let mut bits = vec![
+            virtio_blk::VIRTIO_BLK_F_SIZE_MAX,
+            virtio_blk::VIRTIO_BLK_F_SEG_MAX,
+            virtio_blk::VIRTIO_BLK_F_BLK_SIZE,
+            virtio_blk::VIRTIO_BLK_F_TOPOLOGY,
+            virtio_blk::VIRTIO_BLK_F_FLUSH,
+            virtio_blk::VIRTIO_BLK_F_CONFIG_WCE,
+        ];
+        if self.vrings.len() > 1 {
+            bits.push(virtio_blk::VIRTIO_BLK_F_MQ);
+        }
+        if self.disk.image.read_only() {
+            bits.push(virtio_blk::VIRTIO_BLK_F_RO);
+        }
+        let device = bits.iter().fold(0, |bits, bit| bits | 1_u64 << bit);
+        device
+            | VIRTIO_F_VERSION_1
+            | VIRTIO_F_INDIRECT_DESC
+            | VIRTIO_F_EVENT_IDX
+            | VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits()
+    }
+
+    fn negotiated(&self) -> Negotiated {
+        Negotiated {
+            disk: Arc::clone(&self.disk),
+            event_idx: self.acked_features & VIRTIO_F_EVENT_IDX != 0,
+            indirect: self.acked_features & VIRTIO_F_INDIRECT_DESC != 0,
+        }
+    }
+
+    // Virtio 1.2, 5.2.6.2: without FLUSH the driver has no way to make writes durable, so each
+    // one is; CONFIG_WCE lets it choose the same with FLUSH.
+    fn apply_cache_mode(&self) {
+        let flush = self.acked_features & VIRTIO_BLK_F_FLUSH != 0;
+        let switchable = self.acked_features & VIRTIO_BLK_F_CONFIG_WCE != 0;
+        let write_back = flush && (self.writeback || !switchable);
+        self.disk
+            .write_through
+            .store(!write_back, Ordering::Release);
+    }
+
+    /// Takes what the driver acknowledged. Running queues go on with it.
+    pub(crate) fn acknowledge_features(&mut self, features: u64) -> Result<()> {
+        let unknown = features & !self.offered_features();
+        if unknown != 0 {
+            return Err(reject(io::Error::other(format!(
+                "features {unknown:#x} were acknowledged but never offered"
+            ))));
+        }
+        for vring in &mut self.vrings {
+            vring.pause();
+        }
+        self.acked_features = features;
+        self.apply_cache_mode();
+        // Without protocol features there is no SET_VRING_ENABLE, and queues start enabled.
+        if features & VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits() == 0 {
+            for vring in &mut self.vrings {
+                vring.enabled = true;
+            }
+        }
+        self.start_ready_queues()
+    }
+
+    /// The number of queues.
+    pub(crate) fn queues(&self) -> usize {
+        self.vrings.len()
+    }
+
+    /// The most descriptors in a queue.
+    pub(crate) fn max_queue_size(&self) -> u16 {
+        self.max_queue_size
+    }
+
+    /// The configuration space now.
+    pub(crate) fn config_space(&self) -> [u8; CONFIG_SPACE_SIZE] {
+        let queues = u16::try_from(self.vrings.len()).unwrap_or(u16::MAX);
+        let image = &self.disk.image;
+        config_space::config_space(image, queues, self.max_queue_size, self.writeback)
+    }
+
+    /// Whether the driver may switch the write cache.
+    pub(crate) fn cache_is_switchable(&self) -> bool {
+        self.acked_features & VIRTIO_BLK_F_CONFIG_WCE != 0
+    }
+
+    /// Switches the write cache. What was written under write-back becomes durable with
+    /// switching it off.
+    pub(crate) fn set_writeback(&mut self, writeback: bool) -> Result<()> {
+        self.writeback = writeback;
+        self.apply_cache_mode();
+        if writeback {
+            return Ok(());
+        }
+        self.disk.image.sync().map_err(Error::ReqHandlerError)
+    }
+
+    pub(crate) fn vring(&mut self, index: u32) -> Result<&mut Vring> {
+        let index = usize::try_from(index).map_err(|_| Error::InvalidParam)?;
+        self.vrings.get_mut(index).ok_or(Error::InvalidParam)
+    }
+
+    // Changes a queue that may be running: in-flight requests complete first.
+    pub(crate) fn reconfigure(
+        &mut self,
+        index: u32,
+        change: impl FnOnce(&mut Vring),
+    ) -> Result<()> {
+        let vring = self.vring(index)?;
+        vring.pause();
+        change(vring);
+        self.start_ready_queues()
+    }
+
+    // Replaces the guest's memory: every request in flight on the old one completes first.
+    pub(crate) fn change_memory(
+        &mut self,
+        change: impl FnOnce(&mut MemoryTable) -> std::result::Result<(), MemoryError>,
+    ) -> Result<()> {
+        let mut table = self.table.clone();
+        change(&mut table).map_err(reject)?;
+        for vring in &mut self.vrings {
+            vring.pause();
+        }
+        self.memory = table.guest_memory();
+        self.table = table;
+        tracing::debug!(
+            bytes = self.memory.as_deref().map_or(0, guest_memory::total_bytes),
+            "guest memory changed"
+        );
+        self.start_ready_queues()
+    }
+
+    fn start_ready_queues(&mut self) -> Result<()> {
+        let negotiated = self.negotiated();
+        for vring in &mut self.vrings {
+            vring
+                .start_if_ready(&self.table, self.memory.as_ref(), &negotiated)
+                .map_err(reject)?;
+        }
+        Ok(())
+    }
+}
+
+impl Drop for BlockDevice {
+    fn drop(&mut self) {
+        self.stop();
+    }
+}
+
+pub(crate) fn reject(error: impl std::error::Error + Send + Sync + 'static) -> Error {
+    Error::ReqHandlerError(io::Error::other(error))
+}

@@ -6,7 +6,9 @@ use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use crate::protocol::{Exec, ExitStatus, Kind, MAX_PAYLOAD, Request, Status, read_frame, write_frame};
+use crate::protocol::{
+    Exec, ExitStatus, Kind, MAX_PAYLOAD, Request, Status, read_frame, write_frame,
+};
 use crate::{LabError, LabState};
 
 /// How much of a file goes into one frame.
@@ -55,8 +57,13 @@ impl Running {
     /// Starts a command in the lab.
     pub fn start(lab: &LabState, exec: &Exec) -> Result<Self, LabError> {
         let stream = request(lab, &Request::Exec(exec.clone()))?;
-        let writer = stream.try_clone().map_err(connection("starting a command"))?;
-        Ok(Self { stream, input: Input(Arc::new(Mutex::new(writer))) })
+        let writer = stream
+            .try_clone()
+            .map_err(connection("starting a command"))?;
+        Ok(Self {
+            stream,
+            input: Input(Arc::new(Mutex::new(writer))),
+        })
     }
 
     /// Standard input and signals.
@@ -120,7 +127,13 @@ impl Input {
 pub fn put(lab: &LabState, from: &Path, to: &Path, mode: u32) -> Result<(), LabError> {
     let file = crate::error::file;
     let mut source = std::fs::File::open(from).map_err(file("read", from))?;
-    let mut stream = request(lab, &Request::Put { path: to.to_path_buf(), mode })?;
+    let mut stream = request(
+        lab,
+        &Request::Put {
+            path: to.to_path_buf(),
+            mode,
+        },
+    )?;
     let mut chunk = vec![0; CHUNK];
     loop {
         let length = source.read(&mut chunk).map_err(file("read", from))?;
@@ -141,10 +154,17 @@ pub fn put(lab: &LabState, from: &Path, to: &Path, mode: u32) -> Result<(), LabE
 
 /// Copies a file of the lab to `to`.
 pub fn get(lab: &LabState, from: &Path, to: &mut impl Write) -> Result<(), LabError> {
-    let mut stream = request(lab, &Request::Get { path: from.to_path_buf() })?;
+    let mut stream = request(
+        lab,
+        &Request::Get {
+            path: from.to_path_buf(),
+        },
+    )?;
     loop {
         match expect_frame(&mut stream, "a file is fetched")? {
-            (Kind::Data, chunk) => to.write_all(&chunk).map_err(connection("writing a fetched file"))?,
+            (Kind::Data, chunk) => to
+                .write_all(&chunk)
+                .map_err(connection("writing a fetched file"))?,
             (Kind::End, _) => return Ok(()),
             (other, _) => return Err(unexpected(other)),
         }
@@ -154,7 +174,9 @@ pub fn get(lab: &LabState, from: &Path, to: &mut impl Write) -> Result<(), LabEr
 /// Asks the lab how it is, waiting at most `limit` for an answer.
 pub fn status(lab: &LabState, limit: Duration) -> Result<Status, LabError> {
     let mut stream = request(lab, &Request::Status)?;
-    stream.set_read_timeout(Some(limit)).map_err(connection("asking for the status"))?;
+    stream
+        .set_read_timeout(Some(limit))
+        .map_err(connection("asking for the status"))?;
     match expect_frame(&mut stream, "the status is asked for")? {
         (Kind::Answer, payload) => parse(&payload),
         (other, _) => Err(unexpected(other)),
@@ -165,15 +187,21 @@ pub fn status(lab: &LabState, limit: Duration) -> Result<Status, LabError> {
 pub fn power_off(lab: &LabState) -> Result<(), LabError> {
     let mut stream = request(lab, &Request::PowerOff)?;
     let limit = Some(Duration::from_secs(5));
-    stream.set_read_timeout(limit).map_err(connection("asking to power off"))?;
+    stream
+        .set_read_timeout(limit)
+        .map_err(connection("asking to power off"))?;
     expect_frame(&mut stream, "it powers off").map(|_answer| ())
 }
 
 fn expect_frame(stream: &mut TcpStream, doing: &'static str) -> Result<(Kind, Vec<u8>), LabError> {
     let ended = || connection(doing)(io::ErrorKind::UnexpectedEof.into());
-    let (kind, payload) = read_frame(stream).map_err(connection(doing))?.ok_or_else(ended)?;
+    let (kind, payload) = read_frame(stream)
+        .map_err(connection(doing))?
+        .ok_or_else(ended)?;
     if kind == Kind::Error {
-        return Err(LabError::Refused(String::from_utf8_lossy(&payload).into_owned()));
+        return Err(LabError::Refused(
+            String::from_utf8_lossy(&payload).into_owned(),
+        ));
     }
     Ok((kind, payload))
 }
@@ -183,7 +211,9 @@ fn parse<T: serde::de::DeserializeOwned>(payload: &[u8]) -> Result<T, LabError> 
 }
 
 fn unexpected(kind: Kind) -> LabError {
-    connection("reading an answer")(crate::protocol::invalid(format!("unexpected {kind:?} frame")))
+    connection("reading an answer")(crate::protocol::invalid(format!(
+        "unexpected {kind:?} frame"
+    )))
 }
 
 fn connection(doing: &'static str) -> impl FnOnce(io::Error) -> LabError {

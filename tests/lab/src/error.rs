@@ -110,7 +110,11 @@ pub(crate) fn file<'a>(
     doing: &'static str,
     path: &'a std::path::Path,
 ) -> impl FnOnce(std::io::Error) -> LabError + 'a {
-    move |source| LabError::File { doing, path: path.to_path_buf(), source }
+    move |source| LabError::File {
+        doing,
+        path: path.to_path_buf(),
+        source,
+    }
 }
 
 /// The last `lines` lines of a log, for a message.

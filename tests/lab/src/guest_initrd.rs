@@ -18,7 +18,15 @@ use crate::{KernelFiles, LabError};
 pub const MARKER: &str = "keelson-guest:";
 
 /// What a guest's devices need: disk, network, entropy, and the ACPI power button.
-const MODULES: &[&str] = &["virtio_pci", "virtio_blk", "virtio_net", "button", "evdev", "ext4", "af_packet"];
+const MODULES: &[&str] = &[
+    "virtio_pci",
+    "virtio_blk",
+    "virtio_net",
+    "button",
+    "evdev",
+    "ext4",
+    "af_packet",
+];
 
 const INIT: &str = include_str!("guest_initrd/init");
 const POWER_BUTTON: &str = include_str!("guest_initrd/power-button");
@@ -40,13 +48,16 @@ pub fn cached(kernel: &KernelFiles) -> Result<PathBuf, LabError> {
         return Ok(path);
     }
     let archive = build(kernel)?;
-    let mut scratch = tempfile::NamedTempFile::new_in(&folder).map_err(file("write in", &folder))?;
+    let mut scratch =
+        tempfile::NamedTempFile::new_in(&folder).map_err(file("write in", &folder))?;
     std::io::Write::write_all(&mut scratch, &archive).map_err(file("write", &path))?;
     scratch
         .as_file()
         .set_permissions(std::fs::Permissions::from_mode(0o644))
         .map_err(file("write", &path))?;
-    scratch.persist(&path).map_err(|error| file("write", &path)(error.error))?;
+    scratch
+        .persist(&path)
+        .map_err(|error| file("write", &path)(error.error))?;
     Ok(path)
 }
 
@@ -56,17 +67,25 @@ pub fn build(kernel: &KernelFiles) -> Result<Vec<u8>, LabError> {
     let busybox = static_busybox()?;
     initramfs.copy(&busybox, "bin/busybox", 0o755)?;
     let mut load = String::new();
-    for (number, path) in ModuleIndex::read(kernel)?.load_order(MODULES)?.iter().enumerate() {
+    for (number, path) in ModuleIndex::read(kernel)?
+        .load_order(MODULES)?
+        .iter()
+        .enumerate()
+    {
         let name = format!("lib/modules/{number:02}.ko");
         initramfs.copy(path, &name, 0o644)?;
-        load.push_str(&format!("/{name}\n"));
+        load.extend(["/", &name, "\n"]);
     }
     pack(&mut initramfs, &load).map_err(file("pack", Path::new("initramfs")))?;
-    initramfs.finish().map_err(file("pack", Path::new("initramfs")))
+    initramfs
+        .finish()
+        .map_err(file("pack", Path::new("initramfs")))
 }
 
 fn pack(initramfs: &mut Initramfs, load: &str) -> std::io::Result<()> {
-    for folder in ["dev", "proc", "sys", "run", "tmp", "root", "data", "etc", "usr/bin", "usr/sbin", "sbin"] {
+    for folder in [
+        "dev", "proc", "sys", "run", "tmp", "root", "data", "etc", "usr/bin", "usr/sbin", "sbin",
+    ] {
         initramfs.folder(folder)?;
     }
     initramfs.file("lib/modules/load", 0o644, load.as_bytes())?;
@@ -89,12 +108,18 @@ fn static_busybox() -> Result<PathBuf, LabError> {
     if tool.libraries.is_empty() {
         return Ok(path);
     }
-    Err(missing(format!("{} is not a static program", path.display())))
+    Err(missing(format!(
+        "{} is not a static program",
+        path.display()
+    )))
 }
 
 /// FNV-1a, 64 bits: a name for a content, not a protection.
 fn fingerprint(parts: &[&str]) -> u64 {
-    parts.iter().flat_map(|part| part.bytes().chain([0])).fold(0xcbf2_9ce4_8422_2325, |hash, byte| {
-        (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3)
-    })
+    parts
+        .iter()
+        .flat_map(|part| part.bytes().chain([0]))
+        .fold(0xcbf2_9ce4_8422_2325, |hash, byte| {
+            (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3)
+        })
 }

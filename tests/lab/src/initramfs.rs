@@ -46,7 +46,8 @@ impl Initramfs {
     /// Adds a file of this machine.
     pub(crate) fn copy(&mut self, from: &Path, to: &str, mode: u32) -> Result<(), LabError> {
         let content = std::fs::read(from).map_err(file("read", from))?;
-        self.file(to, mode, &content).map_err(file("put in an initramfs", from))
+        self.file(to, mode, &content)
+            .map_err(file("put in an initramfs", from))
     }
 
     /// The finished archive.
@@ -55,10 +56,17 @@ impl Initramfs {
     }
 
     fn parent(&mut self, path: &str) -> io::Result<()> {
-        path.rsplit_once('/').map_or(Ok(()), |(parent, _name)| self.folder(parent))
+        path.rsplit_once('/')
+            .map_or(Ok(()), |(parent, _name)| self.folder(parent))
     }
 
-    fn entry(&mut self, path: &str, kind: ModeFileType, mode: u32, content: &[u8]) -> io::Result<()> {
+    fn entry(
+        &mut self,
+        path: &str,
+        kind: ModeFileType,
+        mode: u32,
+        content: &[u8],
+    ) -> io::Result<()> {
         let size = u32::try_from(content.len())
             .map_err(|_error| io::Error::other("a file in a cpio archive is at most 4 GiB"))?;
         let path = parts(path).collect::<Vec<_>>().join("/");
@@ -111,8 +119,14 @@ mod tests {
         assert!(cpio.wait().unwrap().success());
 
         assert!(folder.path().join("proc").is_dir());
-        assert_eq!(std::fs::read(folder.path().join("etc/deep/odd")).unwrap(), b"abc");
-        assert_eq!(std::fs::read(folder.path().join("init")).unwrap(), [7; 4097]);
+        assert_eq!(
+            std::fs::read(folder.path().join("etc/deep/odd")).unwrap(),
+            b"abc"
+        );
+        assert_eq!(
+            std::fs::read(folder.path().join("init")).unwrap(),
+            [7; 4097]
+        );
         let link = std::fs::read_link(folder.path().join("bin/sh")).unwrap();
         assert_eq!(link, Path::new("busybox"));
     }

@@ -22,8 +22,10 @@ impl KernelFiles {
     /// Finds a kernel series in the cache.
     pub fn find(series: &str) -> Result<Self, LabError> {
         let folder = cache_folder().join("kernels").join(series);
-        let missing =
-            || LabError::KernelMissing { series: series.to_owned(), folder: folder.clone() };
+        let missing = || LabError::KernelMissing {
+            series: series.to_owned(),
+            folder: folder.clone(),
+        };
         if series.is_empty() || series.contains('/') || series.starts_with('.') {
             return Err(missing());
         }
@@ -42,13 +44,15 @@ impl KernelFiles {
 
 /// Where kernels, built tools and images are kept: `$KEELSON_CACHE`, else `$HOME/.cache/keelson`.
 pub fn cache_folder() -> PathBuf {
-    std::env::var_os("KEELSON_CACHE").filter(|value| !value.is_empty()).map_or_else(
-        || {
-            let home = std::env::var_os("HOME").unwrap_or_else(|| "/root".into());
-            Path::new(&home).join(".cache/keelson")
-        },
-        PathBuf::from,
-    )
+    std::env::var_os("KEELSON_CACHE")
+        .filter(|value| !value.is_empty())
+        .map_or_else(
+            || {
+                let home = std::env::var_os("HOME").unwrap_or_else(|| "/root".into());
+                Path::new(&home).join(".cache/keelson")
+            },
+            PathBuf::from,
+        )
 }
 
 /// Makes `folder` of the cache exist, and returns its path.

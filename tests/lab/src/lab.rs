@@ -6,20 +6,11 @@ use std::time::{Duration, Instant};
 use rustix::process::Signal;
 
 use crate::error::{file, tail};
-use crate::initramfs::Initramfs;
-use crate::modules::ModuleIndex;
+use crate::lab_initramfs::lab_initramfs;
 use crate::protocol::{Exec, ExitStatus, Status};
 use crate::qemu::{Machine, find_init};
 use crate::root_image::{make_root_image, modules_image};
-use crate::tool::libraries_of;
 use crate::{KernelFiles, LabError, LabOptions, LabState, Running, StreamFrame, client};
-
-/// What the lab's init loads before its root disk is there, and after.
-const EARLY_MODULES: &[&str] = &["virtio_mmio", "virtio_blk"];
-const LATE_MODULES: &[&str] = &[
-    "virtio_net", "virtio_rng", "kvm_amd", "tun", "bridge", "veth", "vhost_net", "sch_ingress", "cls_bpf",
-    "loop", "dm_mod",
-];
 
 /// Limit of a command given to [`Lab::run`], in seconds.
 const RUN_LIMIT_SECONDS: u64 = 300;
@@ -37,7 +28,7 @@ pub struct Lab {
     process: Option<Child>,
     detached: bool,
     /// Removes the state folder when it is the lab's own.
-    _own_folder: Option<tempfile::TempDir>,
+    own_folder: Option<tempfile::TempDir>,
 }
 
 /// What a command in the lab printed, and how it ended.
@@ -54,7 +45,9 @@ pub struct Output {
 impl Output {
     /// Standard output as text, without the last line end.
     pub fn text(&self) -> String {
-        String::from_utf8_lossy(&self.stdout).trim_end_matches('\n').to_owned()
+        String::from_utf8_lossy(&self.stdout)
+            .trim_end_matches('\n')
+            .to_owned()
     }
 }
 
@@ -89,14 +82,21 @@ impl Lab {
         let process_start = crate::state::process_start(process.id()).unwrap_or_default();
         let process_id = process.id();
         let kernel = options.kernel.clone();
-        let state = LabState { process_id, process_start, port, token, kernel, console };
+        let state = LabState {
+            process_id,
+            process_start,
+            port,
+            token,
+            kernel,
+            console,
+        };
         let mut lab = Self {
             state,
             folder,
             boot_time: Duration::ZERO,
             process: Some(process),
             detached: false,
-            _own_folder: own_folder,
+            own_folder,
         };
         // From here on an error drops `lab`, which ends the process.
         lab.wait_until_ready(options.boot_timeout)?;
@@ -115,7 +115,7 @@ impl Lab {
             boot_time: Duration::ZERO,
             process: None,
             detached: true,
-            _own_folder: None,
+            own_folder: None,
         })
     }
 
@@ -138,7 +138,13 @@ impl Lab {
     /// use [`Lab::output`] for another limit.
     pub fn run(&self, arguments: &[&str]) -> Result<Output, LabError> {
         let arguments = arguments.iter().map(ToString::to_string).collect();
-        self.output(&Exec { arguments, ..Exec::default() }, &[])
+        self.output(
+            &Exec {
+                arguments,
+                ..Exec::default()
+            },
+            &[],
+        )
     }
 
     /// Runs a script with the lab's shell.
@@ -149,8 +155,10 @@ impl Lab {
     /// Runs a command to its end, with the given standard input.
     pub fn output(&self, exec: &Exec, input: &[u8]) -> Result<Output, LabError> {
         let seconds = exec.timeout_seconds.unwrap_or(RUN_LIMIT_SECONDS);
-        let mut running =
-            self.spawn(&Exec { timeout_seconds: Some(seconds), ..exec.clone() })?;
+        let mut running = self.spawn(&Exec {
+            timeout_seconds: Some(seconds),
+            ..exec.clone()
+        })?;
         running.input().write(input)?;
         running.input().close()?;
         let (mut stdout, mut stderr) = (Vec::new(), Vec::new());
@@ -162,7 +170,13 @@ impl Lab {
                     let command = exec.arguments.join(" ");
                     return Err(LabError::CommandTimedOut { command, seconds });
                 }
-                StreamFrame::Ended(status) => return Ok(Output { status, stdout, stderr }),
+                StreamFrame::Ended(status) => {
+                    return Ok(Output {
+                        status,
+                        stdout,
+                        stderr,
+                    });
+                }
             };
             if kept.len() + piece.len() > OUTPUT_LIMIT {
                 return Err(LabError::Refused(format!(
@@ -214,29 +228,43 @@ impl Lab {
             }
             if started.elapsed() > limit {
                 let log = self.keep_console();
-                return Err(LabError::TimedOut { doing: "start", seconds: limit.as_secs(), log });
+                return Err(LabError::TimedOut {
+                    doing: "start",
+                    seconds: limit.as_secs(),
+                    log,
+                });
             }
             std::thread::sleep(Duration::from_millis(50));
         }
     }
 
     fn died_early(&mut self) -> LabError {
-        let status = match self.process.as_mut().and_then(|process| process.wait().ok()) {
+        let status = match self
+            .process
+            .as_mut()
+            .and_then(|process| process.wait().ok())
+        {
             Some(status) => status.to_string(),
             None => "exit status unknown".to_owned(),
         };
         let text = std::fs::read(&self.state.console).unwrap_or_default();
         let text = String::from_utf8_lossy(&text);
         // QEMU lists what TCG lacks of the processor model at each start: that is never the reason.
-        let said: Vec<&str> =
-            text.lines().filter(|line| !line.contains("TCG doesn't support")).collect();
+        let said: Vec<&str> = text
+            .lines()
+            .filter(|line| !line.contains("TCG doesn't support"))
+            .collect();
         let tail = tail(&said.join("\n"), 15);
-        LabError::DiedEarly { status, log: self.keep_console(), tail }
+        LabError::DiedEarly {
+            status,
+            log: self.keep_console(),
+            tail,
+        }
     }
 
     /// Copies the console file out of a folder that is about to be removed.
     fn keep_console(&self) -> PathBuf {
-        if self._own_folder.is_none() {
+        if self.own_folder.is_none() {
             return self.state.console.clone();
         }
         let kept = std::env::temp_dir().join(format!("keelson-lab-{}.log", self.state.process_id));
@@ -275,13 +303,17 @@ impl Drop for Lab {
 
 fn check(options: &LabOptions) -> Result<(), LabError> {
     if options.memory_mib < 512 {
-        return Err(LabError::BadOption("a lab needs at least 512 MiB of memory".into()));
+        return Err(LabError::BadOption(
+            "a lab needs at least 512 MiB of memory".into(),
+        ));
     }
     if !(1..=16).contains(&options.cpus) {
         return Err(LabError::BadOption("a lab has 1 to 16 processors".into()));
     }
     if !(512..=1 << 20).contains(&options.disk_mib) {
-        return Err(LabError::BadOption("a lab's disk has 512 MiB to 1 TiB".into()));
+        return Err(LabError::BadOption(
+            "a lab's disk has 512 MiB to 1 TiB".into(),
+        ));
     }
     Ok(())
 }
@@ -297,50 +329,13 @@ fn state_folder(options: &LabOptions) -> Result<(PathBuf, Option<tempfile::TempD
     };
     if let Ok(state) = LabState::read(folder) {
         let process_id = state.process_id;
-        return Err(LabError::AlreadyUp { folder: folder.clone(), process_id });
+        return Err(LabError::AlreadyUp {
+            folder: folder.clone(),
+            process_id,
+        });
     }
     std::fs::create_dir_all(folder).map_err(file("make", folder))?;
     Ok((folder.clone(), None))
-}
-
-/// The archive that the lab's kernel starts from: only what mounts the root disk.
-fn lab_initramfs(
-    options: &LabOptions,
-    kernel: &KernelFiles,
-    init: &Path,
-    token: &str,
-) -> Result<Vec<u8>, LabError> {
-    let index = ModuleIndex::read(kernel)?;
-    let late: Vec<&str> =
-        LATE_MODULES.iter().copied().chain(options.modules.iter().map(String::as_str)).collect();
-    let mut initramfs = Initramfs::default();
-    initramfs.copy(init, "init", 0o755)?;
-    for library in libraries_of(init)? {
-        initramfs.copy(&library, &library.to_string_lossy(), 0o755)?;
-    }
-    let put = |initramfs: &mut Initramfs, path: &str, mode, content: &[u8]| {
-        initramfs.file(path, mode, content).map_err(file("pack", Path::new("initramfs")))
-    };
-    let mut names = String::new();
-    for (number, path) in index.load_order(EARLY_MODULES)?.iter().enumerate() {
-        let name = format!("modules/{number:02}.ko");
-        initramfs.copy(path, &name, 0o644)?;
-        names.push_str(&name);
-        names.push('\n');
-    }
-    put(&mut initramfs, "early", 0o644, names.as_bytes())?;
-    let late: String = index
-        .load_order(&late)?
-        .iter()
-        .filter_map(|path| path.strip_prefix(&kernel.modules).ok()?.to_str())
-        .map(|path| format!("{path}\n"))
-        .collect();
-    put(&mut initramfs, "late", 0o644, late.as_bytes())?;
-    put(&mut initramfs, "token", 0o400, token.as_bytes())?;
-    for folder in ["dev", "proc", "root", "sys"] {
-        initramfs.folder(folder).map_err(file("pack", Path::new(folder)))?;
-    }
-    initramfs.finish().map_err(file("pack", Path::new("initramfs")))
 }
 
 /// 128 random bits in hexadecimal.
@@ -350,7 +345,7 @@ fn random_token() -> Result<String, LabError> {
     std::fs::File::open(source)
         .and_then(|mut urandom| std::io::Read::read_exact(&mut urandom, &mut bytes))
         .map_err(file("read", source))?;
-    Ok(bytes.iter().map(|byte| format!("{byte:02x}")).collect())
+    Ok(format!("{:032x}", u128::from_ne_bytes(bytes)))
 }
 
 /// A TCP port that is free now. Should another program take it before QEMU does, QEMU ends and says
@@ -359,5 +354,8 @@ fn free_port() -> Result<u16, LabError> {
     TcpListener::bind((Ipv4Addr::LOCALHOST, 0))
         .and_then(|listener| listener.local_addr())
         .map(|address| address.port())
-        .map_err(|source| LabError::Connection { doing: "looking for a free port", source })
+        .map_err(|source| LabError::Connection {
+            doing: "looking for a free port",
+            source,
+        })
 }

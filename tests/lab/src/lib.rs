@@ -17,6 +17,7 @@ pub mod guest_initrd;
 mod initramfs;
 mod kernel;
 mod lab;
+mod lab_initramfs;
 mod modules;
 mod options;
 pub mod protocol;

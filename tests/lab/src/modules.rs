@@ -21,7 +21,11 @@ impl ModuleIndex {
             let path = kernel.modules.join(name);
             std::fs::read_to_string(&path).map_err(file("read", &path))
         };
-        Ok(Self::parse(kernel, &read("modules.dep")?, &read("modules.builtin")?))
+        Ok(Self::parse(
+            kernel,
+            &read("modules.dep")?,
+            &read("modules.builtin")?,
+        ))
     }
 
     fn parse(kernel: &KernelFiles, modules_dep: &str, modules_builtin: &str) -> Self {
@@ -49,9 +53,13 @@ impl ModuleIndex {
             if self.built_in.contains(&name) {
                 continue;
             }
-            let (path, needs) = self.dependencies.get(&name).ok_or_else(|| {
-                LabError::ModuleMissing { release: self.release.clone(), module: name.clone() }
-            })?;
+            let (path, needs) =
+                self.dependencies
+                    .get(&name)
+                    .ok_or_else(|| LabError::ModuleMissing {
+                        release: self.release.clone(),
+                        module: name.clone(),
+                    })?;
             // modules.dep lists a module's needs nearest first: the last must be loaded first.
             for path in needs.iter().rev().chain(std::iter::once(path)) {
                 if !order.contains(&path.as_str()) {
@@ -59,7 +67,10 @@ impl ModuleIndex {
                 }
             }
         }
-        Ok(order.into_iter().map(|path| self.folder.join(path)).collect())
+        Ok(order
+            .into_iter()
+            .map(|path| self.folder.join(path))
+            .collect())
     }
 }
 
@@ -92,7 +103,14 @@ mod tests {
     fn dependencies_come_first_and_once() {
         let order = index().load_order(&["kvm", "kvm_amd"]).unwrap();
         let order: Vec<_> = order.iter().map(|path| path.to_str().unwrap()).collect();
-        assert_eq!(order, ["/m/kernel/irqbypass.ko", "/m/kernel/kvm.ko", "/m/kernel/kvm-amd.ko"]);
+        assert_eq!(
+            order,
+            [
+                "/m/kernel/irqbypass.ko",
+                "/m/kernel/kvm.ko",
+                "/m/kernel/kvm-amd.ko"
+            ]
+        );
     }
 
     #[test]
@@ -103,6 +121,9 @@ mod tests {
     #[test]
     fn an_unknown_module_is_named() {
         let error = index().load_order(&["nosuch"]).unwrap_err().to_string();
-        assert!(error.contains("nosuch") && error.contains("6.12-test"), "{error}");
+        assert!(
+            error.contains("nosuch") && error.contains("6.12-test"),
+            "{error}"
+        );
     }
 }

@@ -19,7 +19,10 @@ impl std::str::FromStr for FileCopy {
             .rsplit_once(':')
             .filter(|(from, to)| !from.is_empty() && to.starts_with('/'))
             .ok_or_else(|| format!("{text:?} is not SRC:DST with an absolute DST"))?;
-        Ok(Self { from: from.into(), to: to.into() })
+        Ok(Self {
+            from: from.into(),
+            to: to.into(),
+        })
     }
 }
 
@@ -55,8 +58,18 @@ pub struct LabOptions {
 
 impl LabOptions {
     /// What every lab has: the shell, and network and file system tools whose busybox versions are not enough.
-    pub const DEFAULT_TOOLS: &[&str] =
-        &["dash", "ip", "tc", "mke2fs", "mkfs.ext4", "e2fsck", "debugfs", "dumpe2fs", "tune2fs", "resize2fs"];
+    pub const DEFAULT_TOOLS: &[&str] = &[
+        "dash",
+        "ip",
+        "tc",
+        "mke2fs",
+        "mkfs.ext4",
+        "e2fsck",
+        "debugfs",
+        "dumpe2fs",
+        "tune2fs",
+        "resize2fs",
+    ];
 }
 
 impl Default for LabOptions {

@@ -148,7 +148,9 @@ pub struct Status {
 pub fn write_frame(to: &mut impl Write, kind: Kind, payload: &[u8]) -> io::Result<()> {
     let length = u32::try_from(payload.len()).unwrap_or(u32::MAX);
     if payload.len() > MAX_PAYLOAD {
-        return Err(invalid(format!("a frame of {length} bytes is over the limit")));
+        return Err(invalid(format!(
+            "a frame of {length} bytes is over the limit"
+        )));
     }
     let mut header = [kind as u8, 0, 0, 0, 0];
     header[1..].copy_from_slice(&length.to_be_bytes());
@@ -174,7 +176,9 @@ pub fn read_frame(from: &mut impl Read) -> io::Result<Option<(Kind, Vec<u8>)>> {
     from.read_exact(&mut length)?;
     let length = u32::from_be_bytes(length) as usize;
     if length > MAX_PAYLOAD {
-        return Err(invalid(format!("a frame of {length} bytes is over the limit")));
+        return Err(invalid(format!(
+            "a frame of {length} bytes is over the limit"
+        )));
     }
     let mut payload = vec![0; length];
     from.read_exact(&mut payload)?;

@@ -42,7 +42,9 @@ impl Machine<'_> {
             // Its own process group: an interrupt at the terminal must not end it.
             std::os::unix::process::CommandExt::process_group(&mut command, 0);
         }
-        command.spawn().map_err(file("run", Path::new("qemu-system-x86_64")))
+        command
+            .spawn()
+            .map_err(file("run", Path::new("qemu-system-x86_64")))
     }
 
     fn arguments(&self) -> Vec<OsString> {
@@ -57,19 +59,37 @@ impl Machine<'_> {
         let root = drive("root", self.root_image, "cache=unsafe,discard=unmap");
         let modules = drive("modules", self.modules_image, "read-only=on");
         let mut arguments: Vec<OsString> = [
-            "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot",
+            "-nodefaults",
+            "-no-user-config",
+            "-display",
+            "none",
+            "-no-reboot",
             // TCG lacks a few features of this processor model and says so; none matters here.
-            "-accel", "tcg,thread=multi", "-cpu", "EPYC,+svm",
-            "-M", "microvm,rtc=on,x-option-roms=off,isa-serial=on",
-            "-serial", "stdio", "-device", "virtio-rng-device",
-            "-device", "virtio-blk-device,drive=root", "-device", "virtio-blk-device,drive=modules",
-            "-device", "virtio-net-device,netdev=control",
+            "-accel",
+            "tcg,thread=multi",
+            "-cpu",
+            "EPYC,+svm",
+            "-M",
+            "microvm,rtc=on,x-option-roms=off,isa-serial=on",
+            "-serial",
+            "stdio",
+            "-device",
+            "virtio-rng-device",
+            "-device",
+            "virtio-blk-device,drive=root",
+            "-device",
+            "virtio-blk-device,drive=modules",
+            "-device",
+            "virtio-net-device,netdev=control",
         ]
         .map(OsString::from)
         .to_vec();
         arguments.extend(["-m", &memory, "-smp", &cpus, "-netdev", &network].map(OsString::from));
         arguments.extend(["-drive".into(), root, "-drive".into(), modules]);
-        arguments.extend(["-kernel".into(), self.kernel.vmlinux.clone().into_os_string()]);
+        arguments.extend([
+            "-kernel".into(),
+            self.kernel.vmlinux.clone().into_os_string(),
+        ]);
         arguments.extend(["-initrd".into(), self.initramfs.as_os_str().to_owned()]);
         arguments.extend(["-append".into(), self.command_line().into()]);
         arguments
@@ -105,11 +125,15 @@ pub(crate) fn find_init() -> Result<PathBuf, LabError> {
         return Ok(path.into());
     }
     let running = std::env::current_exe().map_err(file("find", Path::new("/proc/self/exe")))?;
-    running.ancestors().skip(1).take(2).map(|folder| folder.join(NAME)).find(|path| path.is_file()).ok_or_else(
-        || LabError::ProgramMissing {
+    running
+        .ancestors()
+        .skip(1)
+        .take(2)
+        .map(|folder| folder.join(NAME))
+        .find(|path| path.is_file())
+        .ok_or_else(|| LabError::ProgramMissing {
             program: NAME.to_owned(),
             reason: format!("not beside {}", running.display()),
             remedy: "build it with cargo build -p keelson-lab, or name it in KEELSON_LAB_INIT",
-        },
-    )
+        })
 }

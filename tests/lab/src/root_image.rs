@@ -29,10 +29,19 @@ pub(crate) fn make_root_image(
         .prefix(".root-")
         .tempdir_in(parent)
         .map_err(file("make a folder in", parent))?;
-    let tree = RootTree { root: staging.path().to_path_buf() };
+    let tree = RootTree {
+        root: staging.path().to_path_buf(),
+    };
     tree.skeleton(kernel)?;
-    tree.program(&Tool::find(&init.to_string_lossy())?, Path::new("/sbin/keelson-lab-init"))?;
-    for name in LabOptions::DEFAULT_TOOLS.iter().copied().chain(options.tools.iter().map(String::as_str)) {
+    tree.program(
+        &Tool::find(&init.to_string_lossy())?,
+        Path::new("/sbin/keelson-lab-init"),
+    )?;
+    for name in LabOptions::DEFAULT_TOOLS
+        .iter()
+        .copied()
+        .chain(options.tools.iter().map(String::as_str))
+    {
         let tool = Tool::find(name)?;
         let to = Path::new("/usr/sbin").join(&tool.name);
         tree.program(&tool, &to)?;
@@ -71,8 +80,8 @@ pub(crate) fn modules_image(kernel: &KernelFiles) -> Result<PathBuf, LabError> {
 impl RootTree {
     fn skeleton(&self, kernel: &KernelFiles) -> Result<(), LabError> {
         for folder in [
-            "dev", "proc", "sys", "run", "tmp", "root", "mnt", "lab/bin", "etc", "usr/sbin", "usr/bin", "usr/lib",
-            "var/lib", "var/log",
+            "dev", "proc", "sys", "run", "tmp", "root", "mnt", "lab/bin", "etc", "usr/sbin",
+            "usr/bin", "usr/lib", "var/lib", "var/log",
         ] {
             self.folder(Path::new(folder))?;
         }
@@ -83,9 +92,18 @@ impl RootTree {
             let link = self.root.join(name);
             symlink(format!("usr/{name}"), &link).map_err(file("make", &link))?;
         }
-        self.text("etc/passwd", "root:x:0:0:root:/root:/bin/sh\nnobody:x:65534:65534::/:/bin/false\n")?;
-        self.text("etc/group", "root:x:0:\ntty:x:5:\nkvm:x:104:\nnogroup:x:65534:\n")?;
-        self.text("etc/hosts", "127.0.0.1 localhost keelson-lab\n::1 localhost\n")?;
+        self.text(
+            "etc/passwd",
+            "root:x:0:0:root:/root:/bin/sh\nnobody:x:65534:65534::/:/bin/false\n",
+        )?;
+        self.text(
+            "etc/group",
+            "root:x:0:\ntty:x:5:\nkvm:x:104:\nnogroup:x:65534:\n",
+        )?;
+        self.text(
+            "etc/hosts",
+            "127.0.0.1 localhost keelson-lab\n::1 localhost\n",
+        )?;
         self.text("etc/hostname", "keelson-lab\n")?;
         self.text("etc/mke2fs.conf", "[defaults]\n\tbase_features = sparse_super,large_file,filetype,resize_inode,dir_index,ext_attr\n\tblocksize = 4096\n\tinode_size = 256\n\tinode_ratio = 16384\n[fs_types]\n\text4 = {\n\t\tfeatures = has_journal,extent,huge_file,flex_bg,metadata_csum,64bit,dir_nlink,extra_isize\n\t}\n")
     }
@@ -95,8 +113,13 @@ impl RootTree {
         self.libraries(&tool.libraries)
     }
 
-    fn libraries<'a>(&self, libraries: impl IntoIterator<Item = &'a PathBuf>) -> Result<(), LabError> {
-        libraries.into_iter().try_for_each(|library| self.place(library, library))
+    fn libraries<'a>(
+        &self,
+        libraries: impl IntoIterator<Item = &'a PathBuf>,
+    ) -> Result<(), LabError> {
+        libraries
+            .into_iter()
+            .try_for_each(|library| self.place(library, library))
     }
 
     /// A file or folder that the caller wants. Programs among them bring their libraries.
@@ -107,7 +130,10 @@ impl RootTree {
             self.folder(&copy.to)?;
             for entry in entries {
                 let entry = entry.map_err(file("list", &copy.from))?;
-                self.caller_file(&FileCopy { from: entry.path(), to: copy.to.join(entry.file_name()) })?;
+                self.caller_file(&FileCopy {
+                    from: entry.path(),
+                    to: copy.to.join(entry.file_name()),
+                })?;
             }
             return Ok(());
         }
@@ -121,12 +147,21 @@ impl RootTree {
     fn busybox(&self) -> Result<(), LabError> {
         let busybox = Tool::find("busybox")?;
         self.program(&busybox, Path::new("/usr/bin/busybox"))?;
-        let output = Command::new(&busybox.program).arg("--list").stdin(Stdio::null()).output();
+        let output = Command::new(&busybox.program)
+            .arg("--list")
+            .stdin(Stdio::null())
+            .output();
         let output = output.map_err(file("run", &busybox.program))?;
         for applet in String::from_utf8_lossy(&output.stdout).lines() {
             let taken = ["usr/bin", "usr/sbin", "usr/local/bin", "lab/bin"]
                 .iter()
-                .any(|folder| self.root.join(folder).join(applet).symlink_metadata().is_ok());
+                .any(|folder| {
+                    self.root
+                        .join(folder)
+                        .join(applet)
+                        .symlink_metadata()
+                        .is_ok()
+                });
             let link = self.root.join("usr/bin").join(applet);
             if !taken {
                 symlink("busybox", &link).map_err(file("make", &link))?;
@@ -137,8 +172,14 @@ impl RootTree {
 
     /// The path below the tree for a path in the lab. Such paths have no `..`.
     fn inside(&self, path: &Path) -> Result<PathBuf, LabError> {
-        if path.components().any(|part| part == std::path::Component::ParentDir) {
-            return Err(LabError::BadOption(format!("{} has a .. in it", path.display())));
+        if path
+            .components()
+            .any(|part| part == std::path::Component::ParentDir)
+        {
+            return Err(LabError::BadOption(format!(
+                "{} has a .. in it",
+                path.display()
+            )));
         }
         Ok(self.root.join(path.strip_prefix("/").unwrap_or(path)))
     }
@@ -184,7 +225,16 @@ fn make_ext4(folder: &Path, image: &Path, size_mib: u64) -> Result<(), LabError>
     })?;
     let size = format!("{size_mib}M");
     let arguments = [
-        "-q", "-F", "-t", "ext4", "-m", "0", "-L", "keelson-lab", "-E", "lazy_itable_init=1,lazy_journal_init=1,root_owner=0:0",
+        "-q",
+        "-F",
+        "-t",
+        "ext4",
+        "-m",
+        "0",
+        "-L",
+        "keelson-lab",
+        "-E",
+        "lazy_itable_init=1,lazy_journal_init=1,root_owner=0:0",
         "-d",
     ];
     let output = Command::new(&program)

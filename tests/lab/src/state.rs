@@ -30,7 +30,9 @@ impl LabState {
     /// Reads the state of the lab in a folder, if its process still runs.
     pub fn read(folder: &Path) -> Result<Self, LabError> {
         let path = folder.join(Self::FILE);
-        let not_up = || LabError::NotUp { folder: folder.to_path_buf() };
+        let not_up = || LabError::NotUp {
+            folder: folder.to_path_buf(),
+        };
         let text = match std::fs::read(&path) {
             Ok(text) => text,
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Err(not_up()),
@@ -38,14 +40,21 @@ impl LabState {
         };
         let state: Self =
             serde_json::from_slice(&text).map_err(|error| file("read", &path)(error.into()))?;
-        if state.is_running() { Ok(state) } else { Err(not_up()) }
+        if state.is_running() {
+            Ok(state)
+        } else {
+            Err(not_up())
+        }
     }
 
     pub(crate) fn write(&self, folder: &Path) -> Result<(), LabError> {
         let path = folder.join(Self::FILE);
         let scratch = tempfile::NamedTempFile::new_in(folder).map_err(file("write", &path))?;
-        serde_json::to_writer(&scratch, self).map_err(|error| file("write", &path)(error.into()))?;
-        scratch.persist(&path).map_err(|error| file("write", &path)(error.error))?;
+        serde_json::to_writer(&scratch, self)
+            .map_err(|error| file("write", &path)(error.into()))?;
+        scratch
+            .persist(&path)
+            .map_err(|error| file("write", &path)(error.error))?;
         Ok(())
     }
 
@@ -102,6 +111,9 @@ mod tests {
         state(start).write(folder.path()).unwrap();
         assert_eq!(LabState::read(folder.path()).unwrap(), state(start));
         state(start + 1).write(folder.path()).unwrap();
-        assert!(matches!(LabState::read(folder.path()), Err(LabError::NotUp { .. })));
+        assert!(matches!(
+            LabState::read(folder.path()),
+            Err(LabError::NotUp { .. })
+        ));
     }
 }

@@ -31,7 +31,11 @@ impl Tool {
             .and_then(|name| name.to_str())
             .ok_or_else(|| missing("its name is not UTF-8"))?
             .to_owned();
-        Ok(Self { libraries: libraries_of(&program)?, name, program })
+        Ok(Self {
+            libraries: libraries_of(&program)?,
+            name,
+            program,
+        })
     }
 }
 
@@ -50,14 +54,16 @@ pub(crate) fn locate(name_or_path: &str) -> Option<PathBuf> {
 /// What the dynamic loader would map for a program: empty for a static one. ldd(1) runs the
 /// loader, so this is for programs that this machine trusts anyway.
 pub(crate) fn libraries_of(program: &Path) -> Result<BTreeSet<PathBuf>, LabError> {
-    let output =
-        Command::new("ldd").arg(program).env("LC_ALL", "C").stdin(Stdio::null()).output().map_err(
-            |error| LabError::ProgramMissing {
-                program: "ldd".to_owned(),
-                reason: error.to_string(),
-                remedy: "install libc-bin",
-            },
-        )?;
+    let output = Command::new("ldd")
+        .arg(program)
+        .env("LC_ALL", "C")
+        .stdin(Stdio::null())
+        .output()
+        .map_err(|error| LabError::ProgramMissing {
+            program: "ldd".to_owned(),
+            reason: error.to_string(),
+            remedy: "install libc-bin",
+        })?;
     let text = String::from_utf8_lossy(&output.stdout);
     if let Some(line) = text.lines().find(|line| line.contains("not found")) {
         return Err(LabError::ProgramMissing {
@@ -84,8 +90,14 @@ mod tests {
     #[test]
     fn ldd_lines_give_library_paths() {
         let path = |line| library_of_line(line).map(|path| path.display().to_string());
-        assert_eq!(path("\tlibc.so.6 => /lib/libc.so.6 (0x7f)").as_deref(), Some("/lib/libc.so.6"));
-        assert_eq!(path("\t/lib64/ld.so.2 (0x7f)").as_deref(), Some("/lib64/ld.so.2"));
+        assert_eq!(
+            path("\tlibc.so.6 => /lib/libc.so.6 (0x7f)").as_deref(),
+            Some("/lib/libc.so.6")
+        );
+        assert_eq!(
+            path("\t/lib64/ld.so.2 (0x7f)").as_deref(),
+            Some("/lib64/ld.so.2")
+        );
         assert_eq!(path("\tlinux-vdso.so.1 (0x7ffd)"), None);
         assert_eq!(path("\tstatically linked"), None);
     }

@@ -30,15 +30,27 @@ const SEARCH_PATH: &str = "/lab/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/us
 
 /// Runs a command to its end, forwarding its streams.
 pub fn run(stream: &mut TcpStream, exec: &Exec) -> Result<()> {
-    let Spawned { mut child, input, outputs, terminal } = spawn(exec)?;
-    let group = i32::try_from(child.id()).ok().and_then(Pid::from_raw).context("no process id")?;
+    let Spawned {
+        mut child,
+        input,
+        outputs,
+        terminal,
+    } = spawn(exec)?;
+    let group = i32::try_from(child.id())
+        .ok()
+        .and_then(Pid::from_raw)
+        .context("no process id")?;
     let writer = Arc::new(Mutex::new(stream.try_clone()?));
     let forwarders: Vec<Forwarder> = outputs
         .into_iter()
         .map(|(kind, output)| Forwarder::start(kind, output, Arc::clone(&writer)))
         .collect();
     let (tell, told) = channel();
-    let controls = Controls { group, terminal, tell: tell.clone() };
+    let controls = Controls {
+        group,
+        terminal,
+        tell: tell.clone(),
+    };
     let reader = stream.try_clone()?;
     std::thread::spawn(move || controls.follow(reader, input));
 
@@ -50,7 +62,9 @@ pub fn run(stream: &mut TcpStream, exec: &Exec) -> Result<()> {
         status
     });
     let timed_out = wait_for_end(&told, limit, group);
-    let status = waiter.join().map_err(|_panic| anyhow::anyhow!("waiting for a command failed"))?;
+    let status = waiter
+        .join()
+        .map_err(|_panic| anyhow::anyhow!("waiting for a command failed"))?;
     for forwarder in forwarders {
         forwarder.drain();
     }
@@ -74,7 +88,9 @@ enum Told {
 fn wait_for_end(told: &Receiver<Told>, limit: Option<Duration>, group: Pid) -> bool {
     let first = match limit {
         Some(limit) => told.recv_timeout(limit),
-        None => told.recv().map_err(|_closed| RecvTimeoutError::Disconnected),
+        None => told
+            .recv()
+            .map_err(|_closed| RecvTimeoutError::Disconnected),
     };
     if matches!(first, Ok(Told::Ended)) {
         return false;
@@ -100,7 +116,10 @@ struct Spawned {
 }
 
 fn spawn(exec: &Exec) -> Result<Spawned> {
-    let (program, arguments) = exec.arguments.split_first().context("no command was given")?;
+    let (program, arguments) = exec
+        .arguments
+        .split_first()
+        .context("no command was given")?;
     let mut command = match exec.terminal {
         // setsid -c makes the terminal the controlling one.
         Some(_) => Command::new("/usr/bin/setsid"),
@@ -114,7 +133,12 @@ fn spawn(exec: &Exec) -> Result<Spawned> {
     command
         .args(arguments)
         .env_clear()
-        .envs([("PATH", SEARCH_PATH), ("HOME", "/root"), ("TERM", "xterm"), ("LANG", "C.UTF-8")])
+        .envs([
+            ("PATH", SEARCH_PATH),
+            ("HOME", "/root"),
+            ("TERM", "xterm"),
+            ("LANG", "C.UTF-8"),
+        ])
         .envs(exec.environment.iter().map(|(name, value)| (name, value)))
         .current_dir(exec.directory.as_deref().unwrap_or("/".as_ref()));
     match exec.terminal {
@@ -125,14 +149,25 @@ fn spawn(exec: &Exec) -> Result<Spawned> {
 }
 
 fn on_pipes(mut command: Command) -> Result<Spawned> {
-    command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    command
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped());
     let mut child = command.spawn()?;
     let input = child.stdin.take().context("no standard input")?;
     let stdout = child.stdout.take().context("no standard output")?;
     let stderr = child.stderr.take().context("no standard error")?;
     let file = |fd: std::os::fd::OwnedFd| File::from(fd);
-    let outputs = vec![(Kind::Stdout, file(stdout.into())), (Kind::Stderr, file(stderr.into()))];
-    Ok(Spawned { child, input: file(input.into()), outputs, terminal: None })
+    let outputs = vec![
+        (Kind::Stdout, file(stdout.into())),
+        (Kind::Stderr, file(stderr.into())),
+    ];
+    Ok(Spawned {
+        child,
+        input: file(input.into()),
+        outputs,
+        terminal: None,
+    })
 }
 
 fn on_terminal(mut command: Command, rows: u16, columns: u16) -> Result<Spawned> {
@@ -143,16 +178,29 @@ fn on_terminal(mut command: Command, rows: u16, columns: u16) -> Result<Spawned>
     let theirs = File::from(ioctl_tiocgptpeer(&ours, flags).context("opening a terminal")?);
     let ours = File::from(ours);
     resize(&ours, rows, columns)?;
-    command.stdin(theirs.try_clone()?).stdout(theirs.try_clone()?).stderr(theirs);
+    command
+        .stdin(theirs.try_clone()?)
+        .stdout(theirs.try_clone()?)
+        .stderr(theirs);
     let child = command.spawn()?;
     // `command` holds the child's side: while it lives, the end of output is not seen.
     drop(command);
     let outputs = vec![(Kind::Stdout, ours.try_clone()?)];
-    Ok(Spawned { child, input: ours.try_clone()?, outputs, terminal: Some(ours) })
+    Ok(Spawned {
+        child,
+        input: ours.try_clone()?,
+        outputs,
+        terminal: Some(ours),
+    })
 }
 
 fn resize(terminal: &File, rows: u16, columns: u16) -> io::Result<()> {
-    let size = Winsize { ws_row: rows, ws_col: columns, ws_xpixel: 0, ws_ypixel: 0 };
+    let size = Winsize {
+        ws_row: rows,
+        ws_col: columns,
+        ws_xpixel: 0,
+        ws_ypixel: 0,
+    };
     Ok(tcsetwinsize(terminal, size)?)
 }
 
@@ -179,7 +227,10 @@ impl Controls {
         match (kind, payload) {
             (Kind::Data, bytes) => {
                 // A command that does not read its input is its own business.
-                if input.as_mut().is_some_and(|input| input.write_all(bytes).is_err()) {
+                if input
+                    .as_mut()
+                    .is_some_and(|input| input.write_all(bytes).is_err())
+                {
                     *input = None;
                 }
             }
@@ -196,7 +247,11 @@ impl Controls {
             }
             (Kind::WindowSize, [a, b, c, d]) => {
                 if let Some(terminal) = &self.terminal {
-                    resize(terminal, u16::from_be_bytes([*a, *b]), u16::from_be_bytes([*c, *d]))?;
+                    resize(
+                        terminal,
+                        u16::from_be_bytes([*a, *b]),
+                        u16::from_be_bytes([*c, *d]),
+                    )?;
                 }
             }
             (other, _) => bail!("a {other:?} frame while a command runs"),

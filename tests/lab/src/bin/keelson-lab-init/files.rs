@@ -18,15 +18,21 @@ pub fn put(stream: &mut TcpStream, path: &Path, mode: u32) -> Result<()> {
     loop {
         match read_frame(stream)? {
             Some((Kind::Data, chunk)) => {
-                scratch.write_all(&chunk).with_context(|| format!("writing {}", path.display()))?;
+                scratch
+                    .write_all(&chunk)
+                    .with_context(|| format!("writing {}", path.display()))?;
             }
             Some((Kind::End, _)) => break,
             Some((other, _)) => bail!("a {other:?} frame within a file"),
             None => bail!("the client left before the end of the file"),
         }
     }
-    scratch.as_file().set_permissions(Permissions::from_mode(mode & 0o7777))?;
-    scratch.persist(path).with_context(|| format!("writing {}", path.display()))?;
+    scratch
+        .as_file()
+        .set_permissions(Permissions::from_mode(mode & 0o7777))?;
+    scratch
+        .persist(path)
+        .with_context(|| format!("writing {}", path.display()))?;
     crate::server::send_answer(stream, &())
 }
 
@@ -35,8 +41,9 @@ pub fn get(stream: &mut TcpStream, path: &Path) -> Result<()> {
     let mut file = File::open(path).with_context(|| format!("reading {}", path.display()))?;
     let mut chunk = vec![0; 256 << 10];
     loop {
-        let length =
-            file.read(&mut chunk).with_context(|| format!("reading {}", path.display()))?;
+        let length = file
+            .read(&mut chunk)
+            .with_context(|| format!("reading {}", path.display()))?;
         if length == 0 {
             return Ok(write_frame(stream, Kind::End, &[])?);
         }

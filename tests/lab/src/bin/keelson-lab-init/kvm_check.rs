@@ -50,5 +50,8 @@ pub fn check_kvm() -> Result<String> {
         VcpuExit::Hlt => {}
         other => bail!("the guest's second exit is {other:?} instead of its halt"),
     }
-    Ok(format!("kvm api {}: a guest ran, wrote a port and halted", kvm.get_api_version()))
+    Ok(format!(
+        "kvm api {}: a guest ran, wrote a port and halted",
+        kvm.get_api_version()
+    ))
 }

@@ -31,7 +31,9 @@ fn main() -> ExitCode {
         "check-kvm" => kvm_check::check_kvm().map(|report| println!("{report}")),
         _ => Err(anyhow::anyhow!("usage: keelson-lab-init check-kvm")),
     };
-    let Err(error) = result else { return ExitCode::SUCCESS };
+    let Err(error) = result else {
+        return ExitCode::SUCCESS;
+    };
     eprintln!("keelson-lab-init: {error:#}");
     if is_init {
         // The end of the machine is the clearest sign for whoever waits outside.
@@ -71,7 +73,9 @@ fn second_stage() -> Result<()> {
         .context("starting the control server")?;
     loop {
         match rustix::process::wait(WaitOptions::empty()) {
-            Ok(Some((pid, status))) if pid.as_raw_nonzero().get().cast_unsigned() == server.id() => {
+            Ok(Some((pid, status)))
+                if pid.as_raw_nonzero().get().cast_unsigned() == server.id() =>
+            {
                 rustix::fs::sync();
                 if status.exit_status() == Some(0) {
                     rustix::system::reboot(RebootCommand::PowerOff)?;

@@ -54,7 +54,10 @@ fn disk(read_only: ReadOnly) -> Result<String> {
 /// All a host has mounted, and the modules it works with. `late_modules` are paths below the
 /// kernel's module folder, one a line.
 pub fn mount_rest(late_modules: &str) -> Result<()> {
-    let release = rustix::system::uname().release().to_string_lossy().into_owned();
+    let release = rustix::system::uname()
+        .release()
+        .to_string_lossy()
+        .into_owned();
     let modules = format!("/usr/lib/modules/{release}");
     let disk = disk(ReadOnly(true))?;
     mount(&disk, &modules, "ext4", MountFlags::RDONLY, Some(c"noload"))
@@ -79,8 +82,11 @@ pub fn mount_rest(late_modules: &str) -> Result<()> {
         }
         mount_one(kind, target, data)?;
     }
-    std::fs::write("/sys/fs/cgroup/cgroup.subtree_control", "+cpu +memory +io +pids")
-        .context("delegating cgroup controllers")?;
+    std::fs::write(
+        "/sys/fs/cgroup/cgroup.subtree_control",
+        "+cpu +memory +io +pids",
+    )
+    .context("delegating cgroup controllers")?;
     rustix::system::sethostname(b"keelson-lab").context("setting the host name")?;
     set_up_network()
 }

@@ -67,7 +67,11 @@ fn answer(stream: &mut TcpStream, token: &str) -> Result<()> {
 
 /// Answers with a value as JSON.
 pub fn send_answer(stream: &mut TcpStream, value: &impl serde::Serialize) -> Result<()> {
-    Ok(write_frame(stream, Kind::Answer, &serde_json::to_vec(value)?)?)
+    Ok(write_frame(
+        stream,
+        Kind::Answer,
+        &serde_json::to_vec(value)?,
+    )?)
 }
 
 /// The next frame, which must be of the given kind.
@@ -81,9 +85,15 @@ fn expect(stream: &mut TcpStream, kind: Kind) -> Result<Vec<u8>> {
 
 fn status() -> Result<Status> {
     let uptime = std::fs::read_to_string("/proc/uptime").context("reading /proc/uptime")?;
-    let seconds = uptime.split(' ').next().and_then(|field| field.parse().ok());
+    let seconds = uptime
+        .split(' ')
+        .next()
+        .and_then(|field| field.parse().ok());
     Ok(Status {
-        kernel: rustix::system::uname().release().to_string_lossy().into_owned(),
+        kernel: rustix::system::uname()
+            .release()
+            .to_string_lossy()
+            .into_owned(),
         uptime_seconds: seconds.context("/proc/uptime holds no number")?,
         kvm: Path::new("/dev/kvm").exists(),
     })
@@ -101,7 +111,10 @@ fn lifetime() -> Result<Duration> {
 fn end_after(lifetime: Duration) {
     std::thread::spawn(move || {
         std::thread::sleep(lifetime);
-        println!("keelson-lab: its lifetime of {} s is over", lifetime.as_secs());
+        println!(
+            "keelson-lab: its lifetime of {} s is over",
+            lifetime.as_secs()
+        );
         exit(0);
     });
 }

@@ -16,7 +16,9 @@ pub struct Arguments {
 
 impl Arguments {
     pub fn state_folder(&self) -> PathBuf {
-        self.state.clone().unwrap_or_else(|| cache_folder().join("lab/default"))
+        self.state
+            .clone()
+            .unwrap_or_else(|| cache_folder().join("lab/default"))
     }
 }
 

@@ -40,7 +40,11 @@ fn run(arguments: &Arguments) -> Result<ExitCode> {
         Command::GuestInitrd { kernel, out } => {
             let started = Instant::now();
             guest_initrd::write(&KernelFiles::find(kernel)?, out)?;
-            eprintln!("wrote {} in {} ms", out.display(), started.elapsed().as_millis());
+            eprintln!(
+                "wrote {} in {} ms",
+                out.display(),
+                started.elapsed().as_millis()
+            );
         }
     }
     Ok(ExitCode::SUCCESS)
@@ -73,12 +77,15 @@ fn up(arguments: &UpArguments, folder: &Path) -> Result<()> {
 
 fn exec(arguments: &ExecArguments, folder: &Path) -> Result<ExitCode> {
     let lab = Lab::attach(folder)?;
-    let raw = arguments.tty.then(terminal::RawTerminal::enter).transpose()?;
+    let raw = arguments
+        .tty
+        .then(terminal::RawTerminal::enter)
+        .transpose()?;
     let mut running = lab.spawn(&Exec {
         arguments: arguments.command.clone(),
         environment: arguments.environment.clone(),
         directory: arguments.directory.clone(),
-        terminal: raw.as_ref().map(terminal::RawTerminal::size),
+        terminal: raw.as_ref().map(|raw| raw.size),
         timeout_seconds: arguments.timeout,
     })?;
     let input = running.input();
@@ -96,12 +103,17 @@ fn exec(arguments: &ExecArguments, folder: &Path) -> Result<ExitCode> {
         match running.next_frame()? {
             StreamFrame::Stdout(bytes) => {
                 let mut stdout = std::io::stdout().lock();
-                stdout.write_all(&bytes).and_then(|()| stdout.flush()).context("writing output")?;
+                stdout
+                    .write_all(&bytes)
+                    .and_then(|()| stdout.flush())
+                    .context("writing output")?;
             }
             StreamFrame::Stderr(bytes) => std::io::stderr().lock().write_all(&bytes)?,
             StreamFrame::Ended(status) => {
                 drop(raw);
-                return Ok(ExitCode::from(u8::try_from(status.shell_code()).unwrap_or(255)));
+                return Ok(ExitCode::from(
+                    u8::try_from(status.shell_code()).unwrap_or(255),
+                ));
             }
         }
     }
@@ -120,7 +132,10 @@ fn status(folder: &Path) -> Result<()> {
     let state = LabState::read(folder)?;
     let status = Lab::attach(folder)?.status()?;
     if !status.kvm {
-        bail!("the lab runs but has no /dev/kvm: see {}", state.console.display());
+        bail!(
+            "the lab runs but has no /dev/kvm: see {}",
+            state.console.display()
+        );
     }
     let line = format!(
         "up {:.0} s: kernel {}, /dev/kvm present, process {}, console {}",

@@ -6,6 +6,8 @@ use rustix::termios::{OptionalActions, Termios, tcgetattr, tcgetwinsize, tcsetat
 /// Standard input's terminal in raw mode, put back when dropped.
 pub struct RawTerminal {
     before: Termios,
+    /// Rows and columns.
+    pub size: (u16, u16),
 }
 
 impl RawTerminal {
@@ -14,12 +16,8 @@ impl RawTerminal {
         let mut raw = before.clone();
         raw.make_raw();
         tcsetattr(stdin(), OptionalActions::Now, &raw).context("setting the terminal up")?;
-        Ok(Self { before })
-    }
-
-    /// Rows and columns.
-    pub fn size(&self) -> (u16, u16) {
-        tcgetwinsize(stdin()).map_or((24, 80), |size| (size.ws_row, size.ws_col))
+        let size = tcgetwinsize(stdin()).map_or((24, 80), |size| (size.ws_row, size.ws_col));
+        Ok(Self { before, size })
     }
 }
 

@@ -30,31 +30,39 @@ unsafe extern "C" {
 
 static NEXT_VECTOR: AtomicU8 = AtomicU8::new(TIMER + 1);
 
-/// A vector of the processor, and how often its interrupt came.
+/// A vector of the processor.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Vector(u8);
+pub struct Vector {
+    number: u8,
+    /// Its interrupts before it was taken, by whoever had it then.
+    before: u64,
+}
 
 impl Vector {
     /// Takes the next free vector, until [`release_vectors`].
     pub fn allocate() -> Result<Self, Error> {
-        let vector = NEXT_VECTOR.fetch_add(1, Ordering::Relaxed);
-        if vector < SPURIOUS {
-            Ok(Self(vector))
-        } else {
-            Err(Error::NoVectors)
+        let number = NEXT_VECTOR.fetch_add(1, Ordering::Relaxed);
+        if number >= SPURIOUS {
+            return Err(Error::NoVectors);
         }
+        let before = handled(number);
+        Ok(Self { number, before })
     }
 
     /// Its number.
     pub fn number(self) -> u8 {
-        self.0
+        self.number
     }
 
-    /// How many of its interrupts were handled.
+    /// How many of its interrupts were handled since it was taken.
     pub fn count(self) -> u64 {
-        // SAFETY: only the stub writes to it; the index is below VECTORS.
-        unsafe { (&raw const interrupt_counts[usize::from(self.0)]).read_volatile() }
+        handled(self.number) - self.before
     }
+}
+
+fn handled(vector: u8) -> u64 {
+    // SAFETY: only the stub writes to it; no vector that is taken is VECTORS or above.
+    unsafe { (&raw const interrupt_counts[usize::from(vector)]).read_volatile() }
 }
 
 /// Fills in the interrupt descriptor table, which ring 0 has already loaded, and enables the local APIC.

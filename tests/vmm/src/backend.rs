@@ -1,17 +1,21 @@
 //! `keelson-blk` and its images.
 
-use std::fs::File;
 use std::io::{BufRead, BufReader, Write};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 
+use tempfile::NamedTempFile;
+
 use crate::binaries::binary;
 use crate::pattern::pattern_sector;
 
-/// A disk image in a test's directory.
+/// Bytes of a sector.
+const SECTOR: u64 = 512;
+
+/// A disk image, removed when it is dropped.
 pub struct Image {
-    path: PathBuf,
+    file: NamedTempFile,
 }
 
 impl Image {
@@ -19,17 +23,16 @@ impl Image {
     ///
     /// # Panics
     /// If it can't be made.
-    pub fn create(directory: &Path, name: &str, sectors: u64) -> Self {
-        let path = directory.join(name);
-        let file = File::create(&path).expect("the image can be made");
-        file.set_len(sectors * 512)
-            .expect("the image can have its size");
-        Self { path }
+    pub fn create(sectors: u64) -> Self {
+        let file = NamedTempFile::new().expect("there is a place for temporary files");
+        let sized = file.as_file().set_len(sectors * SECTOR);
+        sized.expect("the image can have its size");
+        Self { file }
     }
 
     /// Where it is.
     pub fn path(&self) -> &Path {
-        &self.path
+        self.file.path()
     }
 
     /// Writes the pattern to `sectors` sectors from `first` on.
@@ -43,12 +46,9 @@ impl Image {
                 .write_all(&pattern_sector(sector, seed))
                 .expect("memory takes bytes");
         }
-        let file = File::options()
-            .write(true)
-            .open(&self.path)
-            .expect("the image opens");
-        file.write_all_at(&bytes, first * 512)
-            .expect("the image can be written");
+        let file = self.file.as_file();
+        let written = file.write_all_at(&bytes, first * SECTOR);
+        written.expect("the image can be written");
         file.sync_all().expect("the image can be synced");
     }
 
@@ -57,11 +57,13 @@ impl Image {
     /// # Panics
     /// If they can't be read.
     pub fn read(&self, first: u64, sectors: u64) -> Vec<u8> {
-        let length = usize::try_from(sectors * 512).expect("an image fits into memory");
+        let length = usize::try_from(sectors * SECTOR).expect("an image fits into memory");
         let mut bytes = vec![0; length];
-        let file = File::open(&self.path).expect("the image opens");
-        file.read_exact_at(&mut bytes, first * 512)
-            .expect("the image can be read");
+        let read = self
+            .file
+            .as_file()
+            .read_exact_at(&mut bytes, first * SECTOR);
+        read.expect("the image can be read");
         bytes
     }
 

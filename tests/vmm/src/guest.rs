@@ -123,7 +123,7 @@ impl GuestBuilder {
             .spawn()
             .expect("keelson-vmm starts");
         Guest {
-            child,
+            process: Process(child),
             directory: self.directory,
         }
     }
@@ -139,7 +139,7 @@ impl GuestBuilder {
 
 /// A running VMM, killed when it is dropped.
 pub struct Guest {
-    child: Child,
+    process: Process,
     directory: TempDir,
 }
 
@@ -209,7 +209,7 @@ impl Guest {
 
     /// The process's id.
     pub fn process_id(&self) -> u32 {
-        self.child.id()
+        self.process.0.id()
     }
 
     /// Sends the process a signal.
@@ -217,7 +217,9 @@ impl Guest {
     /// # Panics
     /// If it has ended.
     pub fn signal(&self, signal: Signal) {
-        let id = i32::try_from(self.child.id()).ok().and_then(Pid::from_raw);
+        let id = i32::try_from(self.process.0.id())
+            .ok()
+            .and_then(Pid::from_raw);
         kill_process(id.expect("a process id"), signal).expect("the process is there");
     }
 
@@ -226,7 +228,8 @@ impl Guest {
     /// # Panics
     /// If the kernel can't say.
     pub fn is_running(&mut self) -> bool {
-        self.child
+        self.process
+            .0
             .try_wait()
             .expect("a child can be asked for")
             .is_none()
@@ -237,24 +240,25 @@ impl Guest {
     /// # Panics
     /// If it doesn't end within a minute.
     pub fn wait(mut self) -> Ended {
-        let child = &mut self.child;
-        let log = self.directory.path().join("console.log");
         let status = wait_until("end of keelson-vmm", || {
-            child.try_wait().expect("its status")
+            self.process.0.try_wait().expect("a child can be asked for")
         });
         Ended {
             code: status.code(),
             errors: read_text(&self.directory.path().join("stderr")),
-            console: read_text(&log),
+            console: self.log(),
         }
     }
 }
 
-impl Drop for Guest {
+/// A process that is killed when it is dropped.
+struct Process(Child);
+
+impl Drop for Process {
     fn drop(&mut self) {
         // It may have ended already.
-        let _ = self.child.kill();
-        let _ = self.child.wait();
+        let _ = self.0.kill();
+        let _ = self.0.wait();
     }
 }
 

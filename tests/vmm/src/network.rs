@@ -16,12 +16,15 @@ impl NetworkNamespace {
     /// # Panics
     /// Without the right to, which root has.
     pub fn enter() -> Self {
-        // SAFETY: a new network namespace for this thread leaves memory, files and descriptors shared.
-        let entered = unsafe { unshare_unsafe(UnshareFlags::NEWNET) };
+        // SAFETY: new network and mount namespaces for this thread leave memory and descriptors shared.
+        let entered = unsafe { unshare_unsafe(UnshareFlags::NEWNET | UnshareFlags::NEWNS) };
         assert!(
             entered.is_ok(),
             "this test makes a network namespace and needs root (CAP_SYS_ADMIN): {entered:?}"
         );
+        // As `ip netns exec` does: /sys/class/net shows the namespace of the process that mounted it.
+        run("mount", &["--make-rslave", "/"]);
+        run("mount", &["-t", "sysfs", "sysfs", "/sys"]);
         Self { _private: () }
     }
 
@@ -30,7 +33,7 @@ impl NetworkNamespace {
     /// # Panics
     /// If iproute2 or the kernel's tun driver is missing.
     pub fn tap(&self, name: &str, address: &str) {
-        self.ip(&["tuntap", "add", "dev", name, "mode", "tap"]);
+        self.ip(&["tuntap", "add", "dev", name, "mode", "tap", "vnet_hdr"]);
         // Nothing but what the test sends: no IPv6 neighbour discovery.
         self.ip(&["link", "set", "dev", name, "addrgenmode", "none"]);
         self.ip(&["address", "add", address, "dev", name]);
@@ -42,8 +45,16 @@ impl NetworkNamespace {
     /// # Panics
     /// If it fails.
     pub fn ip(&self, arguments: &[&str]) {
-        let status = Command::new("ip").args(arguments).status();
-        let status = status.expect("this test needs iproute2's `ip`");
-        assert!(status.success(), "`ip {}` failed", arguments.join(" "));
+        run("ip", arguments);
     }
+}
+
+fn run(program: &str, arguments: &[&str]) {
+    let status = Command::new(program).args(arguments).status();
+    let status = status.unwrap_or_else(|error| panic!("this test needs `{program}`: {error}"));
+    assert!(
+        status.success(),
+        "`{program} {}` failed",
+        arguments.join(" ")
+    );
 }

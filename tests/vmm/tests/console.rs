@@ -1,5 +1,6 @@
 //! The serial console: its log, its replay, its readers and writers.
 
+use std::fs::File;
 use std::io::{BufRead, BufReader, Read, Write};
 
 use keelson_vmm_tests::GuestBuilder;
@@ -41,39 +42,44 @@ fn the_replay_is_the_end_of_the_output() {
     assert_eq!(bytes, log[log.len() - REPLAY..]);
 }
 
+/// Half a mebibyte: more than a client's backlog, and more than half of the log's limit, at which it is
+/// moved aside.
 #[test]
-fn a_reader_that_does_not_read_holds_nothing_up() {
-    let mut guest = GuestBuilder::new("wait-power-button:ms=60000 lines:count=20000").start();
+fn a_reader_that_does_not_read_holds_nothing_up_and_the_log_is_limited() {
+    const LINES: usize = 20_000;
+    let steps = format!("wait-power-button:ms=60000 lines:count={LINES} hang");
+    let mut guest = GuestBuilder::new(&steps)
+        .set("/console/log_limit_mib", 1)
+        .start();
     guest.wait_for_line("payload: wait-power-button ready");
     let stalled = guest.console();
     let reading = guest.console();
-    let reader = std::thread::spawn(move || {
-        let lines = BufReader::new(reading).lines().map_while(Result::ok);
-        lines
-            .filter(|line| line.starts_with("payload: lines number="))
-            .count()
-    });
-    guest
-        .client()
-        .power_button()
-        .expect("the button can be pressed");
-    let ended = guest.wait();
-    ended.assert_passed();
-    drop(stalled);
-    let numbers: Vec<_> = ended
-        .console
-        .lines()
-        .filter_map(|line| {
-            line.strip_prefix("payload: lines number=")?
-                .parse::<usize>()
-                .ok()
-        })
-        .collect();
+    let reader = std::thread::spawn(move || numbers(reading).take(LINES).eq(0..LINES));
+    let mut client = guest.client();
+    client.power_button().expect("the button can be pressed");
+    guest.wait_for_line("payload: hang ok");
     assert!(
-        numbers.into_iter().eq(0..20_000),
-        "the log has lost or mixed lines"
+        reader.join().expect("the reader ends"),
+        "the reader has lost or mixed lines"
     );
-    assert_eq!(reader.join().expect("the reader ends"), 20_000);
+    drop(stalled);
+    let open = |name| File::open(guest.directory().join(name)).expect("the log is there");
+    let (older, newer) = (open("console.log.1"), open("console.log"));
+    let size = |file: &File| file.metadata().expect("its size").len();
+    assert!(size(&older) + size(&newer) <= 1 << 20);
+    // The one line that the move cut in two is whole again.
+    let both = numbers(older.chain(newer));
+    assert!(both.eq(0..LINES), "the log has lost or mixed lines");
+    client.kill().expect("it can be killed");
+    assert_eq!(guest.wait().code, Some(0));
+}
+
+fn numbers(source: impl Read) -> impl Iterator<Item = usize> {
+    let lines = BufReader::new(source).lines().map_while(Result::ok);
+    lines.filter_map(|line| {
+        let number = line.strip_prefix("payload: lines number=")?;
+        number.parse().ok()
+    })
 }
 
 #[test]
@@ -87,23 +93,4 @@ fn the_guest_reads_what_a_client_writes() {
     let ended = guest.wait();
     ended.assert_passed();
     ended.line("payload: console-read ok line=a line for the guest");
-}
-
-#[test]
-fn the_log_is_limited() {
-    let guest = GuestBuilder::new("lines:count=60000")
-        .set("/console/log_limit_mib", 1)
-        .start();
-    let (log, older) = (
-        guest.directory().join("console.log"),
-        guest.directory().join("console.log.1"),
-    );
-    let client = guest.client();
-    let events = client.subscribe().expect("events");
-    // Until its end: then the log is complete, and the directory still there.
-    events.for_each(drop);
-    let size = |path| std::fs::metadata(path).expect("the log is there").len();
-    assert!(size(&log) + size(&older) <= 1 << 20);
-    assert!(size(&older) > 0);
-    guest.wait().line("payload: done passed=1");
 }

@@ -9,7 +9,7 @@ fn what_the_guest_writes_is_in_the_image() {
     let builder = GuestBuilder::new(
         "blk-write:seed=7,first=100,sectors=8000 blk-verify:seed=7,first=100,sectors=8000",
     );
-    let image = Image::create(builder.directory(), "disk.img", SECTORS);
+    let image = Image::create(SECTORS);
     let backend = Backend::start(image.path(), &builder.directory().join("blk.sock"), &[]);
     builder
         .disk("disk", &backend, false, 1)
@@ -26,7 +26,7 @@ fn what_the_guest_writes_is_in_the_image() {
 #[test]
 fn what_the_host_wrote_the_guest_reads() {
     let builder = GuestBuilder::new("blk-verify:seed=42");
-    let image = Image::create(builder.directory(), "disk.img", SECTORS);
+    let image = Image::create(SECTORS);
     image.write_pattern(0, SECTORS, 42);
     let backend = Backend::start(image.path(), &builder.directory().join("blk.sock"), &[]);
     let ended = builder.disk("disk", &backend, false, 1).run();
@@ -37,7 +37,7 @@ fn what_the_host_wrote_the_guest_reads() {
 #[test]
 fn wrong_data_is_found() {
     let builder = GuestBuilder::new("blk-verify:seed=42");
-    let image = Image::create(builder.directory(), "disk.img", SECTORS);
+    let image = Image::create(SECTORS);
     image.write_pattern(0, SECTORS, 42);
     image.write_pattern(9999, 1, 43);
     let backend = Backend::start(image.path(), &builder.directory().join("blk.sock"), &[]);
@@ -52,7 +52,7 @@ fn requests_of_every_size_and_depth_work() {
          blk-write:seed=2,size=65536,depth=32 blk-verify:seed=2,size=512,sectors=999,depth=3 \
          blk-verify:seed=2,depth=64 blk-flush",
     );
-    let image = Image::create(builder.directory(), "disk.img", SECTORS);
+    let image = Image::create(SECTORS);
     let backend = Backend::start(image.path(), &builder.directory().join("blk.sock"), &[]);
     builder
         .disk("disk", &backend, false, 1)
@@ -64,7 +64,7 @@ fn requests_of_every_size_and_depth_work() {
 #[test]
 fn several_queues_carry_one_disk() {
     let builder = GuestBuilder::new("blk-id blk-write:seed=3,depth=32 blk-verify:seed=3,depth=32");
-    let image = Image::create(builder.directory(), "disk.img", SECTORS);
+    let image = Image::create(SECTORS);
     let socket = builder.directory().join("blk.sock");
     let backend = Backend::start(image.path(), &socket, &["--queues", "4"]);
     let ended = builder.disk("disk", &backend, false, 4).run();
@@ -76,7 +76,7 @@ fn several_queues_carry_one_disk() {
 #[test]
 fn the_guest_sees_serial_and_capacity() {
     let builder = GuestBuilder::new("blk-id");
-    let image = Image::create(builder.directory(), "disk.img", 12_345);
+    let image = Image::create(12_345);
     let socket = builder.directory().join("blk.sock");
     let backend = Backend::start(image.path(), &socket, &["--serial", "keelson-0001"]);
     let ended = builder.disk("disk", &backend, false, 1).run();
@@ -90,8 +90,8 @@ fn disks_keep_their_order_and_their_data() {
     let builder = GuestBuilder::new(
         "blk-write:disk=0,seed=10 blk-write:disk=1,seed=11 blk-verify:disk=0,seed=10 blk-verify:disk=1,seed=11",
     );
-    let first = Image::create(builder.directory(), "first.img", 1000);
-    let second = Image::create(builder.directory(), "second.img", 2000);
+    let first = Image::create(1000);
+    let second = Image::create(2000);
     let first_backend = Backend::start(first.path(), &builder.directory().join("1.sock"), &[]);
     let second_backend = Backend::start(second.path(), &builder.directory().join("2.sock"), &[]);
     let ended = builder
@@ -106,7 +106,7 @@ fn disks_keep_their_order_and_their_data() {
 #[test]
 fn a_read_only_disk_refuses_writes() {
     let builder = GuestBuilder::new("blk-verify:seed=5 blk-readonly-write blk-verify:seed=5");
-    let image = Image::create(builder.directory(), "disk.img", 2048);
+    let image = Image::create(2048);
     image.write_pattern(0, 2048, 5);
     let socket = builder.directory().join("blk.sock");
     let backend = Backend::start(image.path(), &socket, &["--read-only"]);
@@ -120,7 +120,7 @@ fn a_read_only_disk_refuses_writes() {
 #[test]
 fn requests_beyond_the_end_fail_and_touch_nothing() {
     let builder = GuestBuilder::new("blk-out-of-range blk-verify:seed=6");
-    let image = Image::create(builder.directory(), "disk.img", 2048);
+    let image = Image::create(2048);
     image.write_pattern(0, 2048, 6);
     let backend = Backend::start(image.path(), &builder.directory().join("blk.sock"), &[]);
     builder
@@ -137,7 +137,7 @@ fn requests_beyond_the_end_fail_and_touch_nothing() {
 #[test]
 fn a_disk_comes_back_with_a_new_backend() {
     let builder = GuestBuilder::new("blk-watch:outages=1,ms=50000 blk-verify:seed=8");
-    let image = Image::create(builder.directory(), "disk.img", 2048);
+    let image = Image::create(2048);
     image.write_pattern(0, 2048, 8);
     let socket = builder.directory().join("blk.sock");
     let backend = Backend::start(image.path(), &socket, &[]);
@@ -159,7 +159,7 @@ fn a_disk_comes_back_with_a_new_backend() {
 #[test]
 fn a_guest_without_its_backend_can_be_ended() {
     let builder = GuestBuilder::new("blk-watch:outages=1,ms=600000");
-    let image = Image::create(builder.directory(), "disk.img", 2048);
+    let image = Image::create(2048);
     let backend = Backend::start(image.path(), &builder.directory().join("blk.sock"), &[]);
     let mut guest = builder.disk("disk", &backend, false, 1).start();
     guest.wait_for_line("payload: blk-watch up");

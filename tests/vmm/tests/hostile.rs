@@ -5,7 +5,7 @@ use keelson_vmm_tests::{Backend, GuestBuilder, Image, NetworkNamespace};
 #[test]
 fn broken_virtqueues_break_neither_backend_nor_vmm() {
     let builder = GuestBuilder::new("blk-hostile blk-verify:seed=9 blk-write:seed=10");
-    let image = Image::create(builder.directory(), "disk.img", 4096);
+    let image = Image::create(4096);
     image.write_pattern(0, 4096, 9);
     let mut backend = Backend::start(image.path(), &builder.directory().join("blk.sock"), &[]);
     let ended = builder.disk("disk", &backend, false, 1).run();
@@ -23,7 +23,7 @@ fn random_register_accesses_break_nothing() {
             "hammer:seed={seed},rounds=1000 blk-write:seed=11 blk-verify:seed=11 \
              net-ping:address=10.77.0.2,target=10.77.0.1"
         ));
-        let image = Image::create(builder.directory(), "disk.img", 2048);
+        let image = Image::create(2048);
         let socket = builder.directory().join("blk.sock");
         let mut backend = Backend::start(image.path(), &socket, &[]);
         let guest = builder.disk("disk", &backend, false, 1).interface(

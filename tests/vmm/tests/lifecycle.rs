@@ -15,7 +15,7 @@ fn exit_reason(events: impl IntoIterator<Item = Event>) -> Option<ExitReason> {
 #[test]
 fn a_reboot_boots_again_in_the_same_process() {
     let builder = GuestBuilder::new("blk-boot-count:until=3 wait-power-button:ms=60000");
-    let image = Image::create(builder.directory(), "disk.img", 64);
+    let image = Image::create(64);
     let backend = Backend::start(image.path(), &builder.directory().join("blk.sock"), &[]);
     let mut guest = builder.disk("disk", &backend, false, 1).start();
     guest.wait_for_line("payload: wait-power-button ready");

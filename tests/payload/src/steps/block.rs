@@ -171,7 +171,10 @@ impl Transfer {
                 if kind == Kind::Write {
                     fill(&disk.data(slot)?, next, sectors, self.seed);
                 }
-                disk.submit(slot, kind, next, sectors as usize * SECTOR)?;
+                match disk.submit(slot, kind, next, sectors as usize * SECTOR) {
+                    Err(Error::QueueFull) if disk.busy() => break,
+                    result => result?,
+                }
                 next += sectors;
                 requests += 1;
             }

@@ -30,6 +30,8 @@ const SEGMENTS: u64 = 12;
 
 const HEADER_SIZE: usize = 16;
 const STATUS_OFFSET: usize = HEADER_SIZE;
+/// An indirect table for the longest chain.
+const TABLE_SIZE: usize = (SEGMENT_LIMIT + 2) * 16;
 /// Neither of the statuses that a device can give.
 const STATUS_PENDING: u8 = 0xff;
 
@@ -87,8 +89,39 @@ struct Slot {
     data: Buffer,
     sector: u64,
     length: usize,
+    /// Where the descriptors are, if not in the queue's own table.
+    table: Option<Buffer>,
     /// The queue and the head of its chain, while it is in flight.
-    chain: Option<(usize, u16)>,
+    in_flight: Option<(usize, u16)>,
+}
+
+/// Descriptors of a request, and how many of them it has.
+type Chain = ([Descriptor; SEGMENT_LIMIT + 2], usize);
+
+impl Slot {
+    /// Header, data in up to `segments` pieces of whole sectors, status (5.2.6).
+    fn chain(&self, kind: Kind, segments: usize) -> Chain {
+        let control = self.control.address();
+        let mut chain = [Descriptor::readable(0, 0); SEGMENT_LIMIT + 2];
+        chain[0] = Descriptor::readable(control, HEADER_SIZE as u32);
+        let mut parts = 1;
+        let mut done = 0;
+        let piece = self.length.div_ceil(SECTOR).div_ceil(segments) * SECTOR;
+        while done < self.length {
+            let part = piece.min(self.length - done);
+            let address = self.data.slice(done, part).address();
+            chain[parts] = match kind {
+                Kind::Read | Kind::Identify => Descriptor::writable(address, part as u32),
+                Kind::Write | Kind::Flush | Kind::Unknown => {
+                    Descriptor::readable(address, part as u32)
+                }
+            };
+            parts += 1;
+            done += part;
+        }
+        chain[parts] = Descriptor::writable(control + STATUS_OFFSET as u64, 1);
+        (chain, parts + 1)
+    }
 }
 
 /// A block device with `depth` slots for requests.
@@ -124,14 +157,20 @@ impl Block {
             *queue = Some(device.queue(index as u16, QUEUE_SIZE_LIMIT)?);
         }
         device.start()?;
+        let indirect = device.features() & FEATURE_INDIRECT != 0;
         let mut slots = [None; DEPTH_LIMIT];
-        for slot in slots.iter_mut().take(depth) {
+        for (index, slot) in slots.iter_mut().enumerate().take(depth) {
+            // Every second slot has its own table, so that devices see chains of both kinds.
+            let table = indirect && index % 2 == 1;
             *slot = Some(Slot {
                 control: Buffer::allocate(HEADER_SIZE + 1, 16)?,
                 data: Buffer::allocate(request_size, 4096)?,
                 sector: 0,
                 length: 0,
-                chain: None,
+                table: table
+                    .then(|| Buffer::allocate(TABLE_SIZE, 16))
+                    .transpose()?,
+                in_flight: None,
             });
         }
         let segments = segments.clamp(1, SEGMENT_LIMIT);
@@ -179,12 +218,15 @@ impl Block {
     pub fn free_slot(&self) -> Option<usize> {
         self.slots
             .iter()
-            .position(|slot| slot.is_some_and(|slot| slot.chain.is_none()))
+            .position(|slot| slot.is_some_and(|slot| slot.in_flight.is_none()))
     }
 
     /// Whether any request is in flight.
     pub fn busy(&self) -> bool {
-        self.slots.iter().flatten().any(|slot| slot.chain.is_some())
+        self.slots
+            .iter()
+            .flatten()
+            .any(|slot| slot.in_flight.is_some())
     }
 
     /// A slot's data.
@@ -194,7 +236,8 @@ impl Block {
             .ok_or(Error::QueueFull)
     }
 
-    /// Makes a request available to the device; [`Self::notify`] tells it.
+    /// Makes a request available to the device; [`Self::notify`] tells it. [`Error::QueueFull`] means
+    /// that others must be answered first.
     pub fn submit(
         &mut self,
         index: usize,
@@ -209,30 +252,15 @@ impl Block {
         slot.control.write32(4, 0);
         slot.control.write64(8, sector);
         slot.control.write8(STATUS_OFFSET, STATUS_PENDING);
-        let mut chain = [Descriptor::readable(0, 0); SEGMENT_LIMIT + 2];
-        chain[0] = Descriptor::readable(slot.control.address(), HEADER_SIZE as u32);
-        let mut used = 1;
-        let mut done = 0;
-        let piece = length.div_ceil(SECTOR).div_ceil(self.segments) * SECTOR;
-        while done < length {
-            let part = piece.min(length - done);
-            let address = slot.data.slice(done, part).address();
-            chain[used] = match kind {
-                Kind::Read | Kind::Identify => Descriptor::writable(address, part as u32),
-                Kind::Write | Kind::Flush | Kind::Unknown => {
-                    Descriptor::readable(address, part as u32)
-                }
-            };
-            used += 1;
-            done += part;
-        }
-        chain[used] = Descriptor::writable(slot.control.address() + STATUS_OFFSET as u64, 1);
-        let queue = index % self.queue_count.max(1);
-        let head = self.queues[queue]
-            .as_mut()
-            .ok_or(Error::QueueFull)?
-            .add(&chain[..=used])?;
-        slot.chain = Some((queue, head));
+        let (chain, parts) = slot.chain(kind, self.segments);
+        let chain = &chain[..parts];
+        let number = index % self.queue_count.max(1);
+        let queue = self.queues[number].as_mut().ok_or(Error::QueueFull)?;
+        let head = match &slot.table {
+            Some(table) => queue.add(&[Descriptor::table(table, chain)])?,
+            None => queue.add(chain)?,
+        };
+        slot.in_flight = Some((number, head));
         self.slots[index] = Some(slot);
         Ok(())
     }
@@ -250,7 +278,7 @@ impl Block {
                 continue;
             };
             let owner = |slot: &Option<Slot>| {
-                slot.is_some_and(|slot| slot.chain == Some((number, used.head)))
+                slot.is_some_and(|slot| slot.in_flight == Some((number, used.head)))
             };
             let wrong = Error::Unexpected {
                 what: "used chain's head",
@@ -260,7 +288,7 @@ impl Block {
             let Some(slot) = &mut self.slots[index] else {
                 return Err(wrong);
             };
-            slot.chain = None;
+            slot.in_flight = None;
             let status = slot.control.read8(STATUS_OFFSET);
             let completion = Completion {
                 slot: index,

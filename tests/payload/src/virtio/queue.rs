@@ -53,6 +53,27 @@ impl Descriptor {
         }
     }
 
+    /// A chain in a table of its own (2.7.5.3): links `parts` in `table`.
+    pub fn table(table: &Buffer, parts: &[Self]) -> Self {
+        for (index, part) in (0..).zip(parts) {
+            let last = usize::from(index) + 1 == parts.len();
+            let more = if last { 0 } else { NEXT };
+            Self {
+                flags: part.flags | more,
+                next: index + 1,
+                ..*part
+            }
+            .store(table, index);
+        }
+        let length = (parts.len() * DESCRIPTOR_SIZE) as u32;
+        Self {
+            address: table.address(),
+            length,
+            flags: INDIRECT,
+            next: 0,
+        }
+    }
+
     /// Puts it at an index of a descriptor table.
     pub fn store(&self, table: &Buffer, index: u16) {
         let offset = usize::from(index) * DESCRIPTOR_SIZE;

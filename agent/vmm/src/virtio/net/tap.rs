@@ -71,8 +71,7 @@ pub struct Tap {
 impl Tap {
     /// Attaches the guest's interface `interface` to the existing TAP `name`.
     pub fn open(interface: &str, name: &str) -> Result<Self, TapError> {
-        let exists = std::path::Path::new("/sys/class/net").join(name).exists();
-        if !exists {
+        if !exists(name) {
             return Err(TapError::Missing {
                 interface: interface.into(),
                 tap: name.into(),
@@ -211,4 +210,13 @@ fn outcome(length: isize) -> io::Result<Option<usize>> {
     } else {
         Err(error)
     }
+}
+
+/// Whether this network namespace has a device `name`. /sys may show another namespace's.
+fn exists(name: &str) -> bool {
+    let Ok(name) = std::ffi::CString::new(name) else {
+        return false;
+    };
+    // SAFETY: the name is terminated and outlives the call.
+    unsafe { libc::if_nametoindex(name.as_ptr()) != 0 }
 }

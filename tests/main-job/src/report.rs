@@ -1,6 +1,6 @@
 //! The narrated table.
 
-use std::io::Write;
+use std::io::{IsTerminal, Write};
 use std::time::Instant;
 
 use anyhow::Result;
@@ -15,21 +15,24 @@ pub struct Report {
 impl Report {
     /// Does a step and prints what was seen. A step that fails does not end the run.
     pub fn step<T>(&mut self, what: &str, work: impl FnOnce() -> Result<(T, String)>) -> Option<T> {
-        print!("  …   {what}\r");
-        // Without a terminal there is nothing to do about it.
-        let _ = std::io::stdout().flush();
+        let mut stdout = std::io::stdout();
+        if stdout.is_terminal() {
+            print!("  …   {what}\r");
+            // A terminal that is gone shows no progress; the rows say so by themselves.
+            let _ = stdout.flush();
+        }
         let started = Instant::now();
         let result = work();
         let milliseconds = started.elapsed().as_millis();
         match result {
             Ok((value, seen)) => {
                 self.passed += 1;
-                println!("  ok  {what:<44} {milliseconds:>6} ms   {seen}");
+                println!("  ok  {what:<48} {milliseconds:>6} ms   {seen}");
                 Some(value)
             }
             Err(error) => {
                 self.failed += 1;
-                println!("  NO  {what:<44} {milliseconds:>6} ms   {error:#}");
+                println!("  NO  {what:<48} {milliseconds:>6} ms   {error:#}");
                 None
             }
         }

@@ -166,28 +166,28 @@ impl Vcpu {
                 return self.with_registers(end);
             }
         }
+        tracing::debug!("{} is stopped", self.place());
         VcpuEnd::Stopped
+    }
+
+    /// Where the guest is, for messages.
+    fn place(&self) -> String {
+        let (Ok(regs), Ok(sregs)) = (self.fd.get_regs(), self.fd.get_sregs()) else {
+            return format!("vCPU {}", self.index);
+        };
+        format!(
+            "vCPU {} at RIP {:#x}, RSP {:#x}, CR0 {:#x}, CR2 {:#x}, CR3 {:#x}, CR4 {:#x}, EFER {:#x}",
+            self.index, regs.rip, regs.rsp, sregs.cr0, sregs.cr2, sregs.cr3, sregs.cr4, sregs.efer
+        )
     }
 
     /// Adds where the guest was to an error's message.
     fn with_registers(&self, end: VcpuEnd) -> VcpuEnd {
-        let place = || match (self.fd.get_regs(), self.fd.get_sregs()) {
-            (Ok(regs), Ok(sregs)) => format!(
-                "vCPU {} at RIP {:#x}, RSP {:#x}, CR0 {:#x}, CR2 {:#x}, CR3 {:#x}, CR4 {:#x}, EFER {:#x}",
-                self.index,
-                regs.rip,
-                regs.rsp,
-                sregs.cr0,
-                sregs.cr2,
-                sregs.cr3,
-                sregs.cr4,
-                sregs.efer
-            ),
-            _ => format!("vCPU {}", self.index),
-        };
         match end {
-            VcpuEnd::TripleFault(_) => VcpuEnd::TripleFault(format!("triple fault of {}", place())),
-            VcpuEnd::Error(message) => VcpuEnd::Error(format!("{message} ({})", place())),
+            VcpuEnd::TripleFault(_) => {
+                VcpuEnd::TripleFault(format!("triple fault of {}", self.place()))
+            }
+            VcpuEnd::Error(message) => VcpuEnd::Error(format!("{message} ({})", self.place())),
             other => other,
         }
     }

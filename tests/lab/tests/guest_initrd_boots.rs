@@ -1,6 +1,8 @@
 //! Stock kernels boot with the guest initramfs, see their disk and network, obey the shell on their
 //! console and the ACPI power button. Here the machine under them is QEMU's emulation.
 
+#![allow(clippy::unwrap_used)] // A test ends where its steps, functions here, fail.
+
 use std::io::{BufRead, BufReader, Write};
 use std::path::Path;
 use std::process::{Child, Command, Stdio};

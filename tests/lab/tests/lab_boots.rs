@@ -1,5 +1,7 @@
 //! The lab starts on each kernel, runs a guest on its KVM, and carries commands and files.
 
+#![allow(clippy::unwrap_used)] // A test ends where its steps, functions here, fail.
+
 use std::path::Path;
 use std::time::Duration;
 

@@ -31,6 +31,7 @@ pub fn switch_to_root_disk() -> Result<()> {
     std::env::set_current_dir("/").context("entering the root disk")
 }
 
+#[derive(Clone, Copy)]
 struct ReadOnly(bool);
 
 /// Waits for one of the lab's disks.

@@ -126,7 +126,7 @@ fn files_come_back_as_they_went(lab: &Lab) {
     let folder = tempfile::tempdir().unwrap();
     let (sent, fetched) = (folder.path().join("sent"), folder.path().join("fetched"));
     let content: Vec<u8> = (0..3_000_001_u32)
-        .map(|n| (n.wrapping_mul(2_654_435_761) >> 13) as u8)
+        .map(|n| n.wrapping_mul(2_654_435_761).to_le_bytes()[2])
         .collect();
     std::fs::write(&sent, &content).unwrap();
     lab.put(&sent, Path::new("/lab/new/folder/file")).unwrap();

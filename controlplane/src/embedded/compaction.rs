@@ -44,21 +44,19 @@ impl Clearing {
 
     /// Clears some; returns whether that was the end.
     pub(super) fn step(&mut self, tables: &mut WriteTables<'_>) -> Result<bool, StateError> {
-        let mut looked_at = 0;
         let mut doomed = Vec::new();
         let mut next = None;
-        for entry in tables
+        let entries = tables
             .history
             .range(self.next..(self.target, 0))
-            .engine("scan history")?
-        {
+            .engine("scan history")?;
+        for (looked_at, entry) in entries.enumerate() {
             let (key, bytes) = entry.engine("scan history")?;
             let (main, sub) = key.value();
             if looked_at == STEP {
                 next = Some((main, sub));
                 break;
             }
-            looked_at += 1;
             let record = history_record(Position { main, sub }, bytes.value())?;
             let deleted = matches!(record.change, Change::Delete(_));
             if deleted || self.is_superseded(tables, record.key(), (main, sub))? {
@@ -72,16 +70,12 @@ impl Clearing {
                 .remove((&key[..], main, sub))
                 .engine("clear history")?;
         }
-        match next {
-            Some(next) => {
-                self.next = next;
-                Ok(false)
-            }
-            None => {
-                Number::Cleared.write(&mut tables.meta, self.target)?;
-                Ok(true)
-            }
+        if let Some(next) = next {
+            self.next = next;
+            return Ok(false);
         }
+        Number::Cleared.write(&mut tables.meta, self.target)?;
+        Ok(true)
     }
 
     /// Whether the key changed again, up to the compacted revision.

@@ -12,7 +12,7 @@ use crate::{LeaseId, StateError};
 /// A lease with a longer time to live than this has its remaining time stored this often, so that
 /// a restart doesn't give it all of its time again. Time during which the store is closed doesn't
 /// count.
-pub(super) const CHECKPOINT_INTERVAL: Duration = Duration::from_secs(60);
+pub(super) const CHECKPOINT_INTERVAL: Duration = Duration::from_mins(1);
 
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Entry {

@@ -64,6 +64,8 @@ pub(super) fn with_view<T>(
 }
 
 impl<'txn> WriteTables<'txn> {
+    // The tables' types are redb's; a name for the three would only hide them.
+    #[allow(clippy::type_complexity)]
     pub(super) fn view(
         &self,
         revision: Revision,
@@ -299,6 +301,7 @@ pub(super) fn event(record: Record, prev_kv: Option<KeyValue>) -> Event {
 }
 
 /// A range's bounds in a table by key, or `None` if it is empty.
+#[allow(clippy::type_complexity)] // A pair of bounds is what redb's `range` takes.
 fn bounds(range: &KeyRange) -> Option<(Bound<&[u8]>, Bound<&[u8]>)> {
     let start = range.start();
     match range.end() {

@@ -111,7 +111,9 @@ impl Watcher {
                 continue;
             }
             if !self.prev_kv {
-                events.iter_mut().for_each(|event| event.prev_kv = None);
+                for event in &mut events {
+                    event.prev_kv = None;
+                }
             }
             self.ready.push_back(WatchBatch {
                 revision: committed.revision,

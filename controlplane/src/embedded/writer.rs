@@ -21,7 +21,7 @@ const BATCH: usize = 512;
 /// Most leases ended at once; the rest follow in the next batch.
 const ENDED: usize = 1000;
 /// The thread wakes at least this often.
-const IDLE: Duration = Duration::from_secs(3600);
+const IDLE: Duration = Duration::from_hours(1);
 /// Pause between attempts to open a store again that failed.
 const REOPEN_PAUSE: Duration = Duration::from_secs(1);
 

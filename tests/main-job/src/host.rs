@@ -60,8 +60,7 @@ impl Host {
             .context("start keelsond")?;
         let process_id = child.id();
         self.agent = Some(child);
-        if let Err(error) = self.until("the agent answers", || Ok(self.keelson(&["host"]).is_ok()))
-        {
+        if let Err(error) = until("the agent answers", || Ok(self.keelson(&["host"]).is_ok())) {
             let log = std::fs::read_to_string(self.folder.join("keelsond.log")).unwrap_or_default();
             bail!(
                 "{error}; it says: {}",
@@ -103,7 +102,7 @@ impl Host {
     /// Waits until the guest's console said `text`; the line.
     pub fn console_line(&self, guest: &str, text: &str) -> Result<String> {
         let mut line = None;
-        self.until(&format!("the guest says {text:?}"), || {
+        until(&format!("the guest says {text:?}"), || {
             let log = self.keelson(&["logs", guest]).unwrap_or_default();
             if let Some(failed) = log.lines().find(|line| line.contains("FAIL")) {
                 bail!("the guest says: {failed}");
@@ -117,24 +116,24 @@ impl Host {
         line.context("no line")
     }
 
-    /// Waits until something holds.
-    pub fn until(&self, what: &str, mut holds: impl FnMut() -> Result<bool>) -> Result<()> {
-        let started = Instant::now();
-        while started.elapsed() < LIMIT {
-            if holds()? {
-                return Ok(());
-            }
-            std::thread::sleep(Duration::from_millis(20));
-        }
-        bail!("waited {LIMIT:?} in vain until {what}")
-    }
-
     /// Packets that the guest's first interface dropped in a direction, for a reason.
     pub fn dropped(&self, guest: &str, direction: &str, reason: &str) -> Result<u64> {
         let counters = self.json(&["net", "counters", guest])?;
         let path = format!("/0/{direction}/dropped/{reason}/packets");
         Ok(counters.pointer(&path).and_then(Value::as_u64).unwrap_or(0))
     }
+}
+
+/// Waits until something holds.
+pub fn until(what: &str, mut holds: impl FnMut() -> Result<bool>) -> Result<()> {
+    let started = Instant::now();
+    while started.elapsed() < LIMIT {
+        if holds()? {
+            return Ok(());
+        }
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    bail!("waited {LIMIT:?} in vain until {what}")
 }
 
 impl Drop for Host {

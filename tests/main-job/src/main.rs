@@ -14,7 +14,7 @@ use std::process::{Command, ExitCode, Stdio};
 use anyhow::{Context, Result, ensure};
 use keelson_vmm_tests::{pattern_sector, payload};
 
-use crate::host::Host;
+use crate::host::{Host, until};
 use crate::report::Report;
 
 const GATEWAY: &str = "10.88.0.1";
@@ -105,7 +105,7 @@ fn show_network(report: &mut Report, host: &Host) {
             socket.send_to(b"forbidden", (GUEST, 9))?;
         }
         let mut dropped = 0;
-        host.until("the drops are counted", || {
+        until("the drops are counted", || {
             dropped = host.dropped("web", "toGuest", "not-allowed")? - before;
             Ok(dropped >= FORBIDDEN_PACKETS)
         })?;
@@ -123,7 +123,7 @@ fn show_adoption(report: &mut Report, host: &mut Host) {
     });
     report.step("the agent starts again and finds the guest", || {
         host.start_agent()?;
-        host.until("the guest is adopted", || {
+        until("the guest is adopted", || {
             Ok(host.keelson(&["events"])?.contains("Adopted"))
         })?;
         let seen = ping(2)?;

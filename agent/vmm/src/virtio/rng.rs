@@ -94,6 +94,10 @@ impl Active {
         // At most a queue's worth of requests: the guest's next notification brings the others.
         for _ in 0..self.queue.size() {
             let Some(chain) = self.queue.pop_descriptor_chain(Arc::clone(&self.memory)) else {
+                // Asks for the next notification; a request that came just before has none.
+                if self.queue.enable_notification(&*self.memory)? {
+                    continue;
+                }
                 break;
             };
             let head = chain.head_index();

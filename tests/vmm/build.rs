@@ -27,7 +27,9 @@ fn main() {
     for name in [
         "CARGO_ENCODED_RUSTFLAGS",
         "RUSTFLAGS",
+        "CARGO_BUILD_RUSTFLAGS",
         "CARGO_BUILD_TARGET",
+        "CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_RUSTFLAGS",
         "RUSTC_WORKSPACE_WRAPPER",
     ] {
         cargo.env_remove(name);

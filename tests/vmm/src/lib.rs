@@ -11,7 +11,7 @@ mod backend;
 mod binaries;
 mod echo;
 mod guest;
-mod network;
+mod namespaces;
 mod pattern;
 mod waiting;
 
@@ -19,6 +19,6 @@ pub use backend::{Backend, Image};
 pub use binaries::{binary, payload};
 pub use echo::{EchoSocket, FrameSocket};
 pub use guest::{Ended, Guest, GuestBuilder};
-pub use network::NetworkNamespace;
+pub use namespaces::Namespaces;
 pub use pattern::pattern_sector;
 pub use waiting::wait_until;

@@ -2,11 +2,13 @@
 
 use std::fs;
 
-use keelson_vmm_tests::{Backend, Ended, GuestBuilder, Image, payload};
+use keelson_vmm_tests::{Backend, Ended, GuestBuilder, Image, Namespaces, payload};
 use serde_json::{Value, json};
+use tempfile::TempDir;
 
 const CONFIG: i32 = 2;
 const KERNEL: i32 = 3;
+const NO_KVM: i32 = 4;
 const DEVICE: i32 = 5;
 
 #[test]
@@ -216,6 +218,37 @@ fn an_interface_without_a_tap_is_refused() {
         .interface("a", "not-a-tap0", "52:54:00:00:00:01")
         .run();
     ended.assert_refused(DEVICE, &["not-a-tap0"]);
+}
+
+#[test]
+fn a_host_without_kvm_is_told_so() {
+    let builder = GuestBuilder::new("hello");
+    let namespaces = Namespaces::enter();
+    namespaces.hide_kvm();
+    builder.run().assert_refused(NO_KVM, &["/dev/kvm"]);
+}
+
+#[test]
+fn a_tap_that_is_in_use_is_refused() {
+    let namespaces = Namespaces::enter();
+    namespaces.tap("payload0", "10.77.0.1/24");
+    let guest = |steps| GuestBuilder::new(steps).interface("eth0", "payload0", "52:54:00:00:00:01");
+    let mut first = guest("hang").start();
+    first.wait_for_line("payload: hang ok");
+    guest("hello").run().assert_refused(DEVICE, &["payload0"]);
+    assert!(first.is_running());
+}
+
+#[test]
+fn a_backend_that_serves_another_guest_is_refused() {
+    let image = Image::create(64);
+    let directory = TempDir::new().expect("there is a place for temporary files");
+    let backend = Backend::start(image.path(), &directory.path().join("taken.sock"), &[]);
+    let guest = |steps| GuestBuilder::new(steps).disk("disk", &backend, false, 1);
+    let mut first = guest("hang").start();
+    first.wait_for_line("payload: hang ok");
+    guest("hello").run().assert_refused(DEVICE, &["taken.sock"]);
+    assert!(first.is_running());
 }
 
 fn boot_file(name: &str, contents: &[u8]) -> Ended {

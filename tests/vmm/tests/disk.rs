@@ -1,6 +1,8 @@
 //! Disks: what one side writes, the other reads.
 
 use keelson_vmm_tests::{Backend, GuestBuilder, Image};
+use rustix::process::Signal;
+use tempfile::TempDir;
 
 const SECTORS: u64 = 16_384;
 
@@ -167,4 +169,24 @@ fn a_guest_without_its_backend_can_be_ended() {
     guest.wait_for_line("payload: blk-watch down");
     guest.client().kill().expect("it can be killed");
     assert_eq!(guest.wait().code, Some(0));
+}
+
+#[test]
+fn a_backend_serves_the_next_guest_after_a_killed_one() {
+    let image = Image::create(SECTORS);
+    let directory = TempDir::new().expect("there is a place for temporary files");
+    let mut backend = Backend::start(image.path(), &directory.path().join("blk.sock"), &[]);
+    let writes = "blk-write:seed=1,depth=32 ".repeat(60);
+    let mut first = GuestBuilder::new(&format!("hello {writes}"))
+        .disk("disk", &backend, false, 1)
+        .start();
+    first.wait_for_line("payload: blk-write ok");
+    first.signal(Signal::KILL);
+    assert_eq!(first.wait().code, None);
+    let second = GuestBuilder::new("blk-write:seed=2 blk-verify:seed=2")
+        .disk("disk", &backend, false, 1)
+        .run();
+    second.assert_passed();
+    assert!(backend.is_running());
+    image.assert_pattern(0, SECTORS, 2);
 }

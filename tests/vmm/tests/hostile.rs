@@ -1,6 +1,6 @@
 //! Guests that break every rule: the VMM and the backend survive, and a reset makes the devices usable.
 
-use keelson_vmm_tests::{Backend, GuestBuilder, Image, NetworkNamespace};
+use keelson_vmm_tests::{Backend, GuestBuilder, Image, Namespaces};
 
 #[test]
 fn broken_virtqueues_break_neither_backend_nor_vmm() {
@@ -16,8 +16,8 @@ fn broken_virtqueues_break_neither_backend_nor_vmm() {
 
 #[test]
 fn random_register_accesses_break_nothing() {
-    let namespace = NetworkNamespace::enter();
-    namespace.tap("payload0", "10.77.0.1/24");
+    let namespaces = Namespaces::enter();
+    namespaces.tap("payload0", "10.77.0.1/24");
     for seed in 1..=3 {
         let builder = GuestBuilder::new(&format!(
             "hammer:seed={seed},rounds=1000 blk-write:seed=11 blk-verify:seed=11 \

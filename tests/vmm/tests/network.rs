@@ -2,15 +2,15 @@
 
 use std::net::Ipv4Addr;
 
-use keelson_vmm_tests::{EchoSocket, FrameSocket, GuestBuilder, NetworkNamespace};
+use keelson_vmm_tests::{EchoSocket, FrameSocket, GuestBuilder, Namespaces};
 
 const MAC: &str = "52:54:00:12:34:56";
 const MAC_BYTES: [u8; 6] = [0x52, 0x54, 0x00, 0x12, 0x34, 0x56];
 
 #[test]
 fn the_guest_pings_the_host() {
-    let namespace = NetworkNamespace::enter();
-    namespace.tap("payload0", "10.77.0.1/24");
+    let namespaces = Namespaces::enter();
+    namespaces.tap("payload0", "10.77.0.1/24");
     let ended = GuestBuilder::new(
         "net-arp:address=10.77.0.2,target=10.77.0.1 \
          net-ping:address=10.77.0.2,target=10.77.0.1,count=20 \
@@ -24,8 +24,8 @@ fn the_guest_pings_the_host() {
 
 #[test]
 fn the_host_pings_the_guest() {
-    let namespace = NetworkNamespace::enter();
-    namespace.tap("payload0", "10.77.0.1/24");
+    let namespaces = Namespaces::enter();
+    namespaces.tap("payload0", "10.77.0.1/24");
     let mut guest = GuestBuilder::new("net-serve:address=10.77.0.2,ms=60000,echoes=10")
         .interface("eth0", "payload0", MAC)
         .start();
@@ -44,8 +44,8 @@ fn the_host_pings_the_guest() {
 #[test]
 fn a_frame_with_a_foreign_source_leaves_on_the_tap() {
     const FOREIGN: [u8; 6] = [0x52, 0x54, 0x00, 0x66, 0x66, 0x66];
-    let namespace = NetworkNamespace::enter();
-    namespace.tap("payload0", "10.77.0.1/24");
+    let namespaces = Namespaces::enter();
+    namespaces.tap("payload0", "10.77.0.1/24");
     let frames = FrameSocket::open();
     let ended = GuestBuilder::new(
         "net-spoof:mac=52:54:00:66:66:66,address=10.77.0.99,target=10.77.0.1 \
@@ -65,9 +65,9 @@ fn a_frame_with_a_foreign_source_leaves_on_the_tap() {
 
 #[test]
 fn interfaces_keep_their_order_and_their_addresses() {
-    let namespace = NetworkNamespace::enter();
-    namespace.tap("payload0", "10.77.0.1/24");
-    namespace.tap("payload1", "10.78.0.1/24");
+    let namespaces = Namespaces::enter();
+    namespaces.tap("payload0", "10.77.0.1/24");
+    namespaces.tap("payload1", "10.78.0.1/24");
     let ended = GuestBuilder::new(
         "net-ping:interface=0,address=10.77.0.2,target=10.77.0.1 \
          net-ping:interface=1,address=10.78.0.2,target=10.78.0.1",
@@ -80,8 +80,8 @@ fn interfaces_keep_their_order_and_their_addresses() {
 
 #[test]
 fn the_interface_works_after_a_reset() {
-    let namespace = NetworkNamespace::enter();
-    namespace.tap("payload0", "10.77.0.1/24");
+    let namespaces = Namespaces::enter();
+    namespaces.tap("payload0", "10.77.0.1/24");
     let mut guest = GuestBuilder::new("net-ping:address=10.77.0.2,target=10.77.0.1 hang")
         .interface("eth0", "payload0", MAC)
         .start();

@@ -1,17 +1,17 @@
-//! A network namespace with a TAP device.
+//! Namespaces of a test's own, so that what it changes of the host is seen by nobody else.
 
 use std::process::Command;
 
 use rustix::thread::{UnshareFlags, unshare_unsafe};
 
-/// The calling thread's own network namespace. Processes that the thread starts and sockets that it opens
-/// are in it; it ends with them.
-pub struct NetworkNamespace {
+/// The calling thread's own network and mount namespace. Processes that the thread starts and sockets that
+/// it opens are in them; they end with the last of these.
+pub struct Namespaces {
     _private: (),
 }
 
-impl NetworkNamespace {
-    /// Moves the calling thread into a new, empty network namespace.
+impl Namespaces {
+    /// Moves the calling thread into a new, empty network namespace and a copy of its mounts.
     ///
     /// # Panics
     /// Without the right to, which root has.
@@ -20,7 +20,7 @@ impl NetworkNamespace {
         let entered = unsafe { unshare_unsafe(UnshareFlags::NEWNET | UnshareFlags::NEWNS) };
         assert!(
             entered.is_ok(),
-            "this test makes a network namespace and needs root (CAP_SYS_ADMIN): {entered:?}"
+            "this test makes namespaces and needs root (CAP_SYS_ADMIN): {entered:?}"
         );
         // As `ip netns exec` does: /sys/class/net shows the namespace of the process that mounted it.
         run("mount", &["--make-rslave", "/"]);
@@ -38,6 +38,15 @@ impl NetworkNamespace {
         self.ip(&["link", "set", "dev", name, "addrgenmode", "none"]);
         self.ip(&["address", "add", address, "dev", name]);
         self.ip(&["link", "set", "dev", name, "up"]);
+    }
+
+    /// Takes `/dev/kvm` away, with all other devices but `/dev/null`.
+    ///
+    /// # Panics
+    /// Without the right to.
+    pub fn hide_kvm(&self) {
+        run("mount", &["-t", "tmpfs", "tmpfs", "/dev"]);
+        run("mknod", &["-m", "666", "/dev/null", "c", "1", "3"]);
     }
 
     /// Runs `ip` in the namespace.

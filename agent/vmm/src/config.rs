@@ -49,10 +49,12 @@ pub enum ConfigError {
         source: std::io::Error,
     },
     /// The file is no JSON, or has a field that doesn't exist or has the wrong type.
-    #[error("the configuration {path} is not valid: {source}")]
+    #[error("the configuration {path} is not valid: {field}: {source}")]
     Parse {
         /// The file.
         path: PathBuf,
+        /// The field's path, such as `disks[0].queue_size`; `.` is the whole.
+        field: String,
         /// What serde said, with line and column.
         source: serde_json::Error,
     },
@@ -237,10 +239,13 @@ impl GuestConfig {
             ))));
         }
         let text = std::fs::read(path).map_err(read)?;
-        let config: Self = serde_json::from_slice(&text).map_err(|source| ConfigError::Parse {
-            path: path.into(),
-            source,
-        })?;
+        let parser = &mut serde_json::Deserializer::from_slice(&text);
+        let config: Self =
+            serde_path_to_error::deserialize(parser).map_err(|e| ConfigError::Parse {
+                path: path.into(),
+                field: e.path().to_string(),
+                source: e.into_inner(),
+            })?;
         config.validate()?;
         Ok(config)
     }

@@ -3,6 +3,7 @@
 //! ```text
 //! 0x0000_0000  RAM: GDT, zero page, page tables, command line below 0x9_fc00
 //! 0x000e_0000  ACPI tables (RSDP first), where firmware would have them
+//! 0x000f_fff0  the reset vector
 //! 0x0010_0000  RAM: kernel, initrd at the top
 //! 0xc000_0000  PCI 32-bit memory window
 //! 0xe000_0000  PCI ECAM
@@ -25,7 +26,9 @@ pub const COMMAND_LINE: u64 = 0x2_0000;
 /// The ACPI tables, starting with the RSDP.
 pub const ACPI: u64 = 0xe_0000;
 /// End of the ACPI tables' space.
-pub const ACPI_END: u64 = 0x10_0000;
+pub const ACPI_END: u64 = 0xf_0000;
+/// The real-mode reset vector f000:fff0.
+pub const RESET_VECTOR: u64 = 0xf_fff0;
 /// Where extended memory starts.
 pub const HIGH_RAM: u64 = 0x10_0000;
 

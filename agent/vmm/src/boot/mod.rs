@@ -7,6 +7,7 @@ mod initrd;
 mod kernel;
 pub mod layout;
 mod long_mode;
+mod reset_vector;
 mod zero_page;
 
 use std::fs::File;
@@ -90,6 +91,7 @@ pub fn load(
         None => None,
     };
     long_mode::write_tables(memory)?;
+    reset_vector::write(memory)?;
     let rsdp = acpi::write_tables(memory, acpi)?;
     zero_page::write(memory, &kernel, initrd, &config.command_line, rsdp)?;
     Ok(Entry {

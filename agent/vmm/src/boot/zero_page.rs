@@ -55,7 +55,7 @@ pub(super) fn write(
 fn e820(memory: &GuestMemoryMmap) -> Vec<(u64, u64, u32)> {
     let mut map = vec![
         (0, layout::LOW_RAM_END, E820_RAM),
-        (layout::ACPI, layout::ACPI_END - layout::ACPI, E820_RESERVED),
+        (layout::ACPI, layout::HIGH_RAM - layout::ACPI, E820_RESERVED),
     ];
     for region in memory.iter() {
         let start = region.start_addr().0.max(layout::HIGH_RAM);

@@ -5,6 +5,7 @@ use std::io;
 use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
+use std::sync::mpsc::{self, RecvTimeoutError};
 use std::time::{Duration, Instant};
 
 use vhost::vhost_user::message::{
@@ -29,6 +30,8 @@ pub(super) const CONFIG_BYTES: usize = 60;
 const CONFIG_NUM_QUEUES: usize = 34;
 /// How long a backend that is being started may take to listen.
 const CONNECT_LIMIT: Duration = Duration::from_secs(2);
+/// How long the handshake may take: a backend that serves another frontend lets this one wait.
+const HANDSHAKE_LIMIT: Duration = Duration::from_secs(5);
 const CONNECT_INTERVAL: Duration = Duration::from_millis(20);
 
 /// What the driver may be offered of what the backend has: what this frontend can set up.
@@ -72,6 +75,18 @@ pub enum BackendError {
         /// What went wrong.
         source: vhost::Error,
     },
+    /// The backend takes connections, but says nothing.
+    #[error(
+        "the backend of the disk {disk} at {path} didn't answer within {} s: does it serve \
+         another guest?",
+        HANDSHAKE_LIMIT.as_secs()
+    )]
+    Silent {
+        /// The disk's id.
+        disk: String,
+        /// The socket.
+        path: PathBuf,
+    },
     /// The backend can't do what the configuration asks for.
     #[error("the disk {disk} doesn't fit its backend at {path}: {reason}")]
     Mismatch {
@@ -113,7 +128,7 @@ impl Backend {
         let deadline = Instant::now() + CONNECT_LIMIT;
         loop {
             match UnixStream::connect(&config.socket) {
-                Ok(stream) => return Self::shake_hands(config, stream),
+                Ok(stream) => return Self::shake_hands_in_time(config, stream),
                 Err(e) if may_come(&e) && Instant::now() < deadline => {
                     std::thread::sleep(CONNECT_INTERVAL);
                 }
@@ -126,7 +141,35 @@ impl Backend {
     pub(super) fn try_connect(config: &DiskConfig) -> Result<Self, BackendError> {
         let stream =
             UnixStream::connect(&config.socket).map_err(|source| connect_error(config, source))?;
-        Self::shake_hands(config, stream)
+        Self::shake_hands_in_time(config, stream)
+    }
+
+    /// The handshake's calls block without a limit, and repeat what a socket's own time limit
+    /// interrupts; closing the connection ends them.
+    fn shake_hands_in_time(config: &DiskConfig, stream: UnixStream) -> Result<Self, BackendError> {
+        let breaker = stream
+            .try_clone()
+            .map_err(|source| connect_error(config, source))?;
+        let (done, wait) = mpsc::channel::<()>();
+        std::thread::scope(|scope| {
+            let limit = scope.spawn(move || {
+                let late = wait.recv_timeout(HANDSHAKE_LIMIT) == Err(RecvTimeoutError::Timeout);
+                if late {
+                    // Fails only if the backend closed it in the meantime.
+                    let _ = breaker.shutdown(std::net::Shutdown::Both);
+                }
+                late
+            });
+            let backend = Self::shake_hands(config, stream);
+            drop(done);
+            match (backend, limit.join()) {
+                (Err(_), Ok(true)) => {
+                    let (disk, path) = (config.id.clone(), config.socket.clone());
+                    Err(BackendError::Silent { disk, path })
+                }
+                (backend, _) => backend,
+            }
+        })
     }
 
     fn shake_hands(config: &DiskConfig, stream: UnixStream) -> Result<Self, BackendError> {

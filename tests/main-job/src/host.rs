@@ -8,8 +8,8 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail};
 use serde_json::Value;
 
-/// How long anything of the show may take.
-const LIMIT: Duration = Duration::from_secs(20);
+/// How long anything of the show may take: a guest that boots on emulated nested KVM, above all.
+const LIMIT: Duration = Duration::from_mins(2);
 
 /// A host agent with folders of its own, as a service of the host would run it.
 #[derive(Debug)]
@@ -81,8 +81,8 @@ impl Host {
 
     /// Runs the command line client; its output.
     pub fn keelson(&self, arguments: &[&str]) -> Result<String> {
-        let output = Command::new(self.programs.join("keelson"))
-            .env("KEELSON_SOCKET", self.folder.join("run/keelsond.sock"))
+        let output = self
+            .client()
             .args(arguments)
             .stdin(Stdio::null())
             .output()
@@ -91,6 +91,13 @@ impl Host {
             bail!("{}", String::from_utf8_lossy(&output.stderr).trim());
         }
         Ok(String::from_utf8_lossy(&output.stdout).into_owned())
+    }
+
+    /// A command of the client, for what is not over at once.
+    pub fn client(&self) -> Command {
+        let mut command = Command::new(self.programs.join("keelson"));
+        command.env("KEELSON_SOCKET", self.folder.join("run/keelsond.sock"));
+        command
     }
 
     /// Runs the client with `-o json`; what it says.

@@ -29,8 +29,8 @@ pub struct Tally {
 }
 
 /// Slots for reasons in [`DirectionTallies`]; more than [`DropReason`] has, so that a new reason
-/// needs no new layout.
-pub const REASON_SLOTS: usize = 24;
+/// needs no new layout, and a power of two, so that a mask keeps an index in bounds.
+pub const REASON_SLOTS: usize = 32;
 
 /// The counters of one interface and direction on one CPU.
 #[repr(C)]

@@ -19,7 +19,7 @@ macro_rules! pod {
 
 pod! {
     CounterKey = 8,
-    DirectionTallies = 400,
+    DirectionTallies = 528,
     FlowKey = 20,
     FlowState = 16,
     FragmentKey = 16,

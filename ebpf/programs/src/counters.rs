@@ -1,6 +1,8 @@
 //! Counts packets and bytes per interface, direction and outcome (map `COUNTERS`).
 
-use keelson_ebpf_common::{CounterKey, Direction, DropReason};
+use core::hint::black_box;
+
+use keelson_ebpf_common::{CounterKey, Direction, DropReason, REASON_SLOTS};
 
 use crate::maps::COUNTERS;
 
@@ -27,9 +29,13 @@ pub fn count(
     let tallies = unsafe { &mut *tallies };
     let tally = match decision {
         Ok(()) => &mut tallies.passed,
-        // The compiler knows that a reason is less than the number of slots, and would leave out the
-        // bounds check; the verifier does not know it, once the reason was packed into other bits.
-        Err(reason) => match tallies.dropped.get_mut(core::hint::black_box(reason.slot())) {
+        // The compiler knows that a reason is less than the number of slots and leaves out the
+        // bounds check; the verifier no longer knows, once the reason was packed into other bits.
+        // A mask of an opaque number convinces both, on every kernel.
+        Err(reason) => match tallies
+            .dropped
+            .get_mut(black_box(reason.slot()) & (REASON_SLOTS - 1))
+        {
             Some(tally) => tally,
             None => return,
         },

@@ -10,6 +10,8 @@ use serde_json::Value;
 
 /// How long anything of the show may take: a guest that boots on emulated nested KVM, above all.
 const LIMIT: Duration = Duration::from_mins(2);
+/// Every look starts a program, which an emulated host does slowly.
+const INTERVAL: Duration = Duration::from_millis(200);
 
 /// A host agent with folders of its own, as a service of the host would run it.
 #[derive(Debug)]
@@ -59,12 +61,21 @@ impl Host {
             .spawn()
             .context("start keelsond")?;
         let process_id = child.id();
-        self.agent = Some(child);
-        if let Err(error) = until("the agent answers", || Ok(self.keelson(&["host"]).is_ok())) {
+        let mut agent = child;
+        let answers = until("the agent answers", || {
+            if let Some(status) = agent.try_wait()? {
+                bail!("it ended with {status}");
+            }
+            Ok(self.keelson(&["host"]).is_ok())
+        });
+        self.agent = Some(agent);
+        if let Err(error) = answers {
             let log = std::fs::read_to_string(self.folder.join("keelsond.log")).unwrap_or_default();
             bail!(
                 "{error}; it says: {}",
-                log.lines().last().unwrap_or("nothing")
+                log.lines()
+                    .find(|line| line.starts_with("keelsond:"))
+                    .unwrap_or("nothing")
             );
         }
         Ok(process_id)
@@ -138,7 +149,7 @@ pub fn until(what: &str, mut holds: impl FnMut() -> Result<bool>) -> Result<()> 
         if holds()? {
             return Ok(());
         }
-        std::thread::sleep(Duration::from_millis(20));
+        std::thread::sleep(INTERVAL);
     }
     bail!("waited {LIMIT:?} in vain until {what}")
 }

@@ -6,6 +6,7 @@
 mod console;
 mod host;
 mod payload_guest;
+mod probe;
 mod report;
 mod stock_guest;
 
@@ -14,7 +15,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode, Stdio};
 
 use anyhow::{Context, Result, ensure};
-use clap::Parser;
+use clap::{Args, Parser};
 
 use crate::host::{Host, until};
 use crate::report::Report;
@@ -27,9 +28,24 @@ const GUEST: &str = "10.88.0.10";
 const FALSE_ADDRESS: &str = "10.88.0.99";
 const FORBIDDEN_PACKETS: u64 = 5;
 
-/// Shows the whole of Keelson work on this host. Exits 0 only if every line is true.
+/// Does the main job on this host.
 #[derive(Parser)]
-struct Arguments {
+enum Arguments {
+    /// Finds out whether this host's own KVM runs a stock kernel, by trying. Exits 0 if it does.
+    Probe {
+        /// A stock kernel.
+        #[arg(long)]
+        kernel: PathBuf,
+        /// Its initial RAM disk, whose init says so on the console.
+        #[arg(long)]
+        initrd: PathBuf,
+    },
+    /// Shows the whole of Keelson work. Exits 0 only if every line is true.
+    Show(Show),
+}
+
+#[derive(Args)]
+struct Show {
     /// A stock kernel to boot; the payload guest of this project where not given.
     #[arg(long, requires = "initrd")]
     kernel: Option<PathBuf>,
@@ -42,24 +58,45 @@ struct Arguments {
 }
 
 fn main() -> ExitCode {
-    match show(&Arguments::parse()) {
-        Ok(true) => ExitCode::SUCCESS,
-        Ok(false) => ExitCode::FAILURE,
-        Err(error) => {
-            eprintln!("run: {error:#}");
-            ExitCode::FAILURE
-        }
+    match Arguments::parse() {
+        Arguments::Probe { kernel, initrd } => match try_stock_kernel(&kernel, &initrd) {
+            Ok(line) => {
+                println!("this host's KVM runs a stock kernel: {line}");
+                ExitCode::SUCCESS
+            }
+            Err(error) => {
+                println!("this host's KVM doesn't run a stock kernel: {error:#}");
+                ExitCode::FAILURE
+            }
+        },
+        Arguments::Show(arguments) => match show(&arguments) {
+            Ok(true) => ExitCode::SUCCESS,
+            Ok(false) => ExitCode::FAILURE,
+            Err(error) => {
+                eprintln!("the main job could not be done: {error:#}");
+                ExitCode::FAILURE
+            }
+        },
     }
 }
 
-fn show(arguments: &Arguments) -> Result<bool> {
+fn try_stock_kernel(kernel: &Path, initrd: &Path) -> Result<String> {
+    let own = std::env::current_exe().context("find the own program file")?;
+    let programs = own.parent().context("the own program has no folder")?;
+    probe::stock_kernel(programs, kernel, initrd)
+}
+
+fn show(arguments: &Show) -> Result<bool> {
     let folder = tempfile::Builder::new().prefix("keelson-run-").tempdir()?;
     let mut report = Report::default();
     let mut host = Host::new(folder.path())?;
-    report.step("the agent starts on the embedded store", || {
+    let started = report.step("the agent starts on the embedded store", || {
         let process = host.start_agent()?;
         Ok(((), format!("keelsond is process {process}")))
     });
+    if started.is_none() {
+        return Ok(report.all_true());
+    }
     let stay = || {
         if arguments.stay {
             stay_up(folder.path());

@@ -137,7 +137,11 @@ impl Runtime {
             .map(|running| running.hardware.disks.clone());
         for (disk, spec) in disks.unwrap_or_default() {
             let backend = self.disks.get(&disk);
-            if backend.is_some_and(|process| disk_backend::image_vanished(process, &spec)) {
+            let vanished = backend.is_some_and(|process| {
+                // The files of one that ended are closed, whatever became of its image.
+                disk_backend::image_vanished(process, &spec) && process.has_ended().is_none()
+            });
+            if vanished {
                 let path = spec.path.display();
                 return Ok(Some((
                     "DiskVanished",
@@ -161,9 +165,12 @@ impl Runtime {
             Some(process) => {
                 let exit = process.ended().await;
                 process.reap();
-                exit.last_line
+                match exit.code {
+                    Some(code) => format!("exit code {code}: {}", exit.last_line),
+                    None => "by a signal, or unseen".into(),
+                }
             }
-            None => "nobody saw how".into(),
+            None => "unseen".into(),
         };
         let programs = self.agent.config.programs()?;
         let process = disk_backend::start(&programs, &self.paths, &self.name, disk, spec).await?;

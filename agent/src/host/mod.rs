@@ -3,6 +3,7 @@
 mod bridge;
 mod cgroup;
 mod inventory;
+mod launch;
 mod link;
 mod network;
 mod process;

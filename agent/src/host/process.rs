@@ -18,6 +18,7 @@ use serde::{Deserialize, Serialize};
 use tokio::io::unix::AsyncFd;
 
 use super::cgroup::GroupKeeper;
+use super::launch::launch;
 use crate::{AgentError, error::Result};
 
 /// How much of a log's end is searched for its last line.
@@ -84,29 +85,34 @@ impl ProcessHandle {
         let keeper = GroupKeeper::detect();
         let (program, mut arguments) = keeper.wrap(&request.unit, &request.program);
         arguments.extend(request.arguments.iter().cloned());
-        let child = Command::new(program)
+        let mut command = Command::new(program);
+        command
             .args(arguments)
             .stdin(Stdio::null())
             .stdout(log)
             .stderr(errors)
             // A terminal's signals to the agent are not meant for guests.
-            .process_group(0)
-            .spawn()
-            .map_err(AgentError::io(what()))?;
-        let process_id = child.id();
-        let record = ProcessRecord {
-            process_id,
-            start_time: start_time(process_id).map_err(AgentError::io(what()))?,
-            unit: request.unit.clone(),
-            log: request.log.clone(),
-        };
-        let handle = Self::open(record)?.ok_or_else(|| AgentError::Process {
+            .process_group(0);
+        let mut launched = None;
+        launch(command, |process_id| {
+            let record = ProcessRecord {
+                process_id,
+                start_time: start_time(process_id)?,
+                unit: request.unit.clone(),
+                log: request.log.clone(),
+            };
+            keeper
+                .place(&request.unit, process_id)
+                .map_err(io::Error::other)?;
+            write_atomically(&request.record, &record).map_err(io::Error::other)?;
+            launched = Self::open(record).map_err(io::Error::other)?;
+            Ok::<_, io::Error>(())
+        })
+        .map_err(AgentError::io(what()))?;
+        launched.ok_or_else(|| AgentError::Process {
             reason: "ProcessEnded",
             message: format!("{} ended at once", request.program.display()),
-        })?;
-        keeper.place(&request.unit, process_id)?;
-        write_atomically(&request.record, &handle.record)?;
-        Ok(handle)
+        })
     }
 
     /// Finds the process of the record at `path`. `None` where there is no record; a process that

@@ -16,15 +16,32 @@ impl Namespaces {
     /// # Panics
     /// Without the right to, which root has.
     pub fn enter() -> Self {
+        let namespaces = Self::enter_with_host_sysfs();
+        // As `ip netns exec` does: /sys/class/net shows the namespace of the process that mounted it.
+        run("mount", &["-t", "sysfs", "sysfs", "/sys"]);
+        namespaces
+    }
+
+    /// As [`Self::enter`], with the host's `/sys` and the control groups in it, and with loopback up
+    /// and a BPF file system of its own.
+    ///
+    /// # Panics
+    /// Without the right to, which root has.
+    pub fn enter_for_agent() -> Self {
+        let namespaces = Self::enter_with_host_sysfs();
+        run("mount", &["-t", "bpf", "bpf", "/sys/fs/bpf"]);
+        namespaces.ip(&["link", "set", "dev", "lo", "up"]);
+        namespaces
+    }
+
+    fn enter_with_host_sysfs() -> Self {
         // SAFETY: new network and mount namespaces for this thread leave memory and descriptors shared.
         let entered = unsafe { unshare_unsafe(UnshareFlags::NEWNET | UnshareFlags::NEWNS) };
         assert!(
             entered.is_ok(),
             "this test makes namespaces and needs root (CAP_SYS_ADMIN): {entered:?}"
         );
-        // As `ip netns exec` does: /sys/class/net shows the namespace of the process that mounted it.
         run("mount", &["--make-rslave", "/"]);
-        run("mount", &["-t", "sysfs", "sysfs", "/sys"]);
         Self { _private: () }
     }
 

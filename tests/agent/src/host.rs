@@ -1,0 +1,425 @@
+//! A host with its agent, and the command line client.
+
+use std::ffi::OsStr;
+use std::fs::{self, File};
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use keelson_vmm_tests::{Namespaces, binary, wait_until};
+use rustix::process::{Pid, Signal, kill_process};
+use serde_json::Value;
+use tempfile::TempDir;
+
+/// How long an agent may take to say why it doesn't start.
+const REFUSAL_LIMIT: Duration = Duration::from_secs(20);
+
+/// A host with folders and a network of its own. Its guests and its agent end with it.
+pub struct Host {
+    folder: TempDir,
+    pins: PathBuf,
+    agent: Option<Child>,
+    /// The namespaces that it lives in.
+    pub namespaces: Namespaces,
+}
+
+/// What a command of the client said.
+#[derive(Debug)]
+pub struct Said {
+    /// The exit code.
+    pub code: Option<i32>,
+    /// Standard output.
+    pub output: String,
+    /// Standard error.
+    pub errors: String,
+}
+
+impl Said {
+    /// The output of a command that was done.
+    ///
+    /// # Panics
+    /// If it failed.
+    #[track_caller]
+    pub fn done(self) -> String {
+        assert_eq!(self.code, Some(0), "{}{}", self.output, self.errors);
+        self.output
+    }
+
+    /// Checks that the command was refused with this exit code and that it says all of `words`.
+    ///
+    /// # Panics
+    /// If not.
+    #[track_caller]
+    pub fn refused(&self, code: i32, words: &[&str]) {
+        assert_eq!(self.code, Some(code), "{}{}", self.output, self.errors);
+        for word in words {
+            assert!(
+                self.errors.contains(word),
+                "no {word:?} in {:?}",
+                self.errors
+            );
+        }
+    }
+}
+
+impl Host {
+    /// A host whose agent does not run yet.
+    ///
+    /// # Panics
+    /// Without root.
+    pub fn without_agent() -> Self {
+        let namespaces = Namespaces::enter_for_agent();
+        let folder = TempDir::new().expect("there is a place for temporary files");
+        let pins = PathBuf::from(format!("/sys/fs/bpf/keelson-{}", std::process::id()));
+        let host = Self {
+            folder,
+            pins,
+            agent: None,
+            namespaces,
+        };
+        host.configure("");
+        host
+    }
+
+    /// A host whose agent runs.
+    ///
+    /// # Panics
+    /// If it doesn't start.
+    pub fn new() -> Self {
+        let mut host = Self::without_agent();
+        host.start_agent();
+        host
+    }
+
+    /// Writes the agent's configuration: its folders, and `more`.
+    ///
+    /// # Panics
+    /// If it can't be written.
+    pub fn configure(&self, more: &str) {
+        let config = format!(
+            "state = \"embedded:{0}/state\"\nsocket = \"{0}/run/keelsond.sock\"\n\
+             run_directory = \"{0}/run\"\nlog_directory = \"{0}/log\"\nbpf_directory = \"{1}\"\n{more}",
+            self.folder().display(),
+            self.pins.display()
+        );
+        fs::write(self.path("keelsond.toml"), config).expect("the configuration can be written");
+    }
+
+    /// The host's folder, for images as well.
+    pub fn folder(&self) -> &Path {
+        self.folder.path()
+    }
+
+    /// A path in the host's folder.
+    pub fn path(&self, name: &str) -> PathBuf {
+        self.folder().join(name)
+    }
+
+    /// The agent's command, with its output in the log.
+    ///
+    /// # Panics
+    /// If the agent is not built or the log can't be written.
+    pub fn agent_command(&self) -> Command {
+        let log = File::options()
+            .create(true)
+            .append(true)
+            .open(self.path("keelsond.log"))
+            .expect("the log can be written");
+        let mut command = Command::new(binary("keelsond"));
+        command
+            .arg("--config")
+            .arg(self.path("keelsond.toml"))
+            .stdin(Stdio::null())
+            .stdout(log.try_clone().expect("a descriptor can be duplicated"))
+            .stderr(log);
+        command
+    }
+
+    /// Starts the agent and waits until it answers.
+    ///
+    /// # Panics
+    /// If it doesn't.
+    pub fn start_agent(&mut self) {
+        let mut agent = self.agent_command().spawn().expect("keelsond starts");
+        wait_until("answer of the agent", || {
+            let ended = agent.try_wait().expect("a child can be asked for");
+            assert!(ended.is_none(), "it ended: {}", self.agent_log());
+            (self.keelson(&["host"]).code == Some(0)).then_some(())
+        });
+        self.agent = Some(agent);
+    }
+
+    /// Starts an agent that must not come up; what it says.
+    ///
+    /// # Panics
+    /// If it comes up.
+    pub fn refused_agent(&self) -> Said {
+        let _ = fs::remove_file(self.path("keelsond.log"));
+        let mut agent = self.agent_command().spawn().expect("keelsond starts");
+        let started = Instant::now();
+        loop {
+            if let Some(status) = agent.try_wait().expect("a child can be asked for") {
+                return Said {
+                    code: status.code(),
+                    output: String::new(),
+                    errors: self.agent_log(),
+                };
+            }
+            if started.elapsed() > REFUSAL_LIMIT {
+                let _ = agent.kill();
+                let _ = agent.wait();
+                panic!("the agent runs: {}", self.agent_log());
+            }
+            std::thread::sleep(Duration::from_millis(10));
+        }
+    }
+
+    /// What the agent logged.
+    pub fn agent_log(&self) -> String {
+        fs::read_to_string(self.path("keelsond.log")).unwrap_or_default()
+    }
+
+    /// Whether the agent still runs.
+    ///
+    /// # Panics
+    /// If it wasn't started.
+    pub fn agent_lives(&mut self) -> bool {
+        let agent = self.agent.as_mut().expect("an agent was started");
+        agent
+            .try_wait()
+            .expect("a child can be asked for")
+            .is_none()
+    }
+
+    /// Kills the agent with SIGKILL.
+    ///
+    /// # Panics
+    /// If it can't be waited for.
+    pub fn kill_agent(&mut self) {
+        if let Some(mut agent) = self.agent.take() {
+            // It may have ended.
+            let _ = agent.kill();
+            agent.wait().expect("a child can be waited for");
+        }
+    }
+
+    /// Runs the client.
+    ///
+    /// # Panics
+    /// If it is not built.
+    pub fn keelson<S: AsRef<OsStr>>(&self, arguments: &[S]) -> Said {
+        let output = Command::new(binary("keelson"))
+            .env("KEELSON_SOCKET", self.path("run/keelsond.sock"))
+            .args(arguments)
+            .stdin(Stdio::null())
+            .output()
+            .expect("keelson runs");
+        said(&output)
+    }
+
+    /// Applies a manifest.
+    ///
+    /// # Panics
+    /// If the client can't be run.
+    pub fn apply(&self, manifest: &str) -> Said {
+        let mut client = Command::new(binary("keelson"))
+            .env("KEELSON_SOCKET", self.path("run/keelsond.sock"))
+            .args(["apply", "-f", "-"])
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .expect("keelson runs");
+        let mut input = client.stdin.take().expect("its input is a pipe");
+        // It may refuse before it has read all.
+        let _ = input.write_all(manifest.as_bytes());
+        drop(input);
+        said(&client.wait_with_output().expect("keelson ends"))
+    }
+
+    /// An object as JSON.
+    ///
+    /// # Panics
+    /// If there is none.
+    #[track_caller]
+    pub fn object(&self, kind: &str, name: &str) -> Value {
+        let text = self.keelson(&["get", kind, name, "-o", "json"]).done();
+        serde_json::from_str(&text).expect("the client prints JSON")
+    }
+
+    /// All objects, as their kinds and names in JSON.
+    ///
+    /// # Panics
+    /// If the client fails.
+    pub fn object_names(&self) -> Vec<String> {
+        ["vm", "disk", "net", "sg"]
+            .iter()
+            .flat_map(|kind| {
+                let text = self.keelson(&["get", kind, "-o", "json"]).done();
+                let list: Value = serde_json::from_str(&text).expect("the client prints JSON");
+                let items = list["items"].as_array().cloned().unwrap_or_default();
+                items
+                    .iter()
+                    .map(|item| format!("{kind}/{}", item["metadata"]["name"]))
+                    .collect::<Vec<_>>()
+            })
+            .collect()
+    }
+
+    /// Waits until a guest's status is as `holds` wants it.
+    ///
+    /// # Panics
+    /// With the status that it stays in.
+    #[track_caller]
+    pub fn wait_for_status(
+        &self,
+        guest: &str,
+        what: &str,
+        holds: impl Fn(&Value) -> bool,
+    ) -> Value {
+        let mut last = Value::Null;
+        let found = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
+            wait_until(what, || {
+                last = self.object("vm", guest)["status"].clone();
+                holds(&last).then(|| last.clone())
+            })
+        }));
+        found.unwrap_or_else(|_| panic!("no {what}: {last:#}\n{}", self.agent_log()))
+    }
+
+    /// Waits until a guest is in a phase.
+    ///
+    /// # Panics
+    /// If it doesn't get there.
+    #[track_caller]
+    pub fn wait_for_phase(&self, guest: &str, phase: &str) -> Value {
+        self.wait_for_status(guest, phase, |status| status["phase"] == phase)
+    }
+
+    /// Waits until the reason of a guest's `Ready` condition is `reason`; its message.
+    ///
+    /// # Panics
+    /// If it doesn't get so.
+    #[track_caller]
+    pub fn wait_for_reason(&self, guest: &str, reason: &str) -> String {
+        let status = self.wait_for_status(guest, reason, |status| {
+            ready(status).is_some_and(|ready| ready["reason"] == reason)
+        });
+        ready(&status).expect("it was there")["message"]
+            .as_str()
+            .unwrap_or_default()
+            .to_owned()
+    }
+
+    /// Waits until a guest's console said `text`.
+    ///
+    /// # Panics
+    /// If it doesn't.
+    #[track_caller]
+    pub fn wait_for_console(&self, guest: &str, text: &str) {
+        wait_until(&format!("{text:?} on {guest}'s console"), || {
+            let log = self.keelson(&["logs", guest]).output;
+            log.contains(text).then_some(())
+        });
+    }
+
+    /// Sends a signal to the guest's keelson-vmm; its process id.
+    ///
+    /// # Panics
+    /// If it doesn't run.
+    pub fn signal_machine(&self, guest: &str, signal: Signal) -> u32 {
+        let status = self.object("vm", guest)["status"].clone();
+        let id = status["processId"].as_u64().expect("the guest runs");
+        let id = i32::try_from(id).expect("a process id");
+        kill_process(Pid::from_raw(id).expect("not zero"), signal).expect("it is there");
+        id.unsigned_abs()
+    }
+
+    /// The process ids of a program of this host.
+    ///
+    /// # Panics
+    /// If /proc can't be read.
+    pub fn processes(&self, program: &str) -> Vec<u32> {
+        let folder = self.folder().to_string_lossy().into_owned();
+        fs::read_dir("/proc")
+            .expect("/proc can be read")
+            .flatten()
+            .filter_map(|entry| entry.file_name().to_str()?.parse().ok())
+            .filter(|id: &u32| {
+                let line = fs::read(format!("/proc/{id}/cmdline")).unwrap_or_default();
+                let line = String::from_utf8_lossy(&line).into_owned();
+                let name = line.split('\0').next().unwrap_or_default().to_owned();
+                name.ends_with(program) && line.contains(&folder)
+            })
+            .collect()
+    }
+
+    /// The network devices of the host.
+    ///
+    /// # Panics
+    /// If they can't be listed.
+    pub fn devices(&self) -> Vec<String> {
+        let output = Command::new("ip")
+            .args(["-o", "link"])
+            .output()
+            .expect("ip runs");
+        String::from_utf8_lossy(&output.stdout)
+            .lines()
+            .filter_map(|line| Some(line.split(": ").nth(1)?.to_owned()))
+            .collect()
+    }
+
+    /// Packets that a guest's first interface dropped in a direction, for a reason.
+    ///
+    /// # Panics
+    /// If there are no counters.
+    pub fn dropped(&self, guest: &str, direction: &str, reason: &str) -> u64 {
+        let text = self
+            .keelson(&["net", "counters", guest, "-o", "json"])
+            .done();
+        let counters: Value = serde_json::from_str(&text).expect("the client prints JSON");
+        counters
+            .pointer(&format!("/0/{direction}/dropped/{reason}/packets"))
+            .and_then(Value::as_u64)
+            .unwrap_or(0)
+    }
+}
+
+impl Default for Host {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl Drop for Host {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            eprintln!("the agent's log:\n{}", self.agent_log());
+        }
+        self.kill_agent();
+        for program in ["keelson-vmm", "keelson-blk"] {
+            for id in self.processes(program) {
+                let id = i32::try_from(id).ok().and_then(Pid::from_raw);
+                // It may have ended.
+                let _ = id.map(|id| kill_process(id, Signal::KILL));
+            }
+        }
+    }
+}
+
+/// The `Ready` condition of a status.
+fn ready(status: &Value) -> Option<&Value> {
+    let conditions = status["conditions"].as_array()?;
+    conditions
+        .iter()
+        .find(|condition| condition["type"] == "Ready")
+}
+
+fn said(output: &std::process::Output) -> Said {
+    Said {
+        code: output.status.code(),
+        output: String::from_utf8_lossy(&output.stdout).into_owned(),
+        errors: String::from_utf8_lossy(&output.stderr).into_owned(),
+    }
+}

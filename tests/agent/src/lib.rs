@@ -1,0 +1,14 @@
+//! Runs the real `keelsond` and `keelson` with payload guests (`tests/payload`) on this machine's
+//! `/dev/kvm`.
+//!
+//! Each test has its own agent, with folders, pins, and a network namespace of its own, so tests run
+//! side by side. What is missing (`/dev/kvm`, root, built programs) makes a test fail with a sentence
+//! that says so.
+//!
+//! The functions here panic where a test can't go on, as assertions do.
+
+mod host;
+mod manifest;
+
+pub use host::{Host, Said};
+pub use manifest::{Guest, disk, network, security_group};

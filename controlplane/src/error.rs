@@ -11,8 +11,9 @@ pub enum StateError {
     /// The revision asked for has been compacted away. Read the current state again and go on from
     /// the revision of that answer.
     #[error(
-        "revision {requested} has been compacted, the oldest that can be read is \
-         {compact_revision}: list again and continue from the revision of that answer"
+        "revision {requested} has been compacted{}: list again and continue from the revision of \
+         that answer",
+        known(", the oldest that can be read is ", *compact_revision)
     )]
     Compacted {
         /// The revision in the request; 0 where the server doesn't repeat it.
@@ -22,7 +23,7 @@ pub enum StateError {
     },
 
     /// The revision asked for doesn't exist yet.
-    #[error("revision {requested} is in the future, the store is at {current}")]
+    #[error("revision {requested} is in the future{}", known(", the store is at ", *current))]
     FutureRevision {
         /// The revision in the request; 0 where the server doesn't repeat it.
         requested: Revision,
@@ -83,10 +84,18 @@ pub enum StateError {
         reason: String,
     },
 
-    /// The server can't be reached, has no leader, or did not answer in time. Whether a write that
-    /// failed this way was applied is unknown.
+    /// The server can't be reached, has no leader, or did not answer in time. Nothing was changed:
+    /// asking again is safe.
     #[error("state store unavailable: {0}")]
     Unavailable(String),
+
+    /// The connection was lost, or time ran out, after a write had been sent: it may have been
+    /// done, or may still be. Read what it was to change before deciding to repeat it; a
+    /// compare-and-swap can be repeated safely.
+    #[error(
+        "whether the state store did the write is unknown: {0}; read again before repeating it"
+    )]
+    OutcomeUnknown(String),
 
     /// The server wants credentials, or other ones.
     #[error("access to the state store denied: {0}")]
@@ -127,4 +136,12 @@ pub enum StateError {
     /// The store has been closed.
     #[error("the state store is closed")]
     Closed,
+}
+
+/// `text` and `number`, if that is known.
+fn known(text: &str, number: i64) -> String {
+    match number {
+        0 => String::new(),
+        number => format!("{text}{number}"),
+    }
 }

@@ -96,6 +96,16 @@ impl KeyRange {
         }
     }
 
+    /// Whether no key can be in the range.
+    pub fn is_empty(&self) -> bool {
+        match &self.end {
+            RangeEnd::Single => self.start.is_empty(),
+            // The empty key is none.
+            RangeEnd::Before(end) => end <= &self.start || &end[..] <= &[0][..],
+            RangeEnd::Unbounded => false,
+        }
+    }
+
     pub(crate) fn end(&self) -> &RangeEnd {
         &self.end
     }

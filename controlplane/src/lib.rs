@@ -2,6 +2,7 @@
 
 pub mod embedded;
 mod error;
+pub mod etcd;
 mod ext;
 mod key;
 mod kv;

@@ -1,6 +1,7 @@
 use std::sync::Arc;
 
 use crate::embedded::EmbeddedStore;
+use crate::etcd::EtcdStore;
 use crate::{StateError, StateStore, StoreUrl};
 
 /// Opens the store that `url` names: see [`StoreUrl`].
@@ -10,5 +11,6 @@ use crate::{StateError, StateStore, StoreUrl};
 pub async fn open(url: &str) -> Result<Arc<dyn StateStore>, StateError> {
     match url.parse()? {
         StoreUrl::Embedded(options) => Ok(Arc::new(EmbeddedStore::open(options).await?)),
+        StoreUrl::Etcd(options) => Ok(Arc::new(EtcdStore::open(options).await?)),
     }
 }

@@ -9,7 +9,7 @@ pub struct RangeRequest {
     pub range: KeyRange,
     /// Read the state as it was at this revision; `None` reads the current one.
     pub revision: Option<Revision>,
-    /// Return at most this many keys; `None` returns all, up to
+    /// Return at most this many keys; `None` and 0 return all, up to
     /// [`MAX_RANGE_BYTES`](crate::limits::MAX_RANGE_BYTES).
     pub limit: Option<u32>,
     /// Leave the values out.

@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use crate::StateError;
 use crate::embedded::{EmbeddedOptions, Retention};
+use crate::etcd::{Credentials, EtcdOptions, MAX_ENDPOINTS, MAX_PREFIX_BYTES};
 
 /// Names a store: a backend, where it is, and its options.
 ///
@@ -25,6 +26,8 @@ use crate::embedded::{EmbeddedOptions, Retention};
 pub enum StoreUrl {
     /// `embedded:`
     Embedded(EmbeddedOptions),
+    /// `etcd:`
+    Etcd(EtcdOptions),
 }
 
 impl FromStr for StoreUrl {
@@ -32,7 +35,7 @@ impl FromStr for StoreUrl {
 
     fn from_str(url: &str) -> Result<Self, StateError> {
         parse(url).map_err(|reason| StateError::InvalidUrl {
-            url: url.to_owned(),
+            url: without_credentials(url),
             reason,
         })
     }
@@ -46,6 +49,7 @@ fn parse(url: &str) -> Result<StoreUrl, String> {
     let options = Options::parse(options)?;
     match scheme {
         "embedded" => embedded(location, options).map(StoreUrl::Embedded),
+        "etcd" => etcd(location, options).map(StoreUrl::Etcd),
         "cluster" => Err("cluster: is not in this version: use embedded: or etcd:".into()),
         _ => Err(format!(
             "scheme {scheme:?} is unknown: use embedded: or etcd:"
@@ -77,6 +81,87 @@ fn embedded(location: &str, mut options: Options<'_>) -> Result<EmbeddedOptions,
     }
     options.finish()?;
     Ok(embedded)
+}
+
+fn etcd(location: &str, mut options: Options<'_>) -> Result<EtcdOptions, String> {
+    let endpoints: Vec<_> = location
+        .split(',')
+        .map(endpoint)
+        .collect::<Result<_, String>>()?;
+    if endpoints.len() > MAX_ENDPOINTS {
+        return Err(format!("more than {MAX_ENDPOINTS} endpoints"));
+    }
+    let mut etcd = EtcdOptions::new(endpoints);
+    if let Some(prefix) = options.take("prefix") {
+        if prefix.len() > MAX_PREFIX_BYTES {
+            return Err(format!(
+                "the prefix is longer than {MAX_PREFIX_BYTES} bytes"
+            ));
+        }
+        etcd.prefix = prefix.as_bytes().to_vec();
+    }
+    for (name, duration) in [
+        ("timeout_ms", &mut etcd.timeout),
+        ("connect_timeout_ms", &mut etcd.connect_timeout),
+    ] {
+        match options.number(name, 600_000)? {
+            Some(0) => return Err(format!("option {name}=0: give at least 1")),
+            Some(milliseconds) => *duration = Duration::from_millis(milliseconds),
+            None => {}
+        }
+    }
+    etcd.credentials = match (options.take("user"), options.take("password_file")) {
+        (Some(user), Some(file)) => Some(Credentials {
+            user: user.to_owned(),
+            password_file: PathBuf::from(file),
+        }),
+        (None, None) => None,
+        _ => return Err("user and password_file belong together".into()),
+    };
+    options.finish()?;
+    Ok(etcd)
+}
+
+fn endpoint(endpoint: &str) -> Result<String, String> {
+    let wrong = |what: &str| {
+        let endpoint = without_credentials(endpoint);
+        Err(format!("endpoint {endpoint:?}: {what}"))
+    };
+    if endpoint.starts_with("https://") {
+        return wrong("TLS is not in this version: use http:// over a network you trust");
+    }
+    let Some(address) = endpoint.strip_prefix("http://") else {
+        return wrong("write http://HOST:PORT");
+    };
+    if address.contains('@') {
+        return wrong("give the user with the options user and password_file");
+    }
+    let address = address.strip_suffix('/').unwrap_or(address);
+    let plain = |host: &str| {
+        let other =
+            |character: char| !(character.is_alphanumeric() || ".-_:[]%".contains(character));
+        !host.is_empty() && !host.contains(other)
+    };
+    match address.rsplit_once(':') {
+        Some((host, port)) if plain(host) && port.parse::<u16>().is_ok_and(|port| port > 0) => {
+            Ok(format!("http://{address}"))
+        }
+        _ => wrong("write http://HOST:PORT"),
+    }
+}
+
+/// `url` with what stands between `//` and `@` replaced, for messages.
+fn without_credentials(url: &str) -> String {
+    let mut parts = url.split("//");
+    let mut text = parts.next().unwrap_or_default().to_owned();
+    for part in parts {
+        text.push_str("//");
+        match part.rsplit_once('@') {
+            Some((_, address)) => text.extend(["***@", address]),
+            None => text.push_str(part),
+        }
+    }
+    text
 }
 
 /// The options behind the question mark, each taken once.
@@ -127,6 +212,13 @@ impl fmt::Display for StoreUrl {
         match self {
             Self::Embedded(options) => {
                 write!(formatter, "embedded:{}", options.directory.display())
+            }
+            Self::Etcd(options) => {
+                write!(formatter, "etcd:{}", options.endpoints.join(","))?;
+                if options.prefix.is_empty() {
+                    return Ok(());
+                }
+                write!(formatter, "?prefix={}", options.prefix.escape_ascii())
             }
         }
     }

@@ -5,7 +5,7 @@ use crate::limits::{
 };
 use crate::{
     Compare, CompareTarget, DeleteRequest, KeyRange, LeaseGrantRequest, LeaseId, PutRequest,
-    RangeRequest, StateError, Txn, TxnOp, WatchRequest,
+    RangeRequest, Revision, StateError, Txn, TxnOp, WatchRequest,
 };
 
 /// Size of a request in bytes, as it counts for the limit.
@@ -76,7 +76,21 @@ pub(crate) fn watch(request: &WatchRequest) -> Result<(), StateError> {
             "revisions to watch from begin at 1".into(),
         ));
     }
+    if request.range.is_empty() {
+        return Err(StateError::InvalidArgument(
+            "the range to watch is empty: its end is not above its start".into(),
+        ));
+    }
     key_range(&request.range).map(drop)
+}
+
+pub(crate) fn compact(revision: Revision) -> Result<(), StateError> {
+    if revision <= 0 {
+        return Err(StateError::InvalidArgument(
+            "revisions to compact to begin at 1".into(),
+        ));
+    }
+    Ok(())
 }
 
 /// The time to live in whole seconds.

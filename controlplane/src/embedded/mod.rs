@@ -216,6 +216,7 @@ impl StateStore for EmbeddedStore {
     }
 
     async fn compact(&self, revision: Revision) -> Result<Revision, StateError> {
+        validate::compact(revision)?;
         match self.request(Request::Compact(revision), 0).await? {
             Answer::Revision(revision) => Ok(revision),
             answer => Err(unexpected(&answer)),

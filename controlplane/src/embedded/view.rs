@@ -373,7 +373,12 @@ impl<'a> Answer<'a> {
         }
         let full =
             |limit| usize::try_from(limit).is_ok_and(|limit| self.response.kvs.len() >= limit);
-        if self.request.limit.is_some_and(full) {
+        if self
+            .request
+            .limit
+            .filter(|limit| *limit > 0)
+            .is_some_and(full)
+        {
             self.response.more = true;
             return Ok(());
         }

@@ -57,7 +57,7 @@ fn systemd_is_told_and_its_watchdog_fed() {
     let path = host.path("notify.sock");
     let socket = UnixDatagram::bind(&path).expect("a socket can be bound");
     socket
-        .set_read_timeout(Some(std::time::Duration::from_secs(60)))
+        .set_read_timeout(Some(std::time::Duration::from_mins(1)))
         .expect("a time limit can be set");
     let mut agent = host
         .agent_command()

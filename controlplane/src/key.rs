@@ -101,7 +101,7 @@ impl KeyRange {
         match &self.end {
             RangeEnd::Single => self.start.is_empty(),
             // The empty key is none.
-            RangeEnd::Before(end) => end <= &self.start || &end[..] <= &[0][..],
+            RangeEnd::Before(end) => end <= &self.start || end[..] <= [0][..],
             RangeEnd::Unbounded => false,
         }
     }

@@ -128,6 +128,19 @@ impl EmbeddedStore {
         self.database.directory()
     }
 
+    /// The current and the oldest readable revision.
+    async fn revisions(&self) -> Result<(Revision, Revision), StateError> {
+        let database = Arc::clone(&self.database);
+        blocking(move || {
+            database.read(|txn| {
+                let meta = txn.open_table(META).engine("open a table")?;
+                let revision = Number::Revision.require(&meta)?;
+                Ok((revision, Number::CompactRevision.require(&meta)?))
+            })
+        })
+        .await
+    }
+
     async fn request(&self, request: Request, bytes: usize) -> Result<Answer, StateError> {
         debug_assert!(bytes <= MAX_REQUEST_BYTES);
         let share = u32::try_from(bytes / 1024 + 1).unwrap_or(1);
@@ -210,6 +223,16 @@ impl StateStore for EmbeddedStore {
                     what: "watches",
                     limit: MAX_WATCHES,
                 })?;
+        if let Some(requested) = request.start_revision {
+            // The feed may still have it in memory; what is gone is gone for everyone.
+            let (_, compact_revision) = self.revisions().await?;
+            if requested < compact_revision {
+                return Err(StateError::Compacted {
+                    requested,
+                    compact_revision,
+                });
+            }
+        }
         let (database, feed) = (Arc::clone(&self.database), Arc::clone(&self.feed));
         let watcher = Watcher::new(database, feed, request, self.progress_interval, permit);
         Ok(watcher.into_stream())
@@ -262,25 +285,15 @@ impl StateStore for EmbeddedStore {
     }
 
     async fn status(&self) -> Result<StoreStatus, StateError> {
-        let database = Arc::clone(&self.database);
-        blocking(move || {
-            let (revision, compact_revision) = database.read(|txn| {
-                let meta = txn.open_table(META).engine("open a table")?;
-                Ok((
-                    Number::Revision.require(&meta)?,
-                    Number::CompactRevision.require(&meta)?,
-                ))
-            })?;
-            Ok(StoreStatus {
-                backend: "embedded",
-                location: database.directory().display().to_string(),
-                version: format!("format {FORMAT}"),
-                revision,
-                compact_revision: Some(compact_revision),
-                size_bytes: database.size_bytes(),
-            })
+        let (revision, compact_revision) = self.revisions().await?;
+        Ok(StoreStatus {
+            backend: "embedded",
+            location: self.directory().display().to_string(),
+            version: format!("format {FORMAT}"),
+            revision,
+            compact_revision: Some(compact_revision),
+            size_bytes: self.database.size_bytes(),
         })
-        .await
     }
 
     async fn close(&self) -> Result<(), StateError> {

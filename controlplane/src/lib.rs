@@ -1,5 +1,6 @@
 //! Distributed state behind one trait, with swappable backends.
 
+mod duplicates;
 pub mod embedded;
 mod error;
 pub mod etcd;

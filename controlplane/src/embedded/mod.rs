@@ -4,7 +4,6 @@ mod apply;
 mod command;
 mod compaction;
 mod database;
-mod duplicates;
 mod errors;
 mod feed;
 mod leases;
@@ -37,7 +36,7 @@ use crate::limits::{MAX_REQUEST_BYTES, MAX_WATCHES};
 use crate::{
     DeleteRequest, DeleteResponse, Lease, LeaseGrantRequest, LeaseId, LeaseStatus, PutRequest,
     PutResponse, RangeRequest, RangeResponse, Revision, StateError, StateStore, StoreStatus, Txn,
-    TxnOp, TxnResponse, TxnResult, WatchRequest, WatchStream, validate,
+    TxnOp, TxnResponse, TxnResult, WatchRequest, WatchStream, duplicates, validate,
 };
 
 pub use self::compaction::Retention;

@@ -22,7 +22,7 @@ use self::watcher::Watcher;
 use crate::{
     DeleteRequest, DeleteResponse, KeyRange, Lease, LeaseGrantRequest, LeaseId, LeaseStatus,
     PutRequest, PutResponse, RangeRequest, RangeResponse, Revision, StateError, StateStore,
-    StoreStatus, Txn, TxnResponse, WatchRequest, WatchStream, validate,
+    StoreStatus, Txn, TxnResponse, WatchRequest, WatchStream, duplicates, validate,
 };
 
 pub use self::options::{Credentials, EtcdOptions, MAX_ENDPOINTS, MAX_PREFIX_BYTES, MAX_WATCHES};
@@ -128,6 +128,7 @@ impl StateStore for EtcdStore {
 
     async fn txn(&self, txn: Txn) -> Result<TxnResponse, StateError> {
         validate::txn(&txn)?;
+        duplicates::check(&txn)?;
         self.check_open()?;
         let encoded = txn::encode(&self.namespace, &txn);
         let call = if txn::writes(&txn) {

@@ -167,6 +167,7 @@ pub async fn one_key_twice_is_refused(store: &Store) {
         vec![put("k", "1"), put("k", "2")],
         vec![put("k", "1"), delete("k")],
         vec![delete(KeyRange::prefix("k")), put("k1", "")],
+        vec![delete(KeyRange::from("a")), put("k", "")],
         vec![put("k", "1"), inner(put("k", "2"))],
     ] {
         for txn in [Txn::new().then(ops.clone()), Txn::new().or_else(ops)] {

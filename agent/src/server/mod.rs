@@ -93,6 +93,7 @@ fn status(error: AgentError) -> Status {
         AgentError::NotFound { .. } => Code::NotFound,
         AgentError::Conflict(_) => Code::Aborted,
         AgentError::State(StateError::Unavailable(_)) => Code::Unavailable,
+        AgentError::State(StateError::OutcomeUnknown(_)) => Code::Unknown,
         AgentError::Corrupt { .. } => Code::DataLoss,
         _ => Code::Internal,
     };

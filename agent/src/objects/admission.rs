@@ -2,9 +2,6 @@
 //! written; then it is written whole.
 
 use std::collections::BTreeSet;
-use std::fs;
-use std::os::unix::fs::FileTypeExt;
-use std::path::Path;
 
 use jiff::Timestamp;
 use keelson_api::{
@@ -14,6 +11,7 @@ use keelson_api::{
 use serde_json::Value;
 
 use super::allocation::Allocation;
+use super::checks;
 use super::store::{ObjectStore, World};
 use crate::host::Inventory;
 use crate::{AgentError, error::Result};
@@ -150,8 +148,8 @@ impl Admission<'_> {
                 errors.push(format!("{identity}: {field}: {message}"));
             };
             match object {
-                Object::Disk(disk) => check_disk(disk, &mut report),
-                Object::Network(network) => check_network(network, &after, &mut report),
+                Object::Disk(disk) => checks::disk(disk, &mut report),
+                Object::Network(network) => checks::network(network, &after, &mut report),
                 Object::SecurityGroup(_) => {}
                 Object::VirtualMachine(guest) => {
                     self.check_guest(guest, &after, &mut report);
@@ -184,21 +182,21 @@ impl Admission<'_> {
                 ),
             );
         }
-        check_file("spec.kernel.image", &guest.spec.kernel.image, report);
+        checks::file("spec.kernel.image", &guest.spec.kernel.image, report);
         if let Some(initrd) = &guest.spec.kernel.initrd {
-            check_file("spec.kernel.initrd", initrd, report);
+            checks::file("spec.kernel.initrd", initrd, report);
         }
         for (index, disk) in guest.spec.disks.iter().enumerate() {
             if after.get::<Disk>(&disk.disk).is_none() {
                 let field = format!("spec.disks[{index}].disk");
-                report(&field, missing(Kind::Disk, &disk.disk));
+                report(&field, checks::missing(Kind::Disk, &disk.disk));
             }
         }
         for (index, interface) in guest.spec.interfaces.iter().enumerate() {
             for (position, group) in interface.security_groups.iter().enumerate() {
                 if after.get::<SecurityGroup>(group).is_none() {
                     let field = format!("spec.interfaces[{index}].securityGroups[{position}]");
-                    report(&field, missing(Kind::SecurityGroup, group));
+                    report(&field, checks::missing(Kind::SecurityGroup, group));
                 }
             }
         }
@@ -299,7 +297,7 @@ fn allocate(
         let Some(Object::Network(network)) = after.get::<Network>(&interface.network) else {
             report(
                 &format!("{field}.network"),
-                missing(Kind::Network, &interface.network),
+                checks::missing(Kind::Network, &interface.network),
             );
             continue;
         };
@@ -336,85 +334,6 @@ fn finish(world: &World, mut object: Object) -> Applied {
         },
         object,
     }
-}
-
-fn check_disk(disk: &Disk, report: &mut impl FnMut(&str, String)) {
-    let path = &disk.spec.path;
-    match fs::metadata(path) {
-        Err(error) => report("spec.path", format!("{}: {error}", path.display())),
-        Ok(metadata) if metadata.is_dir() => report(
-            "spec.path",
-            format!(
-                "{} is a directory; give a raw image or a block device",
-                path.display()
-            ),
-        ),
-        Ok(metadata) if !metadata.is_file() && !metadata.file_type().is_block_device() => report(
-            "spec.path",
-            format!("{} is neither a file nor a block device", path.display()),
-        ),
-        Ok(metadata) if metadata.is_file() && metadata.len() < 512 => report(
-            "spec.path",
-            format!(
-                "{} is {} bytes large; a disk has at least 512",
-                path.display(),
-                metadata.len()
-            ),
-        ),
-        Ok(_) => {}
-    }
-}
-
-fn check_network(network: &Network, after: &World, report: &mut impl FnMut(&str, String)) {
-    for stored in after.of_kind(Kind::Network) {
-        let Object::Network(other) = &stored.object else {
-            continue;
-        };
-        let (ours, theirs) = (network.spec.subnet, other.spec.subnet);
-        let overlap = ours.contains(&theirs.network()) || theirs.contains(&ours.network());
-        if overlap && other.metadata.name != network.metadata.name {
-            report(
-                "spec.subnet",
-                format!(
-                    "{ours} overlaps {theirs} of Network/{}",
-                    other.metadata.name
-                ),
-            );
-        }
-    }
-    for stored in after.of_kind(Kind::VirtualMachine) {
-        let Object::VirtualMachine(guest) = &stored.object else {
-            continue;
-        };
-        for interface in &guest.spec.interfaces {
-            let address = interface
-                .address
-                .filter(|_| interface.network == network.metadata.name);
-            if let Some(problem) = address.and_then(|a| network.spec.refuse_address(a)) {
-                report(
-                    "spec",
-                    format!(
-                        "{problem}, and VirtualMachine/{} holds it",
-                        guest.metadata.name
-                    ),
-                );
-            }
-        }
-    }
-}
-
-fn check_file(field: &str, path: &Path, report: &mut impl FnMut(&str, String)) {
-    match fs::metadata(path) {
-        Err(error) => report(field, format!("{}: {error}", path.display())),
-        Ok(metadata) if !metadata.is_file() => {
-            report(field, format!("{} is not a file", path.display()));
-        }
-        Ok(_) => {}
-    }
-}
-
-fn missing(kind: Kind, name: &str) -> String {
-    format!("{kind}/{name} does not exist; apply it first or in the same manifest")
 }
 
 /// What an object refers to.

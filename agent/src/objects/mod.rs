@@ -2,6 +2,7 @@
 
 mod admission;
 mod allocation;
+mod checks;
 mod store;
 
 pub use admission::{Action, Admission, set_power_state};

@@ -61,7 +61,7 @@ pub trait StateStore: Send + Sync + fmt::Debug {
 /// A store's state.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct StoreStatus {
-    /// The backend: `embedded` or `etcd`.
+    /// The backend: `embedded`, `etcd` or `cluster`.
     pub backend: &'static str,
     /// Where it is: a path, or endpoints. No passwords.
     pub location: String,

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use crate::StateError;
 use crate::embedded::{EmbeddedOptions, Retention};
-use crate::etcd::{Credentials, EtcdOptions, MAX_ENDPOINTS, MAX_PREFIX_BYTES};
+use crate::etcd::{Credentials, EtcdOptions, MAX_ENDPOINTS, MAX_PREFIX_BYTES, Server};
 
 /// Names a store: a backend, where it is, and its options.
 ///
@@ -15,18 +15,18 @@ use crate::etcd::{Credentials, EtcdOptions, MAX_ENDPOINTS, MAX_PREFIX_BYTES};
 /// | --- | --- |
 /// | `embedded:/var/lib/keelson/state` | in this process, in this directory |
 /// | `etcd:http://10.0.0.1:2379,http://10.0.0.2:2379` | an etcd cluster |
-/// | `cluster:…` | reserved; not in this version |
+/// | `cluster:http://10.0.0.1:2379,http://10.0.0.2:2379` | a cluster of `keelson-state` |
 ///
 /// Options follow behind a `?`, joined by `&`. For `embedded:` `retain_revisions=N` or
 /// `retain_minutes=N` (0 retains everything; default 10,000 revisions) and `cache_mib=N` (default
-/// 64). For `etcd:` `prefix=…` (prepended to every key), `timeout_ms=N` (of one request, default
+/// 64). For `etcd:` and `cluster:` `prefix=…` (prepended to every key), `timeout_ms=N` (of one request, default
 /// 5,000), `connect_timeout_ms=N` (default 2,000), `user=…` and `password_file=PATH`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum StoreUrl {
     /// `embedded:`
     Embedded(EmbeddedOptions),
-    /// `etcd:`
+    /// `etcd:` or `cluster:`
     Etcd(EtcdOptions),
 }
 
@@ -44,15 +44,15 @@ impl FromStr for StoreUrl {
 fn parse(url: &str) -> Result<StoreUrl, String> {
     let (scheme, rest) = url
         .split_once(':')
-        .ok_or("it has no scheme: write embedded:/DIRECTORY or etcd:http://HOST:2379")?;
+        .ok_or("it has no scheme: write embedded:/DIRECTORY, etcd:http://HOST:2379 or cluster:http://HOST:2379")?;
     let (location, options) = rest.split_once('?').unwrap_or((rest, ""));
     let options = Options::parse(options)?;
     match scheme {
         "embedded" => embedded(location, options).map(StoreUrl::Embedded),
-        "etcd" => etcd(location, options).map(StoreUrl::Etcd),
-        "cluster" => Err("cluster: is not in this version: use embedded: or etcd:".into()),
+        "etcd" => etcd(location, options, Server::Etcd).map(StoreUrl::Etcd),
+        "cluster" => etcd(location, options, Server::KeelsonState).map(StoreUrl::Etcd),
         _ => Err(format!(
-            "scheme {scheme:?} is unknown: use embedded: or etcd:"
+            "scheme {scheme:?} is unknown: use embedded:, etcd: or cluster:"
         )),
     }
 }
@@ -83,7 +83,7 @@ fn embedded(location: &str, mut options: Options<'_>) -> Result<EmbeddedOptions,
     Ok(embedded)
 }
 
-fn etcd(location: &str, mut options: Options<'_>) -> Result<EtcdOptions, String> {
+fn etcd(location: &str, mut options: Options<'_>, server: Server) -> Result<EtcdOptions, String> {
     let endpoints: Vec<_> = location
         .split(',')
         .map(endpoint)
@@ -92,6 +92,7 @@ fn etcd(location: &str, mut options: Options<'_>) -> Result<EtcdOptions, String>
         return Err(format!("more than {MAX_ENDPOINTS} endpoints"));
     }
     let mut etcd = EtcdOptions::new(endpoints);
+    etcd.server = server;
     if let Some(prefix) = options.take("prefix") {
         if prefix.len() > MAX_PREFIX_BYTES {
             return Err(format!(
@@ -214,7 +215,8 @@ impl fmt::Display for StoreUrl {
                 write!(formatter, "embedded:{}", options.directory.display())
             }
             Self::Etcd(options) => {
-                write!(formatter, "etcd:{}", options.endpoints.join(","))?;
+                let scheme = options.server.scheme();
+                write!(formatter, "{scheme}:{}", options.endpoints.join(","))?;
                 if options.prefix.is_empty() {
                     return Ok(());
                 }

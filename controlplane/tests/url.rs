@@ -30,7 +30,7 @@ fn wrong_ones_say_why() {
     for (url, why) in [
         ("/var/lib", "no scheme"),
         ("redis:x", "unknown"),
-        ("cluster:x", "not in this version"),
+        ("cluster:x", "http://HOST:PORT"),
         ("embedded:state", "absolute"),
         ("embedded:/s?prefix=x", "unknown for this backend"),
         ("embedded:/s?cache_mib=x", "give a number"),

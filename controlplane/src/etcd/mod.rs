@@ -1,4 +1,4 @@
-//! The etcd backend: an etcd cluster over its gRPC API, version 3.4 and later.
+//! The etcd and cluster backends: servers that speak etcd's gRPC API, version 3.4 and later.
 
 mod endpoints;
 mod failure;
@@ -25,7 +25,9 @@ use crate::{
     StoreStatus, Txn, TxnResponse, WatchRequest, WatchStream, duplicates, validate,
 };
 
-pub use self::options::{Credentials, EtcdOptions, MAX_ENDPOINTS, MAX_PREFIX_BYTES, MAX_WATCHES};
+pub use self::options::{
+    Credentials, EtcdOptions, MAX_ENDPOINTS, MAX_PREFIX_BYTES, MAX_WATCHES, Server,
+};
 
 /// A [`StateStore`] in an etcd cluster.
 ///
@@ -41,6 +43,7 @@ pub struct EtcdStore {
     namespace: Namespace,
     watches: Arc<Semaphore>,
     closed: watch::Sender<bool>,
+    server: Server,
 }
 
 impl EtcdStore {
@@ -52,6 +55,7 @@ impl EtcdStore {
     pub async fn open(options: EtcdOptions) -> Result<Self, StateError> {
         let store = Self {
             namespace: Namespace::new(options.prefix.clone()),
+            server: options.server,
             endpoints: Arc::new(Endpoints::new(options)?),
             watches: Arc::new(Semaphore::new(MAX_WATCHES)),
             closed: watch::Sender::new(false),
@@ -262,9 +266,14 @@ impl StateStore for EtcdStore {
             |mut client: endpoints::Clients| async move { client.maintenance.status().await };
         let response = self.endpoints.call(Call::Read, read).await?;
         Ok(StoreStatus {
-            backend: "etcd",
+            backend: self.server.scheme(),
             location: self.endpoints.location(&self.namespace),
-            version: format!("etcd {}", response.version()),
+            version: match self.server {
+                Server::Etcd => format!("etcd {}", response.version()),
+                Server::KeelsonState => {
+                    format!("keelson-state, etcd API {}", response.version())
+                }
+            },
             revision,
             compact_revision: None,
             size_bytes: u64::try_from(response.db_size()).unwrap_or(0),

@@ -25,6 +25,27 @@ pub struct EtcdOptions {
     pub connect_timeout: Duration,
     /// Whom to log in as, if etcd's authentication is enabled.
     pub credentials: Option<Credentials>,
+    /// What the servers are.
+    pub server: Server,
+}
+
+/// What speaks etcd's API.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Server {
+    /// etcd itself.
+    Etcd,
+    /// `keelson-state`.
+    KeelsonState,
+}
+
+impl Server {
+    /// The backend's name: the scheme of its URLs.
+    pub fn scheme(self) -> &'static str {
+        match self {
+            Self::Etcd => "etcd",
+            Self::KeelsonState => "cluster",
+        }
+    }
 }
 
 /// A user of etcd.
@@ -46,6 +67,7 @@ impl EtcdOptions {
             timeout: Duration::from_secs(5),
             connect_timeout: Duration::from_secs(2),
             credentials: None,
+            server: Server::Etcd,
         }
     }
 }

@@ -1,6 +1,7 @@
 use std::sync::Arc;
 
 use keelson_controlplane::embedded::{EmbeddedOptions, EmbeddedStore, Retention};
+use keelson_controlplane::etcd::Server;
 use keelson_controlplane::{StateStore, open};
 use std::time::Duration;
 use tempfile::TempDir;
@@ -34,9 +35,13 @@ pub struct Etcd {
 }
 
 impl Etcd {
-    pub async fn start() -> Self {
-        let server = EtcdServer::start().await;
-        let url = format!("etcd:{}?prefix=/keelson/&timeout_ms=20000", server.url());
+    pub async fn start(server: Server) -> Self {
+        let scheme = server.scheme();
+        let server = EtcdServer::start_server(server).await;
+        let url = format!(
+            "{scheme}:{}?prefix=/keelson/&timeout_ms=20000",
+            server.url()
+        );
         let store = open(&url).await.unwrap();
         Self {
             store,

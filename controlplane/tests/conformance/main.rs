@@ -2,6 +2,8 @@
 
 #![allow(clippy::unwrap_used)] // A test that can't go on panics.
 
+use keelson_controlplane::etcd::Server;
+
 mod backend;
 mod closing;
 mod compaction;
@@ -31,7 +33,16 @@ macro_rules! conformance {
             $(mod $topic {
                 $(#[tokio::test(flavor = "multi_thread")]
                 async fn $case() {
-                    let backend = crate::backend::Etcd::start().await;
+                    let backend = crate::backend::Etcd::start(crate::Server::Etcd).await;
+                    crate::$topic::$case(&backend.store).await;
+                })+
+            })+
+        }
+        mod cluster {
+            $(mod $topic {
+                $(#[tokio::test(flavor = "multi_thread")]
+                async fn $case() {
+                    let backend = crate::backend::Etcd::start(crate::Server::KeelsonState).await;
                     crate::$topic::$case(&backend.store).await;
                 })+
             })+

@@ -1,4 +1,4 @@
-//! A real etcd server for one test.
+//! A real server of etcd's API for one test: etcd, or keelson-state.
 
 use std::fs::File;
 use std::net::{Ipv4Addr, TcpListener};
@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
-use keelson_controlplane::etcd::{EtcdOptions, EtcdStore};
+use keelson_controlplane::etcd::{EtcdOptions, EtcdStore, Server};
 use rustix::process::{Pid, Signal, kill_process};
 use tempfile::TempDir;
 
@@ -16,12 +16,19 @@ pub struct EtcdServer {
     client_url: String,
     peer_url: String,
     process: Option<Child>,
+    server: Server,
 }
 
 impl EtcdServer {
-    /// Starts a server and waits until it answers.
+    /// Starts etcd and waits until it answers.
     pub async fn start() -> Self {
+        Self::start_server(Server::Etcd).await
+    }
+
+    /// Starts a server and waits until it answers.
+    pub async fn start_server(server: Server) -> Self {
         let mut server = Self {
+            server,
             directory: tempfile::tempdir().unwrap(),
             client_url: free_url(),
             peer_url: free_url(),
@@ -32,7 +39,7 @@ impl EtcdServer {
         options.timeout = Duration::from_secs(30);
         if let Err(error) = EtcdStore::open(options).await {
             let log = std::fs::read_to_string(server.log()).unwrap_or_default();
-            panic!("etcd did not start: {error}\n{log}");
+            panic!("the server did not start: {error}\n{log}");
         }
         server
     }
@@ -42,7 +49,9 @@ impl EtcdServer {
     }
 
     pub fn options(&self) -> EtcdOptions {
-        EtcdOptions::new(vec![self.client_url.clone()])
+        let mut options = EtcdOptions::new(vec![self.client_url.clone()]);
+        options.server = self.server;
+        options
     }
 
     /// Runs the server on its directory and addresses.
@@ -52,8 +61,21 @@ impl EtcdServer {
             .append(true)
             .open(self.log())
             .unwrap();
-        let process = Command::new("etcd")
-            .args(["--name", "test", "--logger", "zap"])
+        let mut command = match self.server {
+            Server::Etcd => {
+                let mut etcd = Command::new("etcd");
+                etcd.args(["--logger", "zap"])
+                    .args(["--experimental-watch-progress-notify-interval", "1s"]);
+                etcd
+            }
+            Server::KeelsonState => {
+                let mut state = Command::new(keelson_state());
+                state.args(["--watch-progress-notify-interval", "1s"]);
+                state
+            }
+        };
+        let process = command
+            .args(["--name", "test"])
             .arg("--data-dir")
             .arg(self.directory.path().join("data"))
             .args(["--listen-client-urls", &self.client_url])
@@ -63,13 +85,15 @@ impl EtcdServer {
             .args(["--initial-cluster", &format!("test={}", self.peer_url)])
             // Leases of 1 s need a short election timeout.
             .args(["--heartbeat-interval", "10", "--election-timeout", "100"])
-            .args(["--experimental-watch-progress-notify-interval", "1s"])
             .stdin(Stdio::null())
             .stdout(log.try_clone().unwrap())
             .stderr(log)
             .spawn();
         self.process = Some(process.unwrap_or_else(|error| {
-            panic!("run etcd: {error}; install Debian's package etcd-server")
+            panic!(
+                "run {:?}: {error}; `./test` installs etcd and builds keelson-state",
+                self.server
+            )
         }));
     }
 
@@ -101,6 +125,12 @@ impl Drop for EtcdServer {
             let _ = process.wait();
         }
     }
+}
+
+/// `keelson-state`, built beside the tests.
+fn keelson_state() -> PathBuf {
+    let test = std::env::current_exe().unwrap();
+    test.ancestors().nth(2).unwrap().join("keelson-state")
 }
 
 /// A free port on a loopback address that belongs to this process, so that no other test takes it

@@ -1,0 +1,176 @@
+//! What can go wrong: with a member ([`MemberError`]), and with a client's request
+//! ([`RequestError`]).
+
+use std::io;
+
+/// A member can't go on, or can't start.
+#[derive(Debug, thiserror::Error)]
+pub enum MemberError {
+    /// The disk failed.
+    #[error("cannot {what}: {source}")]
+    Disk {
+        /// What was tried, on which file.
+        what: String,
+        /// The disk's error.
+        source: io::Error,
+    },
+    /// The storage engine failed.
+    #[error("the storage engine cannot {what}: {source}")]
+    Engine {
+        /// What was tried.
+        what: &'static str,
+        /// The engine's error.
+        source: Box<redb::Error>,
+    },
+    /// Stored bytes are not what was written.
+    #[error("{0}: restore this member from the others, or from a backup")]
+    Corrupt(String),
+    /// The folder belongs to another member or another cluster.
+    #[error("{0}")]
+    Foreign(String),
+    /// The folder was written by a newer version.
+    #[error("{what} has format {found}, this version knows {known}: use a newer keelson-state")]
+    Newer {
+        /// Which file.
+        what: String,
+        /// Its format.
+        found: u64,
+        /// The highest known format.
+        known: u64,
+    },
+    /// The consensus engine refused something that it should not.
+    #[error("consensus: {0}")]
+    Consensus(#[from] raft::Error),
+}
+
+impl MemberError {
+    /// For `map_err` on disk calls.
+    pub(crate) fn disk(what: impl Into<String>) -> impl FnOnce(io::Error) -> Self {
+        let what = what.into();
+        move |source| Self::Disk { what, source }
+    }
+
+    /// For `map_err` on engine calls.
+    pub(crate) fn engine<E: Into<redb::Error>>(what: &'static str) -> impl FnOnce(E) -> Self {
+        move |source| Self::Engine {
+            what,
+            source: Box::new(source.into()),
+        }
+    }
+}
+
+/// A request is refused. Messages and [`RequestError::code`] are those of etcd
+/// (`api/v3rpc/rpctypes`), which clients compare.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[allow(missing_docs)] // each says what it is
+pub enum RequestError {
+    #[error("etcdserver: key is not provided")]
+    EmptyKey,
+    #[error("etcdserver: key not found")]
+    KeyNotFound,
+    #[error("etcdserver: value is provided")]
+    ValueProvided,
+    #[error("etcdserver: lease is provided")]
+    LeaseProvided,
+    #[error("etcdserver: too many operations in txn request")]
+    TooManyOperations,
+    #[error("etcdserver: duplicate key given in txn request")]
+    DuplicateKey,
+    #[error("etcdserver: invalid sort option")]
+    InvalidSortOption,
+    #[error("etcdserver: mvcc: required revision has been compacted")]
+    Compacted,
+    #[error("etcdserver: mvcc: required revision is a future revision")]
+    FutureRevision,
+    #[error("etcdserver: mvcc: database space exceeded")]
+    NoSpace,
+    #[error("etcdserver: requested lease not found")]
+    LeaseNotFound,
+    #[error("etcdserver: lease already exists")]
+    LeaseExists,
+    #[error("etcdserver: too large lease TTL")]
+    LeaseTtlTooLarge,
+    #[error("etcdserver: request is too large")]
+    RequestTooLarge,
+    #[error("etcdserver: too many requests")]
+    TooManyRequests,
+    #[error("etcdserver: member ID already exist")]
+    MemberExists,
+    #[error("etcdserver: Peer URLs already exists")]
+    PeerUrlExists,
+    #[error("etcdserver: re-configuration failed due to not enough started members")]
+    NotEnoughStarted,
+    #[error("etcdserver: given member URLs are invalid")]
+    BadPeerUrls,
+    #[error("etcdserver: member not found")]
+    MemberNotFound,
+    #[error("etcdserver: can only promote a learner member")]
+    NotLearner,
+    #[error("etcdserver: can only promote a learner member which is in sync with leader")]
+    LearnerNotReady,
+    #[error("etcdserver: too many learner members in cluster")]
+    TooManyLearners,
+    #[error("etcdserver: no leader")]
+    NoLeader,
+    #[error("etcdserver: not leader")]
+    NotLeader,
+    #[error("etcdserver: leader changed")]
+    LeaderChanged,
+    #[error("etcdserver: server stopped")]
+    Stopped,
+    #[error("etcdserver: request timed out")]
+    TimedOut,
+    #[error("etcdserver: bad leader transferee")]
+    BadTransferee,
+    #[error("etcdserver: corrupt cluster")]
+    Corrupt,
+}
+
+impl RequestError {
+    /// gRPC's status code, as etcd gives it for the same mistake.
+    pub fn code(&self) -> i32 {
+        const INVALID_ARGUMENT: i32 = 3;
+        const NOT_FOUND: i32 = 5;
+        const RESOURCE_EXHAUSTED: i32 = 8;
+        const FAILED_PRECONDITION: i32 = 9;
+        const OUT_OF_RANGE: i32 = 11;
+        const UNAVAILABLE: i32 = 14;
+        const DATA_LOSS: i32 = 15;
+        match self {
+            Self::EmptyKey
+            | Self::KeyNotFound
+            | Self::ValueProvided
+            | Self::LeaseProvided
+            | Self::TooManyOperations
+            | Self::DuplicateKey
+            | Self::InvalidSortOption
+            | Self::RequestTooLarge
+            | Self::BadPeerUrls => INVALID_ARGUMENT,
+            Self::LeaseNotFound | Self::MemberNotFound => NOT_FOUND,
+            Self::NoSpace | Self::TooManyRequests => RESOURCE_EXHAUSTED,
+            Self::LeaseExists
+            | Self::MemberExists
+            | Self::PeerUrlExists
+            | Self::NotEnoughStarted
+            | Self::NotLearner
+            | Self::LearnerNotReady
+            | Self::TooManyLearners
+            | Self::NotLeader
+            | Self::BadTransferee => FAILED_PRECONDITION,
+            Self::Compacted | Self::FutureRevision | Self::LeaseTtlTooLarge => OUT_OF_RANGE,
+            Self::NoLeader | Self::LeaderChanged | Self::Stopped | Self::TimedOut => UNAVAILABLE,
+            Self::Corrupt => DATA_LOSS,
+        }
+    }
+}
+
+/// A request failed: it is refused, or the member is broken.
+#[derive(Debug, thiserror::Error)]
+pub enum Failure {
+    /// The client's mistake, or a state that the client should know of.
+    #[error(transparent)]
+    Request(#[from] RequestError),
+    /// The member's.
+    #[error(transparent)]
+    Member(#[from] MemberError),
+}

@@ -1,0 +1,320 @@
+//! Applies commands: the only code that changes the keyspace.
+
+use std::collections::BTreeSet;
+
+use bytes::Bytes;
+use keelson_etcd_api::etcdserverpb as pb;
+use keelson_etcd_api::mvccpb::KeyValue;
+
+use super::lease::{Lease, LeaseRecord, MAX_LEASE_TTL};
+use super::metadata::Alarm;
+use super::range::KeyRange;
+use super::read::{key_value, read};
+use super::state::State;
+use super::version::Version;
+use super::{Member, txn};
+use crate::command::{AlarmChange, Command, Operation, Response};
+use crate::{Failure, MemberError, RequestError};
+
+/// A change of a key, for watches.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Event {
+    /// The key after the change; a deletion has only key and revision.
+    pub kv: KeyValue,
+    /// Whether the key was deleted.
+    pub deletion: bool,
+    /// The key before the change.
+    pub previous: Option<KeyValue>,
+}
+
+/// Applies commands to a state, at the revision after the current one.
+pub(super) struct Applier<'a> {
+    pub(super) state: &'a mut State,
+    /// The revision that changes get.
+    revision: i64,
+    /// Changes made so far at that revision.
+    sub: u32,
+    events: &'a mut Vec<Event>,
+}
+
+impl<'a> Applier<'a> {
+    pub(super) fn new(state: &'a mut State, events: &'a mut Vec<Event>) -> Self {
+        let revision = state.metadata.revision + 1;
+        Self {
+            state,
+            revision,
+            sub: 0,
+            events,
+        }
+    }
+
+    /// Applies one command. A request that is refused changes nothing.
+    pub(super) fn apply(mut self, command: Command) -> Result<Response, Failure> {
+        let response = match command.operation {
+            Some(Operation::Put(put)) => {
+                self.check_put(&put)?;
+                Response::Put(self.put(put)?)
+            }
+            Some(Operation::DeleteRange(delete)) => {
+                Response::DeleteRange(self.delete_range(&delete)?)
+            }
+            Some(Operation::Txn(request)) => Response::Txn(txn::apply(&mut self, request)?),
+            Some(Operation::Compact(compaction)) => Response::Compact(self.compact(compaction)?),
+            Some(Operation::LeaseGrant(grant)) => Response::LeaseGrant(self.grant(&grant)?),
+            Some(Operation::LeaseRevoke(revoke)) => Response::LeaseRevoke(self.revoke(revoke.id)?),
+            Some(Operation::LeaseCheckpoint(request)) => self.checkpoint(&request),
+            Some(Operation::Member(member)) => self.describe_member(member),
+            Some(Operation::Alarm(change)) => self.alarm(change),
+            // Written by the member that won an election, or by a newer version.
+            None => Response::Done,
+        };
+        if self.sub > 0 {
+            self.state.metadata.revision = self.revision;
+        }
+        Ok(response)
+    }
+
+    /// A header with the revision that follows from the changes so far.
+    #[allow(clippy::unnecessary_wraps)] // headers are optional in messages
+    pub(super) fn header(&self) -> Option<pb::ResponseHeader> {
+        Some(pb::ResponseHeader {
+            revision: self.current(),
+            ..Default::default()
+        })
+    }
+
+    /// The revision of the changes so far.
+    pub(super) fn current(&self) -> i64 {
+        if self.sub > 0 {
+            self.revision
+        } else {
+            self.state.metadata.revision
+        }
+    }
+
+    /// What makes [`Applier::put`] impossible.
+    pub(super) fn check_put(&self, put: &pb::PutRequest) -> Result<(), Failure> {
+        if (put.ignore_value || put.ignore_lease) && self.existing(&put.key)?.is_none() {
+            return Err(RequestError::KeyNotFound.into());
+        }
+        if put.lease != 0 && !self.state.leases.contains_key(&put.lease) {
+            return Err(RequestError::LeaseNotFound.into());
+        }
+        Ok(())
+    }
+
+    /// Sets a key. The request was checked.
+    pub(super) fn put(&mut self, put: pb::PutRequest) -> Result<pb::PutResponse, MemberError> {
+        let previous = self.existing(&put.key)?;
+        let (mut value, mut lease) = (put.value, put.lease);
+        let (mut create_revision, mut puts) = (self.revision, 1);
+        let mut previous_lease = 0;
+        if let Some((_, previous)) = &previous {
+            create_revision = previous.create_revision;
+            puts = previous.puts + 1;
+            previous_lease = previous.lease;
+            if put.ignore_value {
+                value = previous.value.clone();
+            }
+            if put.ignore_lease {
+                lease = previous.lease;
+            }
+        }
+        if previous_lease != lease {
+            self.detach(previous_lease, &put.key);
+            self.attach(lease, &put.key);
+        }
+        let version = Version {
+            create_revision,
+            puts,
+            lease,
+            sub: self.sub,
+            value,
+        };
+        let previous = previous.map(|(at, version)| key_value(put.key.clone(), at, version));
+        self.events.push(Event {
+            kv: key_value(put.key.clone(), self.revision, version.clone()),
+            deletion: false,
+            previous: previous.clone(),
+        });
+        self.insert(put.key, version);
+        Ok(pb::PutResponse {
+            header: self.header(),
+            prev_kv: previous.filter(|_| put.prev_kv),
+        })
+    }
+
+    /// Deletes keys.
+    pub(super) fn delete_range(
+        &mut self,
+        delete: &pb::DeleteRangeRequest,
+    ) -> Result<pb::DeleteRangeResponse, MemberError> {
+        let range = KeyRange::new(&delete.key, &delete.range_end);
+        let mut found = Vec::new();
+        self.state.walk(&range, self.current(), |entry| {
+            found.push(entry);
+            std::ops::ControlFlow::Continue(())
+        })?;
+        let mut prev_kvs = Vec::new();
+        let deleted = i64::try_from(found.len()).unwrap_or(i64::MAX);
+        for entry in found {
+            let previous = key_value(entry.key, entry.revision, entry.version);
+            if delete.prev_kv {
+                prev_kvs.push(previous.clone());
+            }
+            self.delete(previous);
+        }
+        Ok(pb::DeleteRangeResponse {
+            header: self.header(),
+            deleted,
+            prev_kvs,
+        })
+    }
+
+    /// Reads as of the changes so far.
+    pub(super) fn range(&self, request: &pb::RangeRequest) -> Result<pb::RangeResponse, Failure> {
+        read(self.state, request, self.current())
+    }
+
+    /// The newest version of a key that is there.
+    pub(super) fn existing(&self, key: &[u8]) -> Result<Option<(i64, Version)>, MemberError> {
+        let newest = self.state.newest(key, i64::MAX)?;
+        Ok(newest.filter(|(_, version)| !version.is_deletion()))
+    }
+
+    fn delete(&mut self, previous: KeyValue) {
+        self.detach(previous.lease, &previous.key);
+        let key = previous.key.clone();
+        self.events.push(Event {
+            kv: KeyValue {
+                key: key.clone(),
+                mod_revision: self.revision,
+                ..Default::default()
+            },
+            deletion: true,
+            previous: Some(previous),
+        });
+        self.insert(key, Version::deleted(self.sub));
+    }
+
+    fn insert(&mut self, key: Bytes, version: Version) {
+        self.state.active.insert(key, self.revision, version);
+        self.sub += 1;
+    }
+
+    fn attach(&mut self, id: i64, key: &Bytes) {
+        if let Some(lease) = self.state.leases.get_mut(&id) {
+            lease.keys.insert(key.clone());
+            self.state
+                .active
+                .attachments
+                .insert((id, key.clone()), true);
+        }
+    }
+
+    fn detach(&mut self, id: i64, key: &Bytes) {
+        if let Some(lease) = self.state.leases.get_mut(&id) {
+            lease.keys.remove(key);
+            self.state
+                .active
+                .attachments
+                .insert((id, key.clone()), false);
+        }
+    }
+
+    fn compact(
+        &mut self,
+        request: pb::CompactionRequest,
+    ) -> Result<pb::CompactionResponse, RequestError> {
+        if request.revision <= self.state.metadata.compact_revision {
+            return Err(RequestError::Compacted);
+        }
+        if request.revision > self.state.metadata.revision {
+            return Err(RequestError::FutureRevision);
+        }
+        self.state.metadata.compact_revision = request.revision;
+        Ok(pb::CompactionResponse {
+            header: self.header(),
+        })
+    }
+
+    fn grant(
+        &mut self,
+        grant: &pb::LeaseGrantRequest,
+    ) -> Result<pb::LeaseGrantResponse, RequestError> {
+        if grant.id == 0 {
+            return Err(RequestError::LeaseNotFound);
+        }
+        if grant.ttl > MAX_LEASE_TTL {
+            return Err(RequestError::LeaseTtlTooLarge);
+        }
+        if self.state.leases.contains_key(&grant.id) {
+            return Err(RequestError::LeaseExists);
+        }
+        let record = LeaseRecord {
+            granted: grant.ttl,
+            remaining: 0,
+        };
+        let keys = BTreeSet::new();
+        self.state.leases.insert(grant.id, Lease { record, keys });
+        self.state.active.leases.insert(grant.id, Some(record));
+        Ok(pb::LeaseGrantResponse {
+            header: self.header(),
+            id: grant.id,
+            ttl: grant.ttl,
+            error: String::new(),
+        })
+    }
+
+    fn revoke(&mut self, id: i64) -> Result<pb::LeaseRevokeResponse, Failure> {
+        let lease = self
+            .state
+            .leases
+            .get(&id)
+            .ok_or(RequestError::LeaseNotFound)?;
+        for key in lease.keys.clone() {
+            if let Some((at, version)) = self.existing(&key)? {
+                self.delete(key_value(key, at, version));
+            }
+        }
+        self.state.leases.remove(&id);
+        self.state.active.leases.insert(id, None);
+        Ok(pb::LeaseRevokeResponse {
+            header: self.header(),
+        })
+    }
+
+    fn checkpoint(&mut self, request: &pb::LeaseCheckpointRequest) -> Response {
+        for checkpoint in &request.checkpoints {
+            if let Some(lease) = self.state.leases.get_mut(&checkpoint.id) {
+                lease.record.remaining = checkpoint.remaining_ttl;
+                self.state
+                    .active
+                    .leases
+                    .insert(checkpoint.id, Some(lease.record));
+            }
+        }
+        Response::Done
+    }
+
+    fn describe_member(&mut self, member: Member) -> Response {
+        let members = &mut self.state.metadata.members;
+        if let Some(known) = members.iter_mut().find(|known| known.id == member.id) {
+            known.name = member.name;
+            known.client_urls = member.client_urls;
+        }
+        Response::Done
+    }
+
+    fn alarm(&mut self, change: AlarmChange) -> Response {
+        let Some(alarm) = change.alarm else {
+            return Response::Done;
+        };
+        let alarms: &mut Vec<Alarm> = &mut self.state.metadata.alarms;
+        alarms.retain(|raised| *raised != alarm);
+        if change.raised {
+            alarms.push(alarm);
+        }
+        Response::Done
+    }
+}

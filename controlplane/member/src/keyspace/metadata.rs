@@ -1,0 +1,145 @@
+//! Everything about the state machine that is neither a key nor a lease, stored with each flush.
+
+use prost::Message;
+use raft::eraftpb::ConfState;
+
+use crate::MemberError;
+
+/// Format of the engine's tables and of this message.
+pub const FORMAT: u64 = 1;
+
+/// State of the whole keyspace at one log index.
+#[derive(Clone, PartialEq, Message)]
+pub struct Metadata {
+    /// [`FORMAT`] of what wrote it.
+    #[prost(uint64, tag = "1")]
+    pub format: u64,
+    /// The cluster that the data belongs to.
+    #[prost(uint64, tag = "2")]
+    pub cluster_id: u64,
+    /// Log index up to which the data has every entry.
+    #[prost(uint64, tag = "3")]
+    pub applied_index: u64,
+    /// Term of that entry.
+    #[prost(uint64, tag = "4")]
+    pub applied_term: u64,
+    /// The current revision.
+    #[prost(int64, tag = "5")]
+    pub revision: i64,
+    /// Revisions before this can't be read; 0 if history was never compacted.
+    #[prost(int64, tag = "6")]
+    pub compact_revision: i64,
+    /// Voters and learners by id.
+    #[prost(message, optional, tag = "7")]
+    pub consensus: Option<Configuration>,
+    /// The members.
+    #[prost(message, repeated, tag = "8")]
+    pub members: Vec<Member>,
+    /// Members that were removed; their ids are never taken again.
+    #[prost(uint64, repeated, tag = "9")]
+    pub removed_members: Vec<u64>,
+    /// Alarms that are raised: member and kind (`etcdserverpb.AlarmType`).
+    #[prost(message, repeated, tag = "10")]
+    pub alarms: Vec<Alarm>,
+}
+
+/// The voters and learners of consensus, also during a joint change.
+#[derive(Clone, PartialEq, Message)]
+pub struct Configuration {
+    /// Ids of voters.
+    #[prost(uint64, repeated, tag = "1")]
+    pub voters: Vec<u64>,
+    /// Ids of learners.
+    #[prost(uint64, repeated, tag = "2")]
+    pub learners: Vec<u64>,
+    /// Voters of the configuration that a joint change leaves.
+    #[prost(uint64, repeated, tag = "3")]
+    pub voters_outgoing: Vec<u64>,
+    /// Voters that become learners when the joint change ends.
+    #[prost(uint64, repeated, tag = "4")]
+    pub learners_next: Vec<u64>,
+    /// Whether the joint change ends by itself.
+    #[prost(bool, tag = "5")]
+    pub auto_leave: bool,
+}
+
+/// A member of the cluster.
+#[derive(Clone, PartialEq, Eq, Message)]
+pub struct Member {
+    /// Its id.
+    #[prost(uint64, tag = "1")]
+    pub id: u64,
+    /// Its name; empty until it has started once.
+    #[prost(string, tag = "2")]
+    pub name: String,
+    /// Where other members reach it.
+    #[prost(string, repeated, tag = "3")]
+    pub peer_urls: Vec<String>,
+    /// Where clients reach it; empty until it has started once.
+    #[prost(string, repeated, tag = "4")]
+    pub client_urls: Vec<String>,
+    /// Whether it has no vote.
+    #[prost(bool, tag = "5")]
+    pub is_learner: bool,
+}
+
+/// A raised alarm.
+#[derive(Clone, Copy, PartialEq, Eq, Message)]
+pub struct Alarm {
+    /// The member that raised it.
+    #[prost(uint64, tag = "1")]
+    pub member_id: u64,
+    /// `etcdserverpb.AlarmType`.
+    #[prost(int32, tag = "2")]
+    pub kind: i32,
+}
+
+impl Metadata {
+    pub(super) fn encode(&self) -> Vec<u8> {
+        let mut bytes = self.encode_to_vec();
+        let sum = crc32fast::hash(&bytes);
+        bytes.extend_from_slice(&sum.to_le_bytes());
+        bytes
+    }
+
+    pub(super) fn decode(bytes: &[u8]) -> Result<Self, MemberError> {
+        let corrupt = || MemberError::Corrupt("the keyspace's metadata fails its checksum".into());
+        let (body, sum) = bytes.split_last_chunk::<4>().ok_or_else(corrupt)?;
+        if crc32fast::hash(body).to_le_bytes() != *sum {
+            return Err(corrupt());
+        }
+        let metadata = <Self as Message>::decode(body).map_err(|_| corrupt())?;
+        if metadata.format > FORMAT {
+            return Err(MemberError::Newer {
+                what: "the keyspace".into(),
+                found: metadata.format,
+                known: FORMAT,
+            });
+        }
+        Ok(metadata)
+    }
+}
+
+impl From<ConfState> for Configuration {
+    fn from(state: ConfState) -> Self {
+        Self {
+            voters: state.voters,
+            learners: state.learners,
+            voters_outgoing: state.voters_outgoing,
+            learners_next: state.learners_next,
+            auto_leave: state.auto_leave,
+        }
+    }
+}
+
+impl From<Configuration> for ConfState {
+    fn from(state: Configuration) -> Self {
+        Self {
+            voters: state.voters,
+            learners: state.learners,
+            voters_outgoing: state.voters_outgoing,
+            learners_next: state.learners_next,
+            auto_leave: state.auto_leave,
+        }
+    }
+}

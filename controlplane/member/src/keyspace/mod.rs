@@ -1,0 +1,336 @@
+//! The state machine: etcd's multi-version keys, leases and history.
+//!
+//! Versions of keys are never changed. New ones are in an overlay in memory (the log has them
+//! already); a flush writes the overlay to the storage engine, off the path of requests. Readers see
+//! the layers as one, at any revision from the compacted one on.
+
+mod apply;
+mod engine;
+mod lease;
+mod metadata;
+mod overlay;
+mod range;
+mod read;
+mod state;
+mod txn;
+mod version;
+
+use std::fmt;
+use std::sync::Arc;
+
+use keelson_etcd_api::etcdserverpb as pb;
+use parking_lot::{Mutex, RwLock};
+
+pub use self::apply::Event;
+pub use self::engine::ENGINE_FILE;
+pub use self::lease::{LeaseRecord, MAX_LEASE_TTL};
+pub use self::metadata::{Alarm, Configuration, FORMAT, Member, Metadata};
+pub use self::range::{KeyRange, RangeEnd};
+
+use self::apply::Applier;
+use self::engine::Engine;
+use self::overlay::Overlay;
+use self::read::key_value;
+use self::state::State;
+use crate::command::{Command, Response};
+use crate::disk::Disk;
+use crate::{Failure, MemberError, RequestError};
+
+/// Overlay bytes from which on a flush is worth it.
+const FLUSH_BYTES: usize = 8 * 1024 * 1024;
+
+/// The keyspace of one member. Reads may come from any thread; commands and flushes from one.
+pub struct Keyspace {
+    state: RwLock<State>,
+    engine: Engine,
+    /// Held by the flush or compaction that is under way.
+    writing: Mutex<()>,
+}
+
+/// Committed entries being applied, seen by readers all at once.
+pub struct Batch<'a> {
+    state: parking_lot::RwLockWriteGuard<'a, State>,
+    events: Vec<Event>,
+}
+
+/// Changes that were taken for a flush.
+#[derive(Debug)]
+pub struct Flush {
+    overlay: Arc<Overlay>,
+    metadata: Metadata,
+}
+
+/// Events of some revisions, and how far they reach.
+#[derive(Debug, Clone, Default)]
+pub struct History {
+    /// In order, whole revisions.
+    pub events: Vec<Event>,
+    /// No event up to this revision is missing.
+    pub revision: i64,
+}
+
+impl Keyspace {
+    /// Opens what `disk` holds. If it holds nothing, starts with `bootstrap`.
+    pub fn open(
+        disk: &dyn Disk,
+        cache_bytes: usize,
+        bootstrap: Metadata,
+    ) -> Result<Self, MemberError> {
+        let engine = Engine::open(disk, cache_bytes)?;
+        let (metadata, leases) = if let Some(loaded) = engine.load()? {
+            (loaded.metadata, loaded.leases)
+        } else {
+            engine.flush(&Overlay::default(), &bootstrap)?;
+            (bootstrap, lease::Leases::new())
+        };
+        let state = State {
+            metadata,
+            leases,
+            active: Overlay::default(),
+            flushing: None,
+            base: engine.base()?,
+        };
+        Ok(Self {
+            state: RwLock::new(state),
+            engine,
+            writing: Mutex::new(()),
+        })
+    }
+
+    /// The state beside keys and leases.
+    pub fn metadata(&self) -> Metadata {
+        self.state.read().metadata.clone()
+    }
+
+    /// The current revision.
+    pub fn revision(&self) -> i64 {
+        self.state.read().metadata.revision
+    }
+
+    /// Current and compacted revision.
+    pub fn revisions(&self) -> (i64, i64) {
+        let state = self.state.read();
+        (state.metadata.revision, state.metadata.compact_revision)
+    }
+
+    /// Size of the engine's file in bytes.
+    pub fn size(&self) -> Result<u64, MemberError> {
+        self.engine.size()
+    }
+
+    /// Reads keys.
+    pub fn range(&self, request: &pb::RangeRequest) -> Result<pb::RangeResponse, Failure> {
+        let state = self.state.read();
+        read::read(&state, request, state.metadata.revision)
+    }
+
+    /// A checksum of every key at a revision (the current one if it is not positive), that revision,
+    /// and the compacted one. Equal on members that have applied the same entries.
+    pub fn hash(&self, revision: i64) -> Result<(u32, i64, i64), Failure> {
+        let state = self.state.read();
+        let (current, compacted) = (state.metadata.revision, state.metadata.compact_revision);
+        let at = if revision <= 0 { current } else { revision };
+        if at > current {
+            return Err(RequestError::FutureRevision.into());
+        }
+        if at < compacted {
+            return Err(RequestError::Compacted.into());
+        }
+        let everything = KeyRange {
+            start: bytes::Bytes::new(),
+            end: RangeEnd::Open,
+        };
+        let mut hasher = crc32fast::Hasher::new();
+        let mut record = Vec::new();
+        state.walk(&everything, at, |found| {
+            found
+                .version
+                .encode(&found.key, found.revision, &mut record);
+            hasher.update(&found.key);
+            hasher.update(&record);
+            std::ops::ControlFlow::Continue(())
+        })?;
+        Ok((hasher.finalize(), at, compacted))
+    }
+
+    /// A transaction that only reads.
+    pub fn read_txn(&self, request: pb::TxnRequest) -> Result<pb::TxnResponse, Failure> {
+        // It changes nothing, but the code that applies it could: so it takes the write lock.
+        let mut state = self.state.write();
+        let mut events = Vec::new();
+        txn::apply(&mut Applier::new(&mut state, &mut events), request)
+    }
+
+    /// What is known of a lease, and its keys in order.
+    pub fn lease(&self, id: i64) -> Option<(LeaseRecord, Vec<bytes::Bytes>)> {
+        let state = self.state.read();
+        let lease = state.leases.get(&id)?;
+        Some((lease.record, lease.keys.iter().cloned().collect()))
+    }
+
+    /// Every lease.
+    pub fn leases(&self) -> Vec<(i64, LeaseRecord)> {
+        let state = self.state.read();
+        state
+            .leases
+            .iter()
+            .map(|(id, lease)| (*id, lease.record))
+            .collect()
+    }
+
+    /// Events of keys that `wanted` wants, from `revision` on, out of about `limit` changes.
+    pub fn history(
+        &self,
+        revision: i64,
+        limit: usize,
+        wanted: impl Fn(&[u8]) -> bool,
+    ) -> Result<History, Failure> {
+        let state = self.state.read();
+        if revision < state.metadata.compact_revision {
+            return Err(RequestError::Compacted.into());
+        }
+        let changes = state.changes(revision, limit)?;
+        let reached = if changes.len() < limit {
+            state.metadata.revision
+        } else {
+            changes
+                .last()
+                .map_or(state.metadata.revision, |change| change.revision)
+        };
+        let mut history = History {
+            events: Vec::new(),
+            revision: reached,
+        };
+        for change in changes {
+            if !wanted(&change.key) || change.revision > state.metadata.revision {
+                continue;
+            }
+            let version = state.newest(&change.key, change.revision)?;
+            let previous = if change.revision > state.metadata.compact_revision {
+                state.newest(&change.key, change.revision - 1)?
+            } else {
+                None
+            };
+            let previous = previous
+                .filter(|(_, version)| !version.is_deletion())
+                .map(|(at, version)| key_value(change.key.clone(), at, version));
+            let version = version
+                .map(|(_, version)| version)
+                .filter(|_| !change.deletion)
+                .unwrap_or_else(|| version::Version::deleted(change.sub));
+            history.events.push(Event {
+                kv: key_value(change.key, change.revision, version),
+                deletion: change.deletion,
+                previous,
+            });
+        }
+        Ok(history)
+    }
+
+    /// Starts applying entries.
+    pub fn batch(&self) -> Batch<'_> {
+        Batch {
+            state: self.state.write(),
+            events: Vec::new(),
+        }
+    }
+
+    /// Whether enough has changed since the last flush.
+    pub fn wants_flush(&self) -> bool {
+        let state = self.state.read();
+        state.flushing.is_none() && state.active.bytes >= FLUSH_BYTES
+    }
+
+    /// Takes what changed for a flush; `None` if one is under way.
+    pub fn begin_flush(&self) -> Option<Flush> {
+        let mut state = self.state.write();
+        if state.flushing.is_some() {
+            return None;
+        }
+        let overlay = Arc::new(std::mem::take(&mut state.active));
+        state.flushing = Some(Arc::clone(&overlay));
+        Some(Flush {
+            overlay,
+            metadata: state.metadata.clone(),
+        })
+    }
+
+    /// Writes what [`Keyspace::begin_flush`] took. Returns the log index up to which the log is not
+    /// needed by this member any more. Slow; readers and commands go on meanwhile.
+    pub fn flush(&self, flush: &Flush) -> Result<u64, MemberError> {
+        let _writing = self.writing.lock();
+        self.engine.flush(&flush.overlay, &flush.metadata)?;
+        let base = self.engine.base()?;
+        {
+            let mut state = self.state.write();
+            state.base = base;
+            state.flushing = None;
+        }
+        Ok(flush.metadata.applied_index)
+    }
+
+    /// Whether changes up to `revision` are in memory only.
+    pub fn has_unflushed(&self, revision: i64) -> bool {
+        let state = self.state.read();
+        state
+            .first_unflushed()
+            .is_some_and(|first| first <= revision)
+    }
+
+    /// Removes versions that compaction made invisible, some at a time. Returns whether there may
+    /// be more. What is not flushed yet waits.
+    pub fn clear_compacted(&self) -> Result<bool, MemberError> {
+        let _writing = self.writing.lock();
+        let revision = {
+            let state = self.state.read();
+            let flushed = state.first_unflushed().map_or(i64::MAX, |first| first - 1);
+            state.metadata.compact_revision.min(flushed)
+        };
+        if revision <= 0 {
+            return Ok(false);
+        }
+        let more = self.engine.compact(&self.engine.base()?, revision)?;
+        let base = self.engine.base()?;
+        self.state.write().base = base;
+        Ok(more)
+    }
+}
+
+impl Batch<'_> {
+    /// Applies a committed command.
+    pub fn apply(
+        &mut self,
+        command: Command,
+    ) -> Result<Result<Response, RequestError>, MemberError> {
+        match Applier::new(&mut self.state, &mut self.events).apply(command) {
+            Ok(response) => Ok(Ok(response)),
+            Err(Failure::Request(error)) => Ok(Err(error)),
+            Err(Failure::Member(error)) => Err(error),
+        }
+    }
+
+    /// Notes that everything up to a log entry is applied.
+    pub fn applied(&mut self, index: u64, term: u64) {
+        self.state.metadata.applied_index = index;
+        self.state.metadata.applied_term = term;
+    }
+
+    /// The metadata, for changes of the membership.
+    pub fn metadata_mut(&mut self) -> &mut Metadata {
+        &mut self.state.metadata
+    }
+
+    /// Shows the changes to readers. Returns their events, in order, and the revision reached.
+    pub fn finish(self) -> History {
+        History {
+            revision: self.state.metadata.revision,
+            events: self.events,
+        }
+    }
+}
+
+impl fmt::Debug for Keyspace {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        formatter.debug_struct("Keyspace").finish_non_exhaustive()
+    }
+}

@@ -1,0 +1,257 @@
+//! The layers of the keyspace, and how they are read as one.
+
+use std::ops::{Bound, ControlFlow};
+use std::sync::Arc;
+
+use bytes::Bytes;
+
+use super::engine::{Base, invert, revert};
+use super::lease::Leases;
+use super::metadata::Metadata;
+use super::overlay::{Change, Overlay, newest_of};
+use super::range::{KeyRange, RangeEnd};
+use super::version::Version;
+use crate::MemberError;
+
+/// Everything that applying an entry changes, under one lock.
+pub(super) struct State {
+    pub(super) metadata: Metadata,
+    pub(super) leases: Leases,
+    /// The newest layer, the only one that changes.
+    pub(super) active: Overlay,
+    /// The layer that is being flushed.
+    pub(super) flushing: Option<Arc<Overlay>>,
+    /// What was flushed.
+    pub(super) base: Base,
+}
+
+/// A key with its version, as a walk finds it.
+pub(super) struct Found {
+    pub(super) key: Bytes,
+    pub(super) revision: i64,
+    pub(super) version: Version,
+}
+
+/// Versions of one key that are stepped over before the engine is asked anew for the next key.
+const STEPS_BEFORE_SEEK: usize = 8;
+
+impl State {
+    /// The newest version of `key` at `revision`, which may be a deletion.
+    pub(super) fn newest(
+        &self,
+        key: &[u8],
+        revision: i64,
+    ) -> Result<Option<(i64, Version)>, MemberError> {
+        for overlay in self.overlays() {
+            if let Some((at, version)) = overlay.newest(key, revision) {
+                return Ok(Some((at, version.clone())));
+            }
+        }
+        self.base.newest(key, revision)
+    }
+
+    /// Calls `visit` with each key of `range` that exists at `revision`, in order.
+    pub(super) fn walk(
+        &self,
+        range: &KeyRange,
+        revision: i64,
+        mut visit: impl FnMut(Found) -> ControlFlow<()>,
+    ) -> Result<(), MemberError> {
+        if range.end == RangeEnd::Single {
+            if let Some((at, version)) = self.newest(&range.start, revision)?
+                && !version.is_deletion()
+            {
+                let key = range.start.clone();
+                let _ = visit(Found {
+                    key,
+                    revision: at,
+                    version,
+                });
+            }
+            return Ok(());
+        }
+        if range.is_empty() {
+            return Ok(());
+        }
+        let bounds = bounds(range);
+        let mut memory = Vec::new();
+        for overlay in self.overlays() {
+            memory.push(overlay.keys.range::<Bytes, _>(bounds.clone()).peekable());
+        }
+        let mut base = BaseWalk::new(&self.base, range, revision)?;
+        loop {
+            let smallest = memory
+                .iter_mut()
+                .filter_map(|layer| layer.peek().map(|(key, _)| *key))
+                .min()
+                .cloned();
+            let key = match (smallest, base.key()) {
+                (None, None) => return Ok(()),
+                (Some(key), None) => key,
+                (None, Some(key)) => key.clone(),
+                (Some(memory), Some(base)) => memory.min(base.clone()),
+            };
+            let mut found = None;
+            for layer in &mut memory {
+                if let Some((_, versions)) = layer.next_if(|(candidate, _)| **candidate == key)
+                    && found.is_none()
+                {
+                    found =
+                        newest_of(versions, revision).map(|(at, version)| (at, version.clone()));
+                }
+            }
+            if base.key() == Some(&key) {
+                let below = base.take()?;
+                found = found.or(below);
+            }
+            if let Some((at, version)) = found
+                && !version.is_deletion()
+                && visit(Found {
+                    key,
+                    revision: at,
+                    version,
+                })
+                .is_break()
+            {
+                return Ok(());
+            }
+        }
+    }
+
+    /// Changes from `revision` on, in order: up to about `limit`, but whole revisions.
+    pub(super) fn changes(&self, revision: i64, limit: usize) -> Result<Vec<Change>, MemberError> {
+        let mut changes = self.base.changes(revision, limit)?;
+        if changes.len() == limit {
+            // The last revision may be cut: take the rest of it.
+            let last = changes.last().map_or(revision, |change| change.revision);
+            changes.retain(|change| change.revision < last);
+            let mut rest = limit;
+            let whole = loop {
+                let from = self.base.changes(last, rest)?;
+                if from.len() < rest || from.last().is_some_and(|change| change.revision > last) {
+                    break from;
+                }
+                rest *= 2;
+            };
+            changes.extend(whole.into_iter().filter(|change| change.revision == last));
+            return Ok(changes);
+        }
+        for overlay in self.overlays().rev() {
+            let from = overlay
+                .changes
+                .partition_point(|change| change.revision < revision);
+            for change in &overlay.changes[from..] {
+                let enough = changes.len() >= limit;
+                if enough
+                    && changes
+                        .last()
+                        .is_some_and(|last| last.revision < change.revision)
+                {
+                    return Ok(changes);
+                }
+                changes.push(change.clone());
+            }
+        }
+        Ok(changes)
+    }
+
+    /// The oldest revision that is in memory only.
+    pub(super) fn first_unflushed(&self) -> Option<i64> {
+        let first = self
+            .overlays()
+            .rev()
+            .find_map(|overlay| overlay.changes.first());
+        first.map(|change| change.revision)
+    }
+
+    /// The layers in memory, newest first.
+    fn overlays(&self) -> impl DoubleEndedIterator<Item = &Overlay> {
+        [Some(&self.active), self.flushing.as_deref()]
+            .into_iter()
+            .flatten()
+    }
+}
+
+fn bounds(range: &KeyRange) -> (Bound<Bytes>, Bound<Bytes>) {
+    let end = match &range.end {
+        RangeEnd::Before(end) => Bound::Excluded(end.clone()),
+        RangeEnd::Single | RangeEnd::Open => Bound::Unbounded,
+    };
+    (Bound::Included(range.start.clone()), end)
+}
+
+/// The newest versions of the engine's keys in a range, one key after the other.
+struct BaseWalk<'a> {
+    base: &'a Base,
+    range: &'a KeyRange,
+    revision: i64,
+    entries: redb::Range<'static, super::engine::VersionKey, &'static [u8]>,
+    next: Option<(Bytes, i64, Version)>,
+}
+
+impl<'a> BaseWalk<'a> {
+    fn new(base: &'a Base, range: &'a KeyRange, revision: i64) -> Result<Self, MemberError> {
+        let mut walk = Self {
+            base,
+            range,
+            revision,
+            entries: seek(base, range, &range.start)?,
+            next: None,
+        };
+        walk.advance(None)?;
+        Ok(walk)
+    }
+
+    fn key(&self) -> Option<&Bytes> {
+        self.next.as_ref().map(|(key, _, _)| key)
+    }
+
+    fn take(&mut self) -> Result<Option<(i64, Version)>, MemberError> {
+        let Some((key, revision, version)) = self.next.take() else {
+            return Ok(None);
+        };
+        self.advance(Some(&key))?;
+        Ok(Some((revision, version)))
+    }
+
+    /// Finds the next key after `done` that has a version at the revision.
+    fn advance(&mut self, done: Option<&Bytes>) -> Result<(), MemberError> {
+        let what = "read a range";
+        let mut steps = 0;
+        while let Some(entry) = self.entries.next() {
+            let (at, bytes) = entry.map_err(MemberError::engine(what))?;
+            let (key, stored) = at.value();
+            if done.is_some_and(|done| done == key) {
+                steps += 1;
+                if steps > STEPS_BEFORE_SEEK {
+                    steps = 0;
+                    let mut after = key.to_vec();
+                    after.push(0);
+                    self.entries = seek(self.base, self.range, &after)?;
+                }
+                continue;
+            }
+            if stored < invert(self.revision) {
+                continue; // newer than the revision
+            }
+            let revision = revert(stored);
+            let version = Version::decode(key, revision, bytes.value())?;
+            self.next = Some((Bytes::copy_from_slice(key), revision, version));
+            return Ok(());
+        }
+        Ok(())
+    }
+}
+
+fn seek(
+    base: &Base,
+    range: &KeyRange,
+    from: &[u8],
+) -> Result<redb::Range<'static, super::engine::VersionKey, &'static [u8]>, MemberError> {
+    let what = "read a range";
+    match &range.end {
+        RangeEnd::Before(end) => base.versions.range((from, 0)..(&end[..], 0)),
+        RangeEnd::Single | RangeEnd::Open => base.versions.range((from, 0)..),
+    }
+    .map_err(MemberError::engine(what))
+}

@@ -1,0 +1,29 @@
+//! A member of the replicated state store: log, consensus, state machine and watches, without
+//! network, clock or thread of its own. The disk is given from outside ([`disk::Disk`]).
+
+pub mod command;
+pub mod disk;
+mod error;
+pub mod keyspace;
+pub mod lessor;
+pub mod log;
+mod logger;
+mod member;
+pub mod watch;
+
+pub use raft::eraftpb::Message as PeerMessage;
+
+pub use self::error::{Failure, MemberError, RequestError};
+pub use self::member::{
+    ChangeKind, ConsensusStatus, Member, MemberOptions, MembershipChange, Output,
+};
+
+/// The message as other members read it.
+pub fn encode_message(message: &PeerMessage) -> Vec<u8> {
+    prost_of_raft::Message::encode_to_vec(message)
+}
+
+/// A message that another member encoded; garbage is `None`.
+pub fn decode_message(bytes: &[u8]) -> Option<PeerMessage> {
+    prost_of_raft::Message::decode(bytes).ok()
+}

@@ -1,0 +1,489 @@
+//! One member: consensus over the log, applied to the keyspace.
+//!
+//! A member is told what happened (time passed, a message came, a client wants something) and then
+//! [`Member::advance`]d; it has no thread, socket or clock of its own.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use prost::Message as _;
+use raft::eraftpb::{ConfChange, ConfChangeType, ConfState, Entry, EntryType, HardState, Message};
+use raft::{Config, RawNode, ReadOnlyOption, StateRole};
+
+use crate::command::{Command, Response};
+use crate::disk::Disk;
+use crate::keyspace::{Configuration, FORMAT, History, Keyspace, Member as MemberInfo, Metadata};
+use crate::log::{Log, Owner, Position};
+use crate::logger;
+use crate::{MemberError, RequestError};
+
+/// Log entries that are kept for followers that are behind, beyond what the keyspace needs.
+const KEPT_ENTRIES: u64 = 5000;
+/// Bytes of entries in one message.
+const MESSAGE_BYTES: u64 = 512 * 1024;
+/// Messages to one follower that are not answered yet.
+const INFLIGHT_MESSAGES: usize = 256;
+
+/// How a member is set up.
+#[derive(Debug, Clone)]
+pub struct MemberOptions {
+    /// Its cluster.
+    pub cluster_id: u64,
+    /// Its id; not 0.
+    pub id: u64,
+    /// The members of a new cluster; none if this one joins an existing cluster.
+    pub bootstrap: Vec<MemberInfo>,
+    /// Ticks without a leader until an election.
+    pub election_ticks: usize,
+    /// Where randomness begins.
+    pub seed: u64,
+    /// Memory for the storage engine's cache, in bytes.
+    pub cache_bytes: usize,
+}
+
+/// A member.
+pub struct Member {
+    node: RawNode<Log>,
+    keyspace: Arc<Keyspace>,
+    random: Random,
+    /// Term and role at which the election timeout was drawn last.
+    drawn: (u64, StateRole),
+    /// Reads that wait until an index is applied.
+    reads: BTreeMap<u64, Vec<u64>>,
+    applied: Position,
+}
+
+/// What came out of [`Member::advance`].
+#[derive(Debug, Default)]
+pub struct Output {
+    /// Outcomes of commands of any member, by id.
+    pub outcomes: Vec<(u64, Result<Response, RequestError>)>,
+    /// Outcomes of changes of membership, by id.
+    pub membership: Vec<(u64, Result<Vec<MemberInfo>, RequestError>)>,
+    /// What was applied, for watches. Revision 0 if nothing was.
+    pub history: History,
+    /// Reads, by the id given to [`Member::read_index`], that may read now.
+    pub reads: Vec<u64>,
+}
+
+/// What a member knows of its cluster.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct ConsensusStatus {
+    /// The leader's id; 0 if there is none.
+    pub leader: u64,
+    /// The term.
+    pub term: u64,
+    /// Index of the last entry that is committed.
+    pub committed: u64,
+    /// Index of the last entry that is applied.
+    pub applied: u64,
+    /// Whether this member leads.
+    pub is_leader: bool,
+    /// Whether it may serve reads without asking: it is the only voter.
+    pub is_alone: bool,
+}
+
+/// A change of membership, in the context of its entry.
+#[derive(Clone, PartialEq, prost::Message)]
+pub struct MembershipChange {
+    /// As [`Command::id`].
+    #[prost(uint64, tag = "1")]
+    pub id: u64,
+    /// What it does: one of [`ChangeKind`].
+    #[prost(enumeration = "ChangeKind", tag = "2")]
+    pub kind: i32,
+    /// The member, with what is to be known of it.
+    #[prost(message, optional, tag = "3")]
+    pub member: Option<MemberInfo>,
+}
+
+/// Kinds of [`MembershipChange`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq, prost::Enumeration)]
+pub enum ChangeKind {
+    /// A voter or learner joins.
+    Add = 0,
+    /// A member leaves for good.
+    Remove = 1,
+    /// A member's peer URLs change.
+    Update = 2,
+    /// A learner becomes a voter.
+    Promote = 3,
+}
+
+impl Member {
+    /// Opens the member that `disk` holds, or makes a new one.
+    pub fn open(disk: &Arc<dyn Disk>, options: &MemberOptions) -> Result<Self, MemberError> {
+        let keyspace = Keyspace::open(&**disk, options.cache_bytes, first_metadata(options))?;
+        let metadata = keyspace.metadata();
+        if metadata.cluster_id != options.cluster_id {
+            return Err(MemberError::Foreign(format!(
+                "the data belongs to cluster {:x}, this member to cluster {:x}: start it with the \
+                 options that made it, or on its own folder",
+                metadata.cluster_id, options.cluster_id
+            )));
+        }
+        let owner = Owner {
+            cluster_id: options.cluster_id,
+            member_id: options.id,
+        };
+        let applied = Position {
+            index: metadata.applied_index,
+            term: metadata.applied_term,
+        };
+        let conf_state: ConfState = metadata.consensus.unwrap_or_default().into();
+        let log = Log::open(Arc::clone(disk), owner, applied, conf_state.clone())?;
+        let config = Config {
+            id: options.id,
+            election_tick: options.election_ticks,
+            heartbeat_tick: 1,
+            applied: applied.index,
+            max_size_per_msg: MESSAGE_BYTES,
+            max_inflight_msgs: INFLIGHT_MESSAGES,
+            check_quorum: true,
+            pre_vote: true,
+            read_only_option: ReadOnlyOption::Safe,
+            ..Config::default()
+        };
+        let node = RawNode::new(&config, log, &logger::to_tracing())?;
+        let mut member = Self {
+            node,
+            keyspace: Arc::new(keyspace),
+            random: Random(options.seed | 1),
+            drawn: (u64::MAX, StateRole::Follower),
+            reads: BTreeMap::new(),
+            applied,
+        };
+        member.draw_timeout();
+        if conf_state.voters == [options.id] {
+            member.node.campaign()?;
+        }
+        Ok(member)
+    }
+
+    /// The keyspace.
+    pub fn keyspace(&self) -> &Arc<Keyspace> {
+        &self.keyspace
+    }
+
+    /// What it knows of its cluster.
+    pub fn status(&self) -> ConsensusStatus {
+        let raft = &self.node.raft;
+        let is_leader = raft.state == StateRole::Leader;
+        let voters = raft.prs().conf().to_conf_state();
+        ConsensusStatus {
+            leader: raft.leader_id,
+            term: raft.term,
+            committed: raft.raft_log.committed,
+            applied: self.applied.index,
+            is_leader,
+            is_alone: is_leader && voters.voters == [raft.id] && voters.voters_outgoing.is_empty(),
+        }
+    }
+
+    /// Whether `id` follows closely enough to vote.
+    pub fn is_caught_up(&self, id: u64) -> bool {
+        let raft = &self.node.raft;
+        raft.prs().get(id).is_some_and(|progress| {
+            progress.matched + 1000 >= raft.raft_log.committed && progress.matched > 0
+        })
+    }
+
+    /// Members from which the leader heard within the last election timeout.
+    pub fn active_members(&self) -> usize {
+        let raft = &self.node.raft;
+        let others = raft
+            .prs()
+            .iter()
+            .filter(|(id, progress)| **id != raft.id && progress.recent_active);
+        others.count() + 1
+    }
+
+    /// A tick of the clock passed.
+    pub fn tick(&mut self) {
+        self.node.tick();
+        self.draw_timeout();
+    }
+
+    /// A message came from another member. One that makes no sense is dropped.
+    pub fn step(&mut self, message: Message) {
+        if let Err(error) = self.node.step(message) {
+            tracing::debug!(%error, "dropped a message");
+        }
+        self.draw_timeout();
+    }
+
+    /// Proposes a command. Its outcome comes from [`Member::advance`], or never: a change of leaders
+    /// may lose it.
+    pub fn propose(&mut self, command: Vec<u8>) -> Result<(), RequestError> {
+        self.node
+            .propose(Vec::new(), command)
+            .map_err(|_| RequestError::NoLeader)
+    }
+
+    /// Proposes a change of membership.
+    pub fn propose_change(&mut self, change: &MembershipChange) -> Result<(), RequestError> {
+        let member = change.member.clone().unwrap_or_default();
+        let change_type = match (change.kind(), member.is_learner) {
+            (ChangeKind::Remove, _) => ConfChangeType::RemoveNode,
+            (ChangeKind::Add | ChangeKind::Update, true) => ConfChangeType::AddLearnerNode,
+            _ => ConfChangeType::AddNode,
+        };
+        let conf_change = ConfChange {
+            change_type: change_type.into(),
+            node_id: member.id,
+            context: change.encode_to_vec(),
+            ..ConfChange::default()
+        };
+        self.node
+            .propose_conf_change(Vec::new(), conf_change)
+            .map_err(|_| RequestError::NoLeader)
+    }
+
+    /// Asks for a read that sees everything acknowledged until now; `id` comes back from
+    /// [`Member::advance`], or never, and can be asked for again. Returns whether there is a leader
+    /// to ask.
+    pub fn read_index(&mut self, id: u64) -> bool {
+        let raft = &self.node.raft;
+        let ready = raft.leader_id != raft::INVALID_ID
+            && (raft.state != StateRole::Leader || raft.commit_to_current_term());
+        if ready {
+            self.node.read_index(id.to_le_bytes().to_vec());
+        }
+        ready
+    }
+
+    /// Hands leadership to another member.
+    pub fn transfer_leader(&mut self, to: u64) {
+        self.node.transfer_leader(to);
+    }
+
+    /// A member could not be reached.
+    pub fn report_unreachable(&mut self, id: u64) {
+        self.node.report_unreachable(id);
+    }
+
+    /// Gives up log entries that are flushed and that followers don't need.
+    pub fn release_log(&mut self, flushed: u64) -> Result<(), MemberError> {
+        let keep = if self.status().is_alone {
+            1
+        } else {
+            KEPT_ENTRIES
+        };
+        self.node.mut_store().release(flushed.saturating_sub(keep))
+    }
+
+    /// The log, to prepare its files.
+    pub fn log(&mut self) -> &mut Log {
+        self.node.mut_store()
+    }
+
+    /// Does everything that follows from what the member was told: appends to the log (one sync),
+    /// sends, applies. Messages that need not wait for the sync are sent before it.
+    pub fn advance(&mut self, send: &mut dyn FnMut(Message)) -> Result<Output, MemberError> {
+        let mut output = Output::default();
+        while self.node.has_ready() {
+            let mut ready = self.node.ready();
+            ready.take_messages().into_iter().for_each(&mut *send);
+            self.apply(ready.take_committed_entries(), &mut output)?;
+            self.persist(ready.entries(), ready.hs())?;
+            for read in ready.take_read_states() {
+                if let Ok(id) = read.request_ctx.as_slice().try_into() {
+                    let id = u64::from_le_bytes(id);
+                    self.reads.entry(read.index).or_default().push(id);
+                }
+            }
+            ready
+                .take_persisted_messages()
+                .into_iter()
+                .for_each(&mut *send);
+            let mut light = self.node.advance_append(ready);
+            light.take_messages().into_iter().for_each(&mut *send);
+            self.apply(light.take_committed_entries(), &mut output)?;
+            self.node.advance_apply_to(self.applied.index);
+            self.draw_timeout();
+        }
+        while let Some(entry) = self.reads.first_entry() {
+            if *entry.key() > self.applied.index {
+                break;
+            }
+            output.reads.extend(entry.remove());
+        }
+        Ok(output)
+    }
+
+    fn persist(&mut self, entries: &[Entry], state: Option<&HardState>) -> Result<(), MemberError> {
+        let stored = self.node.store().hard_state();
+        // A commit index alone is not worth a sync: it is found again.
+        let vote_changed =
+            state.is_some_and(|state| (state.term, state.vote) != (stored.term, stored.vote));
+        if entries.is_empty() && !vote_changed {
+            if let Some(state) = state {
+                let state = state.clone();
+                self.node.mut_store().set_hard_state(state);
+            }
+            return Ok(());
+        }
+        let state = state.unwrap_or(stored).clone();
+        self.node.mut_store().append(entries, Some(&state))
+    }
+
+    fn apply(&mut self, entries: Vec<Entry>, output: &mut Output) -> Result<(), MemberError> {
+        if entries.is_empty() {
+            return Ok(());
+        }
+        let keyspace = Arc::clone(&self.keyspace);
+        let mut batch = keyspace.batch();
+        for entry in entries {
+            let at = Position {
+                index: entry.index,
+                term: entry.term,
+            };
+            match entry.entry_type() {
+                EntryType::EntryNormal if entry.data.is_empty() => {}
+                EntryType::EntryNormal => {
+                    let command =
+                        Command::decode(bytes::Bytes::from(entry.data)).map_err(|error| {
+                            MemberError::Corrupt(format!(
+                                "entry {} is not a command: {error}",
+                                at.index
+                            ))
+                        })?;
+                    let id = command.id;
+                    output.outcomes.push((id, batch.apply(command)?));
+                }
+                EntryType::EntryConfChange => {
+                    let outcome = self.apply_change(&entry.data, batch.metadata_mut())?;
+                    output.membership.push(outcome);
+                }
+                EntryType::EntryConfChangeV2 => {
+                    return Err(MemberError::Corrupt(format!(
+                        "entry {} is a change of membership of an unknown kind",
+                        at.index
+                    )));
+                }
+            }
+            batch.applied(at.index, at.term);
+            self.applied = at;
+        }
+        let history = batch.finish();
+        output.history.revision = history.revision;
+        output.history.events.extend(history.events);
+        Ok(())
+    }
+
+    fn apply_change(
+        &mut self,
+        data: &[u8],
+        metadata: &mut Metadata,
+    ) -> Result<(u64, Result<Vec<MemberInfo>, RequestError>), MemberError> {
+        let unreadable = |_| MemberError::Corrupt("a change of membership is unreadable".into());
+        let mut conf_change: ConfChange = prost_of_raft::Message::decode(data)
+            .map_err(|_| MemberError::Corrupt("a change of membership is unreadable".into()))?;
+        let change = MembershipChange::decode(&conf_change.context[..]).map_err(unreadable)?;
+        let outcome = change_members(metadata, &change);
+        if outcome.is_err() {
+            conf_change.node_id = raft::INVALID_ID;
+        }
+        let state = self.node.apply_conf_change(&conf_change)?;
+        self.node.mut_store().set_conf_state(state.clone());
+        metadata.consensus = Some(state.into());
+        Ok((change.id, outcome.map(|()| metadata.members.clone())))
+    }
+
+    /// Consensus draws election timeouts from the thread's generator; this draws them from ours, so
+    /// that a run can be repeated.
+    fn draw_timeout(&mut self) {
+        let raft = &mut self.node.raft;
+        if self.drawn != (raft.term, raft.state) {
+            self.drawn = (raft.term, raft.state);
+            let least = raft.election_timeout();
+            let most = 2 * least - 1;
+            let span = (most - least).max(1) as u64;
+            let draw = usize::try_from(self.random.next() % span).unwrap_or(0);
+            raft.set_randomized_election_timeout(least + draw);
+        }
+    }
+}
+
+impl std::fmt::Debug for Member {
+    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        formatter
+            .debug_struct("Member")
+            .field("id", &self.node.raft.id)
+            .field("status", &self.status())
+            .finish_non_exhaustive()
+    }
+}
+
+/// What a new member starts with. Index 1 is the bootstrap itself: a member that joins later has
+/// nothing, and is sent a snapshot.
+fn first_metadata(options: &MemberOptions) -> Metadata {
+    let mut metadata = Metadata {
+        format: FORMAT,
+        cluster_id: options.cluster_id,
+        revision: 1,
+        compact_revision: -1,
+        members: options.bootstrap.clone(),
+        ..Metadata::default()
+    };
+    if !options.bootstrap.is_empty() {
+        let mut voters: Vec<u64> = options.bootstrap.iter().map(|member| member.id).collect();
+        voters.sort_unstable();
+        metadata.applied_index = 1;
+        metadata.applied_term = 1;
+        metadata.consensus = Some(Configuration {
+            voters,
+            ..Configuration::default()
+        });
+    }
+    metadata
+}
+
+fn change_members(metadata: &mut Metadata, change: &MembershipChange) -> Result<(), RequestError> {
+    let member = change.member.clone().ok_or(RequestError::MemberNotFound)?;
+    if metadata.removed_members.contains(&member.id) {
+        return Err(RequestError::MemberNotFound);
+    }
+    let at = metadata
+        .members
+        .iter()
+        .position(|known| known.id == member.id);
+    let others_have_url = metadata.members.iter().any(|known| {
+        known.id != member.id
+            && known
+                .peer_urls
+                .iter()
+                .any(|url| member.peer_urls.contains(url))
+    });
+    match (change.kind(), at) {
+        (ChangeKind::Add, Some(_)) => return Err(RequestError::MemberExists),
+        (ChangeKind::Add | ChangeKind::Update, _) if others_have_url => {
+            return Err(RequestError::PeerUrlExists);
+        }
+        (ChangeKind::Add, None) => metadata.members.push(member),
+        (_, None) => return Err(RequestError::MemberNotFound),
+        (ChangeKind::Remove, Some(at)) => {
+            metadata.members.remove(at);
+            metadata.removed_members.push(member.id);
+        }
+        (ChangeKind::Update, Some(at)) => metadata.members[at].peer_urls = member.peer_urls,
+        (ChangeKind::Promote, Some(at)) if metadata.members[at].is_learner => {
+            metadata.members[at].is_learner = false;
+        }
+        (ChangeKind::Promote, Some(_)) => return Err(RequestError::NotLearner),
+    }
+    Ok(())
+}
+
+/// Xorshift: enough for election timeouts.
+#[derive(Debug)]
+struct Random(u64);
+
+impl Random {
+    fn next(&mut self) -> u64 {
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        self.0
+    }
+}

@@ -1,0 +1,140 @@
+//! Leases.
+
+use std::pin::Pin;
+
+use futures::{Stream, StreamExt as _};
+use keelson_etcd_api::etcdserverpb as pb;
+use keelson_member::RequestError;
+use keelson_member::command::{Operation, Response as Outcome};
+use pb::lease_server::Lease;
+use tonic::{Request, Response, Status, Streaming};
+
+use super::{Services, refused, unexpected};
+
+type KeepAlives = Pin<Box<dyn Stream<Item = Result<pb::LeaseKeepAliveResponse, Status>> + Send>>;
+
+#[tonic::async_trait]
+impl Lease for Services {
+    async fn lease_grant(
+        &self,
+        request: Request<pb::LeaseGrantRequest>,
+    ) -> Result<Response<pb::LeaseGrantResponse>, Status> {
+        let mut request = request.into_inner();
+        while request.id == 0 {
+            let (high, _) = uuid::Uuid::new_v4().as_u64_pair();
+            request.id = i64::try_from(high >> 1).unwrap_or(0);
+        }
+        request.ttl = request.ttl.max(self.limits.lease_ttl);
+        match self.write(Operation::LeaseGrant(request)).await? {
+            Outcome::LeaseGrant(mut response) => {
+                self.complete(&mut response.header);
+                Ok(Response::new(response))
+            }
+            _ => Err(unexpected()),
+        }
+    }
+
+    async fn lease_revoke(
+        &self,
+        request: Request<pb::LeaseRevokeRequest>,
+    ) -> Result<Response<pb::LeaseRevokeResponse>, Status> {
+        match self
+            .write(Operation::LeaseRevoke(request.into_inner()))
+            .await?
+        {
+            Outcome::LeaseRevoke(mut response) => {
+                self.complete(&mut response.header);
+                Ok(Response::new(response))
+            }
+            _ => Err(unexpected()),
+        }
+    }
+
+    type LeaseKeepAliveStream = KeepAlives;
+
+    async fn lease_keep_alive(
+        &self,
+        request: Request<Streaming<pb::LeaseKeepAliveRequest>>,
+    ) -> Result<Response<KeepAlives>, Status> {
+        let services = self.clone();
+        let answers = request.into_inner().then(move |request| {
+            let services = services.clone();
+            async move {
+                let id = request?.id;
+                let ttl = services.renew(id).await.map_err(|error| refused(&error))?;
+                Ok(pb::LeaseKeepAliveResponse {
+                    header: services.current_header(),
+                    id,
+                    ttl,
+                })
+            }
+        });
+        Ok(Response::new(Box::pin(answers)))
+    }
+
+    async fn lease_time_to_live(
+        &self,
+        request: Request<pb::LeaseTimeToLiveRequest>,
+    ) -> Result<Response<pb::LeaseTimeToLiveResponse>, Status> {
+        let request = request.into_inner();
+        self.node
+            .read_barrier()
+            .await
+            .map_err(|error| refused(&error))?;
+        let remaining = match self.node.lease_remaining(request.id) {
+            Err(RequestError::NotLeader) => {
+                self.peers.lease_remaining(&self.node, request.id).await
+            }
+            other => other,
+        }
+        .map_err(|error| refused(&error))?;
+        let known = self.node.keyspace().lease(request.id);
+        let mut response = pb::LeaseTimeToLiveResponse {
+            header: self.current_header(),
+            id: request.id,
+            ttl: -1,
+            ..pb::LeaseTimeToLiveResponse::default()
+        };
+        if let (Some((record, keys)), Some(remaining)) = (known, remaining) {
+            response.ttl = i64::try_from(remaining / 1000).unwrap_or(i64::MAX);
+            response.granted_ttl = record.granted;
+            response.keys = if request.keys { keys } else { Vec::new() };
+        }
+        Ok(Response::new(response))
+    }
+
+    async fn lease_leases(
+        &self,
+        _request: Request<pb::LeaseLeasesRequest>,
+    ) -> Result<Response<pb::LeaseLeasesResponse>, Status> {
+        self.node
+            .read_barrier()
+            .await
+            .map_err(|error| refused(&error))?;
+        let mut ids: Vec<i64> = self
+            .node
+            .keyspace()
+            .leases()
+            .into_iter()
+            .map(|(id, _)| id)
+            .collect();
+        ids.sort_unstable();
+        Ok(Response::new(pb::LeaseLeasesResponse {
+            header: self.current_header(),
+            leases: ids.into_iter().map(|id| pb::LeaseStatus { id }).collect(),
+        }))
+    }
+}
+
+impl Services {
+    /// Gives a lease its full time again: its seconds, 0 if there is no such lease.
+    async fn renew(&self, id: i64) -> Result<i64, RequestError> {
+        match self.node.renew_lease(id) {
+            Err(RequestError::NotLeader) => self.peers.renew_lease(&self.node, id).await,
+            // A leader that was cut off must not renew what another one lets end.
+            Ok(Some(ttl)) => self.node.read_barrier().await.map(|()| ttl),
+            Ok(None) => Ok(0),
+            Err(error) => Err(error),
+        }
+    }
+}

@@ -1,0 +1,191 @@
+//! Status, alarms, hashes, leadership.
+
+use std::time::Duration;
+
+use keelson_etcd_api::etcdserverpb as pb;
+use keelson_member::RequestError;
+use keelson_member::command::{AlarmChange, Operation};
+use keelson_member::keyspace::Alarm;
+use pb::alarm_request::AlarmAction;
+use pb::maintenance_server::Maintenance;
+use tonic::{Request, Response, Status};
+
+use super::{ETCD_VERSION, Services, failed, refused};
+use crate::node::Input;
+
+/// How often a transfer of leadership is looked at.
+const TRANSFER_POLL: Duration = Duration::from_millis(50);
+/// How long it may take.
+const TRANSFER_TIMEOUT: Duration = Duration::from_secs(5);
+
+#[tonic::async_trait]
+impl Maintenance for Services {
+    async fn alarm(
+        &self,
+        request: Request<pb::AlarmRequest>,
+    ) -> Result<Response<pb::AlarmResponse>, Status> {
+        let request = request.into_inner();
+        let alarm = Alarm {
+            member_id: request.member_id,
+            kind: request.alarm,
+        };
+        let raised = self.node.keyspace().metadata().alarms;
+        let matching = |other: &Alarm| {
+            (request.member_id == 0 || other.member_id == request.member_id)
+                && (request.alarm == pb::AlarmType::None as i32 || other.kind == request.alarm)
+        };
+        let alarms = match AlarmAction::try_from(request.action) {
+            Ok(AlarmAction::Get) => raised.into_iter().filter(matching).collect(),
+            Ok(AlarmAction::Activate) => {
+                self.set_alarm(alarm, true).await?;
+                vec![alarm]
+            }
+            Ok(AlarmAction::Deactivate) => {
+                let ending: Vec<Alarm> = raised.into_iter().filter(matching).collect();
+                for alarm in &ending {
+                    self.set_alarm(*alarm, false).await?;
+                }
+                ending
+            }
+            Err(_) => return Err(Status::invalid_argument("etcdserver: unknown alarm action")),
+        };
+        Ok(Response::new(pb::AlarmResponse {
+            header: self.current_header(),
+            alarms: alarms.into_iter().map(described).collect(),
+        }))
+    }
+
+    async fn status(
+        &self,
+        _request: Request<pb::StatusRequest>,
+    ) -> Result<Response<pb::StatusResponse>, Status> {
+        let status = self.node.status();
+        let keyspace = self.node.keyspace();
+        let metadata = keyspace.metadata();
+        let size = keyspace.size().map_err(|error| failed(error.into()))?;
+        let size = i64::try_from(size).unwrap_or(i64::MAX);
+        let mut errors: Vec<String> = metadata
+            .alarms
+            .iter()
+            .map(|alarm| format!("{alarm:?}"))
+            .collect();
+        if status.leader == 0 {
+            errors.push(RequestError::NoLeader.to_string());
+        }
+        Ok(Response::new(pb::StatusResponse {
+            header: self.header(metadata.revision),
+            version: ETCD_VERSION.into(),
+            db_size: size,
+            leader: status.leader,
+            raft_index: status.committed,
+            raft_term: status.term,
+            raft_applied_index: status.applied,
+            errors,
+            db_size_in_use: size,
+            is_learner: metadata
+                .members
+                .iter()
+                .any(|member| member.id == self.member_id && member.is_learner),
+            ..pb::StatusResponse::default()
+        }))
+    }
+
+    async fn defragment(
+        &self,
+        _request: Request<pb::DefragmentRequest>,
+    ) -> Result<Response<pb::DefragmentResponse>, Status> {
+        // Freed pages are used again; nothing has to stop for that.
+        Ok(Response::new(pb::DefragmentResponse {
+            header: self.current_header(),
+        }))
+    }
+
+    async fn hash(
+        &self,
+        _request: Request<pb::HashRequest>,
+    ) -> Result<Response<pb::HashResponse>, Status> {
+        let (hash, _, _) = self.node.keyspace().hash(0).map_err(failed)?;
+        Ok(Response::new(pb::HashResponse {
+            header: self.current_header(),
+            hash,
+        }))
+    }
+
+    async fn hash_kv(
+        &self,
+        request: Request<pb::HashKvRequest>,
+    ) -> Result<Response<pb::HashKvResponse>, Status> {
+        let revision = request.into_inner().revision;
+        let (hash, hash_revision, compact_revision) =
+            self.node.keyspace().hash(revision).map_err(failed)?;
+        Ok(Response::new(pb::HashKvResponse {
+            header: self.current_header(),
+            hash,
+            compact_revision,
+            hash_revision,
+        }))
+    }
+
+    type SnapshotStream =
+        tokio_stream::Iter<std::vec::IntoIter<Result<pb::SnapshotResponse, Status>>>;
+
+    async fn snapshot(
+        &self,
+        _request: Request<pb::SnapshotRequest>,
+    ) -> Result<Response<Self::SnapshotStream>, Status> {
+        Err(Status::unimplemented("snapshots are not in this version"))
+    }
+
+    async fn move_leader(
+        &self,
+        request: Request<pb::MoveLeaderRequest>,
+    ) -> Result<Response<pb::MoveLeaderResponse>, Status> {
+        let target = request.into_inner().target_id;
+        if !self.node.status().is_leader {
+            return Err(refused(&RequestError::NotLeader));
+        }
+        let members = self.node.keyspace().metadata().members;
+        if !members
+            .iter()
+            .any(|member| member.id == target && !member.is_learner)
+        {
+            return Err(refused(&RequestError::BadTransferee));
+        }
+        self.node.tell(Input::Transfer(target));
+        let moved = async {
+            while self.node.status().leader != target {
+                tokio::time::sleep(TRANSFER_POLL).await;
+            }
+        };
+        if tokio::time::timeout(TRANSFER_TIMEOUT, moved).await.is_err() {
+            return Err(refused(&RequestError::TimedOut));
+        }
+        Ok(Response::new(pb::MoveLeaderResponse {
+            header: self.current_header(),
+        }))
+    }
+
+    async fn downgrade(
+        &self,
+        _request: Request<pb::DowngradeRequest>,
+    ) -> Result<Response<pb::DowngradeResponse>, Status> {
+        Err(Status::unimplemented("there is no older version to go to"))
+    }
+}
+
+impl Services {
+    async fn set_alarm(&self, alarm: Alarm, raised: bool) -> Result<(), Status> {
+        let change = AlarmChange {
+            alarm: Some(alarm),
+            raised,
+        };
+        self.write(Operation::Alarm(change)).await.map(drop)
+    }
+}
+
+fn described(alarm: Alarm) -> pb::AlarmMember {
+    pb::AlarmMember {
+        member_id: alarm.member_id,
+        alarm: alarm.kind,
+    }
+}

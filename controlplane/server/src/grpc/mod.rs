@@ -1,0 +1,115 @@
+//! etcd v3's services on a member.
+
+mod cluster;
+mod kv;
+mod lease;
+mod maintenance;
+mod watch;
+
+use std::sync::Arc;
+
+use keelson_etcd_api::etcdserverpb as pb;
+use keelson_member::{Failure, RequestError};
+use pb::cluster_server::ClusterServer;
+use pb::kv_server::KvServer;
+use pb::lease_server::LeaseServer;
+use pb::maintenance_server::MaintenanceServer;
+use pb::watch_server::WatchServer;
+use tonic::service::Routes;
+use tonic::{Code, Status};
+
+use crate::node::Node;
+use crate::peers::Peers;
+
+/// The version of etcd's API and behaviour that is spoken: clients ask for it, to know what they may
+/// use.
+pub const ETCD_VERSION: &str = "3.5.30";
+
+/// What every service needs.
+#[derive(Clone)]
+pub struct Services {
+    /// The member.
+    pub node: Node,
+    /// The other members.
+    pub peers: Arc<Peers>,
+    /// The cluster's id.
+    pub cluster_id: u64,
+    /// The member's id.
+    pub member_id: u64,
+    /// Limits that flags set.
+    pub limits: Limits,
+}
+
+/// Limits of requests.
+#[derive(Debug, Clone, Copy)]
+pub struct Limits {
+    /// Operations in one transaction.
+    pub txn_operations: usize,
+    /// Bytes of one request.
+    pub request_bytes: usize,
+    /// Shortest time to live of a lease, in seconds.
+    pub lease_ttl: i64,
+    /// Time between progress notifications of a watch without events.
+    pub watch_progress: std::time::Duration,
+}
+
+/// What gRPC adds to a request at most.
+const MESSAGE_OVERHEAD: usize = 512 * 1024;
+
+impl Services {
+    /// All services, as routes.
+    pub fn routes(self) -> Routes {
+        let largest = self.limits.request_bytes + MESSAGE_OVERHEAD;
+        let mut routes =
+            Routes::new(KvServer::new(self.clone()).max_decoding_message_size(largest));
+        routes = routes
+            .add_service(WatchServer::new(self.clone()).max_decoding_message_size(largest))
+            .add_service(LeaseServer::new(self.clone()).max_decoding_message_size(largest))
+            .add_service(ClusterServer::new(self.clone()).max_decoding_message_size(largest))
+            .add_service(MaintenanceServer::new(self).max_decoding_message_size(largest));
+        routes
+    }
+
+    /// A header with a revision of the state machine's.
+    #[allow(clippy::unnecessary_wraps)] // headers are optional in messages
+    fn header(&self, revision: i64) -> Option<pb::ResponseHeader> {
+        Some(pb::ResponseHeader {
+            cluster_id: self.cluster_id,
+            member_id: self.member_id,
+            revision,
+            raft_term: self.node.term(),
+        })
+    }
+
+    /// Fills a header that has only the revision.
+    fn complete(&self, header: &mut Option<pb::ResponseHeader>) {
+        let revision = header.as_ref().map_or(0, |header| header.revision);
+        *header = self.header(revision);
+    }
+
+    /// A header with the current revision.
+    fn current_header(&self) -> Option<pb::ResponseHeader> {
+        self.header(self.node.keyspace().revision())
+    }
+}
+
+/// A refused request as a status.
+pub fn refused(error: &RequestError) -> Status {
+    Status::new(Code::from_i32(error.code()), error.to_string())
+}
+
+/// A request that failed, as a status. A broken member ends by itself, elsewhere.
+fn failed(failure: Failure) -> Status {
+    match failure {
+        Failure::Request(error) => refused(&error),
+        Failure::Member(error) => {
+            tracing::error!(%error, "a read failed");
+            Status::new(Code::DataLoss, RequestError::Corrupt.to_string())
+        }
+    }
+}
+
+/// An answer of the wrong kind: a defect.
+fn unexpected() -> Status {
+    Status::internal("the member answered something else than was asked")
+}

@@ -10,11 +10,18 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+/// Alignment of what goes around the page cache: no disk needs more.
+pub const BLOCK: usize = 4096;
+
 /// One folder of files. Names have no path separators.
 pub trait Disk: fmt::Debug + Send + Sync + 'static {
     /// Opens a file, or creates it if `create` is set. Without it, one that is missing is
     /// [`io::ErrorKind::NotFound`].
     fn open(&self, name: &str, create: bool) -> io::Result<Arc<dyn DiskFile>>;
+
+    /// Opens a file that is written in whole blocks of [`BLOCK`] bytes, each soon synced: it may go
+    /// around the page cache, so that a sync writes those blocks and nothing beside them.
+    fn open_for_blocks(&self, name: &str, create: bool) -> io::Result<Arc<dyn DiskFile>>;
 
     /// Names of all files, in no order.
     fn list(&self) -> io::Result<Vec<String>>;
@@ -90,6 +97,27 @@ impl Disk for Folder {
         Ok(Arc::new(file))
     }
 
+    fn open_for_blocks(&self, name: &str, create: bool) -> io::Result<Arc<dyn DiskFile>> {
+        use std::os::unix::fs::OpenOptionsExt;
+        let cached = OpenOptions::new()
+            .read(true)
+            .write(true)
+            .create(create)
+            .truncate(false)
+            .open(self.path.join(name))?;
+        let flags = rustix::fs::OFlags::DIRECT.bits();
+        let direct = OpenOptions::new()
+            .write(true)
+            .custom_flags(i32::try_from(flags).unwrap_or(0))
+            .open(self.path.join(name));
+        match direct {
+            Ok(direct) => Ok(Arc::new(BlockFile { cached, direct })),
+            // The file system has no direct I/O (tmpfs, before Linux 6.5).
+            Err(error) if error.kind() == io::ErrorKind::InvalidInput => Ok(Arc::new(cached)),
+            Err(error) => Err(error),
+        }
+    }
+
     fn list(&self) -> io::Result<Vec<String>> {
         let mut names = Vec::new();
         for entry in std::fs::read_dir(&self.path)? {
@@ -132,5 +160,62 @@ impl DiskFile for File {
 
     fn sync_data(&self) -> io::Result<()> {
         File::sync_data(self)
+    }
+}
+
+/// A file that is written around the page cache where a write is aligned, and read through it.
+#[derive(Debug)]
+struct BlockFile {
+    cached: File,
+    direct: File,
+}
+
+impl DiskFile for BlockFile {
+    fn length(&self) -> io::Result<u64> {
+        self.cached.length()
+    }
+
+    fn read_at(&self, bytes: &mut [u8], offset: u64) -> io::Result<()> {
+        self.cached.read_exact_at(bytes, offset)
+    }
+
+    fn write_at(&self, bytes: &[u8], offset: u64) -> io::Result<()> {
+        let aligned = bytes.as_ptr().align_offset(BLOCK) == 0
+            && bytes.len().is_multiple_of(BLOCK)
+            && offset.is_multiple_of(BLOCK as u64);
+        let file = if aligned { &self.direct } else { &self.cached };
+        file.write_all_at(bytes, offset)
+    }
+
+    fn set_length(&self, length: u64) -> io::Result<()> {
+        self.cached.set_len(length)
+    }
+
+    fn sync_data(&self) -> io::Result<()> {
+        self.direct.sync_data()
+    }
+}
+
+/// Bytes at an address that is a multiple of [`BLOCK`].
+#[derive(Debug, Default)]
+pub struct AlignedBytes {
+    /// Begins at most one block before the bytes.
+    memory: Vec<u8>,
+    start: usize,
+    length: usize,
+}
+
+impl AlignedBytes {
+    /// A copy of `bytes`, padded with zeros to whole blocks.
+    pub fn copy_of(&mut self, bytes: &[u8]) -> &[u8] {
+        self.length = bytes.len().next_multiple_of(BLOCK);
+        if self.memory.len() < self.length + BLOCK {
+            self.memory = vec![0; (self.length + BLOCK).next_power_of_two()];
+        }
+        self.start = self.memory.as_ptr().align_offset(BLOCK);
+        let place = &mut self.memory[self.start..self.start + self.length];
+        place[..bytes.len()].copy_from_slice(bytes);
+        place[bytes.len()..].fill(0);
+        &self.memory[self.start..self.start + self.length]
     }
 }

@@ -13,6 +13,7 @@ pub fn range(request: &pb::RangeRequest) -> Result<(), RequestError> {
     if request.key.is_empty() {
         return Err(RequestError::EmptyKey);
     }
+    // As etcd 3.6: 3.5 crashes on some of these.
     if SortOrder::try_from(request.sort_order).is_err()
         || SortTarget::try_from(request.sort_target).is_err()
     {

@@ -52,6 +52,9 @@ impl<'a> Applier<'a> {
     pub(super) fn apply(mut self, command: Command) -> Result<Response, Failure> {
         let response = match command.operation {
             Some(Operation::Put(put)) => {
+                // Of two mistakes, etcd tells the lease first here, and the key first in a
+                // transaction.
+                self.check_lease(&put)?;
                 self.check_put(&put)?;
                 Response::Put(self.put(put)?)
             }
@@ -97,8 +100,12 @@ impl<'a> Applier<'a> {
         if (put.ignore_value || put.ignore_lease) && self.existing(&put.key)?.is_none() {
             return Err(RequestError::KeyNotFound.into());
         }
+        Ok(self.check_lease(put)?)
+    }
+
+    fn check_lease(&self, put: &pb::PutRequest) -> Result<(), RequestError> {
         if put.lease != 0 && !self.state.leases.contains_key(&put.lease) {
-            return Err(RequestError::LeaseNotFound.into());
+            return Err(RequestError::LeaseNotFound);
         }
         Ok(())
     }

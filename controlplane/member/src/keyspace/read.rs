@@ -107,8 +107,13 @@ fn is_selected(request: &pb::RangeRequest, kv: &KeyValue) -> bool {
 }
 
 fn sort(request: &pb::RangeRequest, kvs: &mut [KeyValue]) {
-    let target = SortTarget::try_from(request.sort_target).unwrap_or(SortTarget::Key);
-    let order = SortOrder::try_from(request.sort_order).unwrap_or(SortOrder::None);
+    // Requests with an unknown one were refused.
+    let (Ok(target), Ok(order)) = (
+        SortTarget::try_from(request.sort_target),
+        SortOrder::try_from(request.sort_order),
+    ) else {
+        return;
+    };
     let by: fn(&KeyValue, &KeyValue) -> Ordering = match target {
         SortTarget::Key => |a, b| a.key.cmp(&b.key),
         SortTarget::Version => |a, b| a.version.cmp(&b.version),

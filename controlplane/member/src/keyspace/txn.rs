@@ -24,7 +24,9 @@ pub(super) fn apply(
 ) -> Result<pb::TxnResponse, Failure> {
     let path = choose(applier, &txn)?;
     check(applier, &txn, &path)?;
-    execute(applier, txn, &path)
+    let mut response = execute(applier, txn, &path)?;
+    response.header = applier.header();
+    Ok(response)
 }
 
 /// Every comparison sees the state before the transaction, also those of inner ones.
@@ -53,25 +55,44 @@ fn branch(txn: &pb::TxnRequest, succeeded: bool) -> &[pb::RequestOp] {
     }
 }
 
+/// Checks every put of a path, then every range: which of two mistakes is told is etcd's choice.
 fn check(applier: &Applier<'_>, txn: &pb::TxnRequest, path: &Path) -> Result<(), Failure> {
+    each(txn, path, &mut |operation| match operation {
+        Request::RequestPut(put) => applier.check_put(put),
+        _ => Ok(()),
+    })?;
+    each(txn, path, &mut |operation| match operation {
+        Request::RequestRange(range) => check_range(applier, range),
+        _ => Ok(()),
+    })
+}
+
+fn check_range(applier: &Applier<'_>, range: &pb::RangeRequest) -> Result<(), Failure> {
+    if range.revision > applier.current() {
+        return Err(RequestError::FutureRevision.into());
+    }
+    if range.revision != 0 && range.revision < applier.state.metadata.compact_revision {
+        return Err(RequestError::Compacted.into());
+    }
+    Ok(())
+}
+
+/// Calls `visit` with every operation of a path, those of inner transactions included.
+fn each(
+    txn: &pb::TxnRequest,
+    path: &Path,
+    visit: &mut dyn FnMut(&Request) -> Result<(), Failure>,
+) -> Result<(), Failure> {
     let mut nested = path.nested.iter();
     for operation in branch(txn, path.succeeded) {
         match &operation.request {
-            Some(Request::RequestRange(range)) => {
-                if range.revision > applier.current() {
-                    return Err(RequestError::FutureRevision.into());
-                }
-                if range.revision > 0 && range.revision < applier.state.metadata.compact_revision {
-                    return Err(RequestError::Compacted.into());
-                }
-            }
-            Some(Request::RequestPut(put)) => applier.check_put(put)?,
             Some(Request::RequestTxn(inner)) => {
                 if let Some(path) = nested.next() {
-                    check(applier, inner, path)?;
+                    each(inner, path, visit)?;
                 }
             }
-            Some(Request::RequestDeleteRange(_)) | None => {}
+            Some(request) => visit(request)?,
+            None => {}
         }
     }
     Ok(())
@@ -110,8 +131,9 @@ fn execute(
         };
         responses.push(pb::ResponseOp { response });
     }
+    // An inner transaction's header is empty, as etcd's.
     Ok(pb::TxnResponse {
-        header: applier.header(),
+        header: Some(pb::ResponseHeader::default()),
         succeeded: path.succeeded,
         responses,
     })

@@ -7,7 +7,7 @@
 use raft::eraftpb::{Entry, HardState};
 
 /// Frames begin at multiples of this.
-pub(super) const BLOCK: usize = 4096;
+pub(super) use crate::disk::BLOCK;
 const MAGIC: u32 = 0x4b4c_4652;
 /// magic, checksum, segment, number, payload length
 const HEADER: usize = 4 + 4 + 8 + 8 + 4;
@@ -29,7 +29,7 @@ pub(super) struct Frame {
     pub(super) length: usize,
 }
 
-/// Writes a frame into `buffer`; calls `placed` with the offset of each entry in it.
+/// Writes a frame into `buffer`, but for its padding; calls `placed` with the offset of each entry in it.
 pub(super) fn encode(
     buffer: &mut Vec<u8>,
     segment: u64,
@@ -63,7 +63,6 @@ pub(super) fn encode(
     buffer[24..28].copy_from_slice(&payload.to_le_bytes());
     let sum = crc32fast::hash(&buffer[8..]);
     buffer[4..8].copy_from_slice(&sum.to_le_bytes());
-    buffer.resize(buffer.len().next_multiple_of(BLOCK), 0);
 }
 
 /// The frame at the start of `bytes`, if there is a whole one of this segment.

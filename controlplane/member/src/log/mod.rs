@@ -15,7 +15,7 @@ pub use self::segment::Owner;
 use self::frame::ENTRY_HEADER;
 use self::segment::{Header, Segment};
 use crate::MemberError;
-use crate::disk::Disk;
+use crate::disk::{AlignedBytes, Disk};
 
 /// Size of a segment in bytes, but for one whose only frame is larger.
 const SEGMENT_BYTES: u64 = 16 * 1024 * 1024;
@@ -42,6 +42,7 @@ pub struct Log {
     hard_state: HardState,
     conf_state: ConfState,
     buffer: Vec<u8>,
+    aligned: AlignedBytes,
     /// A snapshot that followers who need one get: its position.
     snapshot: Position,
 }
@@ -85,6 +86,7 @@ impl Log {
             hard_state: HardState::default(),
             conf_state,
             buffer: Vec::new(),
+            aligned: AlignedBytes::default(),
             snapshot: applied,
         };
         log.recover(applied)?;
@@ -139,7 +141,7 @@ impl Log {
                 });
             },
         );
-        segment.append(&self.buffer)?;
+        segment.append(self.aligned.copy_of(&self.buffer))?;
         self.next_number += 1;
         if let Some(last) = entries.last() {
             segment.last_index = segment.last_index.max(last.index);
@@ -274,7 +276,7 @@ impl Log {
             let name = segment::name(sequence);
             let file = self
                 .disk
-                .open(&name, false)
+                .open_for_blocks(&name, false)
                 .map_err(MemberError::disk(format!("open {name}")))?;
             let (header, frames) = segment::read(&*file, sequence, self.owner, next_number)?;
             let last = at + 1 == count;
@@ -394,7 +396,7 @@ impl Log {
         }
         let file = self
             .disk
-            .open(&name, false)
+            .open_for_blocks(&name, false)
             .map_err(MemberError::disk(format!("open {name}")))?;
         self.disk
             .sync()

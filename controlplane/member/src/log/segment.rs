@@ -4,7 +4,7 @@
 use std::sync::Arc;
 
 use crate::MemberError;
-use crate::disk::{Disk, DiskFile};
+use crate::disk::{AlignedBytes, Disk, DiskFile};
 
 use super::frame::{self, BLOCK, Frame};
 
@@ -51,11 +51,14 @@ pub(super) fn sequence_of(name: &str) -> Option<u64> {
 /// Creates a file of zeros, durably.
 pub(super) fn prepare(disk: &dyn Disk, name: &str, size: u64) -> Result<(), MemberError> {
     let what = || format!("prepare {name}");
-    let file = disk.open(name, true).map_err(MemberError::disk(what()))?;
-    let zeros = vec![0; 1 << 20];
+    let file = disk
+        .open_for_blocks(name, true)
+        .map_err(MemberError::disk(what()))?;
+    let mut memory = AlignedBytes::default();
+    let zeros = memory.copy_of(&vec![0; 1 << 20]);
     let mut offset = 0;
     while offset < size {
-        file.write_at(&zeros, offset)
+        file.write_at(zeros, offset)
             .map_err(MemberError::disk(what()))?;
         offset += zeros.len() as u64;
     }
@@ -69,7 +72,7 @@ impl Segment {
         sequence: u64,
         owner: Owner,
     ) -> Result<Self, MemberError> {
-        file.write_at(&header(sequence, owner), 0)
+        file.write_at(AlignedBytes::default().copy_of(&header(sequence, owner)), 0)
             .map_err(MemberError::disk(format!("start {}", name(sequence))))?;
         Ok(Self {
             sequence,

@@ -1,0 +1,27 @@
+//! `perf`: benchmarks of Keelson beside its peers, in the same run.
+
+mod process;
+mod report;
+mod state;
+
+use clap::{Parser, Subcommand};
+
+/// Benchmarks of Keelson beside its peers: the same work, alternating, several rounds.
+#[derive(Debug, Parser)]
+#[command(name = "perf", version, max_term_width = 100)]
+struct Options {
+    #[command(subcommand)]
+    area: Area,
+}
+
+#[derive(Debug, Subcommand)]
+enum Area {
+    /// The state store beside etcd.
+    State(state::Options),
+}
+
+fn main() -> anyhow::Result<()> {
+    match Options::parse().area {
+        Area::State(options) => state::run(&options),
+    }
+}

@@ -1,0 +1,394 @@
+//! `perf state`: keelson-state beside etcd.
+
+mod load;
+mod server;
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::Duration;
+
+use anyhow::Context as _;
+use comfy_table::{Table, presets};
+use indicatif::{ProgressBar, ProgressStyle};
+
+use self::load::Work;
+use self::server::{Cluster, Peer, Programs};
+use crate::report::{Report, Sample, Wanted};
+
+/// Compares keelson-state with etcd: the same client code, the same disk, the same durability,
+/// alternating.
+#[derive(Debug, clap::Args)]
+pub struct Options {
+    /// Few rounds of few kinds of work, in under a minute.
+    #[arg(long)]
+    quick: bool,
+    /// Write every sample here.
+    #[arg(long)]
+    json: Option<PathBuf>,
+    /// Write a page with plots here.
+    #[arg(long)]
+    html: Option<PathBuf>,
+    /// Rounds of each kind of work [default: 5, with --quick 2].
+    #[arg(long)]
+    rounds: Option<u32>,
+    /// Seconds of each measurement [default: 3, with --quick 1].
+    #[arg(long)]
+    seconds: Option<f64>,
+    /// Only work whose name contains this.
+    #[arg(long)]
+    only: Option<String>,
+    /// The etcd to compare with [default: that of `setup/etcd`].
+    #[arg(long)]
+    etcd: Option<PathBuf>,
+    /// The keelson-state to measure [default: beside this program].
+    #[arg(long)]
+    keelson_state: Option<PathBuf>,
+    /// Folder on the disk to measure on.
+    #[arg(long, default_value = ".")]
+    folder: PathBuf,
+}
+
+/// Kinds of work, with the numbers of clients and of members.
+type Plan = Vec<(Work, usize, usize)>;
+
+pub fn run(options: &Options) -> anyhow::Result<()> {
+    let programs = programs(options)?;
+    let mut plan = if options.quick { quick() } else { full() };
+    if let Some(only) = &options.only {
+        plan.retain(|(work, clients, members)| {
+            label(*work, *clients, *members).contains(only.as_str())
+        });
+    }
+    let rounds = options
+        .rounds
+        .unwrap_or(if options.quick { 2 } else { 5 })
+        .max(1);
+    let seconds = options
+        .seconds
+        .unwrap_or(if options.quick { 1.0 } else { 3.0 });
+    let duration = Duration::try_from_secs_f64(seconds).context("--seconds")?;
+    let mut report = Report {
+        area: "state",
+        time: jiff::Timestamp::now().to_string(),
+        machine: machine(),
+        versions: versions(&programs)?,
+        method: format!(
+            "Rounds: {rounds}, {seconds} s of each work for each peer, alternating who is first. 256-byte values, \
+             10,000 keys, up to 8 connections to the leader. Clients and servers share the machine. Both sync \
+             every write to disk before they answer."
+        ),
+        samples: Vec::new(),
+        goals: Vec::new(),
+    };
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .enable_all()
+        .build()?;
+    runtime.block_on(measure(
+        &mut report,
+        &plan,
+        &programs,
+        rounds,
+        duration,
+        &options.folder,
+    ))?;
+    add_goals(&mut report, &plan);
+    print(&report);
+    let plots = [
+        ("operations_per_s", "Operations per second"),
+        ("p99_us", "99th percentile, µs"),
+        ("cpu_us_per_operation", "Server's CPU per operation, µs"),
+        ("peak_memory_mib", "Peak memory so far, MiB"),
+    ];
+    if let Some(path) = &options.json {
+        report.write_json(path)?;
+    }
+    if let Some(path) = &options.html {
+        report.write_html(path, &Peer::ALL.map(Peer::name), &plots)?;
+    }
+    Ok(())
+}
+
+fn quick() -> Plan {
+    vec![
+        (Work::Put, 1, 1),
+        (Work::Put, 64, 1),
+        (Work::Put, 1000, 1),
+        (Work::Range, 64, 1),
+        (Work::SerializableRange, 64, 1),
+        (Work::Kubernetes, 64, 1),
+        (Work::WatchFanOut(100), 8, 1),
+        (Work::Put, 64, 3),
+        (Work::Range, 64, 3),
+    ]
+}
+
+fn full() -> Plan {
+    let mut plan = Vec::new();
+    for members in [1, 3] {
+        for clients in [1, 16, 64, 256, 1000] {
+            plan.push((Work::Put, clients, members));
+        }
+        for work in [
+            Work::TxnPut,
+            Work::TxnMixed,
+            Work::Kubernetes,
+            Work::KeepAlive,
+        ] {
+            plan.push((work, 64, members));
+        }
+        for clients in [1, 64, 1000] {
+            plan.push((Work::Range, clients, members));
+            plan.push((Work::SerializableRange, clients, members));
+        }
+        plan.push((Work::WatchLatency, 1, members));
+        for watches in [10, 100, 1000] {
+            plan.push((Work::WatchFanOut(watches), 8, members));
+        }
+    }
+    plan
+}
+
+fn label(work: Work, clients: usize, members: usize) -> String {
+    let plural =
+        |count: usize, what: &str| format!("{count} {what}{}", if count == 1 { "" } else { "s" });
+    format!(
+        "{}, {}, {}",
+        work.name(),
+        plural(clients, "client"),
+        plural(members, "member")
+    )
+}
+
+async fn measure(
+    report: &mut Report,
+    plan: &Plan,
+    programs: &Programs,
+    rounds: u32,
+    duration: Duration,
+    folder: &Path,
+) -> anyhow::Result<()> {
+    let steps = plan.len() as u64 * u64::from(rounds) * 2;
+    let progress = ProgressBar::new(steps).with_style(ProgressStyle::with_template(
+        "{bar:30} {pos}/{len} {msg} {eta}",
+    )?);
+    for round in 0..rounds {
+        for members in [1, 3] {
+            let works: Vec<_> = plan.iter().filter(|(_, _, of)| *of == members).collect();
+            if works.is_empty() {
+                continue;
+            }
+            // New clusters for each round: none gains from what another left behind.
+            let mut clusters = Vec::new();
+            for peer in Peer::ALL {
+                clusters.push((peer, Cluster::start(peer, programs, members, folder).await?));
+            }
+            for (at, (work, clients, _)) in works.into_iter().enumerate() {
+                if (at + round as usize) % 2 == 1 {
+                    clusters.reverse();
+                }
+                for (peer, cluster) in &clusters {
+                    let label = label(*work, *clients, members);
+                    progress.set_message(format!("{} {label}", peer.name()));
+                    let figures = load::measure(cluster, *work, *clients, duration)
+                        .await
+                        .with_context(|| format!("{}: {label}", peer.name()))?;
+                    report.samples.push(Sample {
+                        peer: peer.name(),
+                        work: label,
+                        round,
+                        figures,
+                    });
+                    progress.inc(1);
+                }
+            }
+        }
+    }
+    progress.finish_and_clear();
+    Ok(())
+}
+
+fn add_goals(report: &mut Report, plan: &Plan) {
+    let peers = (Peer::Keelson.name(), Peer::Etcd.name());
+    let mut last = BTreeMap::new();
+    for (work, clients, members) in plan {
+        let label = label(*work, *clients, *members);
+        last.insert(*members, label.clone());
+        let (throughput, p50, p99) = ("operations_per_s", "p50_us", "p99_us");
+        match work {
+            Work::Put if *clients >= 64 => {
+                report.goal(
+                    format!("throughput: {label}"),
+                    peers,
+                    &label,
+                    throughput,
+                    Wanted::AtLeast(3.0),
+                );
+                report.goal(
+                    format!("p99: {label}"),
+                    peers,
+                    &label,
+                    p99,
+                    Wanted::AtMost(1.0 / 3.0),
+                );
+            }
+            Work::Put if *clients == 1 => {
+                report.goal(
+                    format!("median latency: {label}"),
+                    peers,
+                    &label,
+                    p50,
+                    Wanted::AtMost(0.8),
+                );
+            }
+            Work::Range => {
+                report.goal(
+                    format!("throughput: {label}"),
+                    peers,
+                    &label,
+                    throughput,
+                    Wanted::AtLeast(2.0),
+                );
+            }
+            Work::WatchFanOut(_) => {
+                report.goal(
+                    format!("deliveries: {label}"),
+                    peers,
+                    &label,
+                    throughput,
+                    Wanted::AtLeast(3.0),
+                );
+            }
+            _ => {}
+        }
+    }
+    for (members, label) in last {
+        let plural = if members == 1 { "" } else { "s" };
+        let name = format!("peak memory, {members} member{plural}, after all of this");
+        report.goal(
+            name,
+            peers,
+            &label,
+            "peak_memory_mib",
+            Wanted::AtMost(1.0 / 3.0),
+        );
+    }
+}
+
+fn print(report: &Report) {
+    let mut table = Table::new();
+    table.load_style(presets::NOTHING);
+    table.set_header([
+        "",
+        "",
+        "op/s",
+        "p50 µs",
+        "p99 µs",
+        "p99.9 µs",
+        "CPU µs/op",
+        "written/put",
+        "memory MiB",
+    ]);
+    for work in report.works() {
+        for peer in Peer::ALL {
+            let figure = |name: &str| {
+                let value = report.figure(peer.name(), work, name).unwrap_or(f64::NAN);
+                if value >= 100.0 {
+                    format!("{value:.0}")
+                } else {
+                    format!("{value:.1}")
+                }
+            };
+            table.add_row([
+                if peer == Peer::Keelson {
+                    work.to_owned()
+                } else {
+                    String::new()
+                },
+                peer.name().to_owned(),
+                figure("operations_per_s"),
+                figure("p50_us"),
+                figure("p99_us"),
+                figure("p99.9_us"),
+                figure("cpu_us_per_operation"),
+                figure("written_bytes_per_value_byte"),
+                figure("peak_memory_mib"),
+            ]);
+        }
+    }
+    println!("{table}");
+    let mut table = Table::new();
+    table.load_style(presets::NOTHING);
+    table.set_header(["goal (times etcd's)", "wanted", "measured", "spread", "met"]);
+    for goal in &report.goals {
+        table.add_row([
+            goal.name.clone(),
+            goal.goal.clone(),
+            format!("{:.2}", goal.measured),
+            format!("{:.2}–{:.2}", goal.spread.0, goal.spread.1),
+            if goal.met { "yes" } else { "no" }.to_owned(),
+        ]);
+    }
+    println!("{table}");
+    for (program, version) in &report.versions {
+        println!("{program} {version}");
+    }
+}
+
+fn programs(options: &Options) -> anyhow::Result<Programs> {
+    let beside = std::env::current_exe()?.with_file_name("keelson-state");
+    let cache = std::env::var_os("KEELSON_CACHE").map_or_else(
+        || PathBuf::from(std::env::var_os("HOME").unwrap_or_default()).join(".cache/keelson"),
+        PathBuf::from,
+    );
+    let programs = Programs {
+        keelson: options.keelson_state.clone().unwrap_or(beside),
+        etcd: options
+            .etcd
+            .clone()
+            .unwrap_or_else(|| cache.join("etcd/etcd")),
+    };
+    anyhow::ensure!(
+        programs.keelson.exists(),
+        "{} is missing: run cargo build --release -p keelson-state -p keelson-perf",
+        programs.keelson.display()
+    );
+    anyhow::ensure!(
+        programs.etcd.exists(),
+        "{} is missing: run setup/etcd",
+        programs.etcd.display()
+    );
+    Ok(programs)
+}
+
+fn versions(programs: &Programs) -> anyhow::Result<BTreeMap<String, String>> {
+    let mut versions = BTreeMap::new();
+    for (name, program) in [
+        ("keelson-state", &programs.keelson),
+        ("etcd", &programs.etcd),
+    ] {
+        let output = Command::new(program).arg("--version").output()?;
+        let text = String::from_utf8_lossy(&output.stdout)
+            .lines()
+            .next()
+            .unwrap_or_default()
+            .to_owned();
+        let version = text.rsplit(' ').next().unwrap_or_default().to_owned();
+        versions.insert(name.to_owned(), version);
+    }
+    Ok(versions)
+}
+
+fn machine() -> String {
+    let read = |path: &str| std::fs::read_to_string(path).unwrap_or_default();
+    let cores = std::thread::available_parallelism().map_or(0, std::num::NonZero::get);
+    let model = read("/proc/cpuinfo")
+        .lines()
+        .find_map(|line| line.strip_prefix("model name"))
+        .map(|line| line.trim_start_matches([' ', '\t', ':']).to_owned())
+        .unwrap_or_default();
+    format!(
+        "{model}, {cores} cores, Linux {}",
+        read("/proc/sys/kernel/osrelease").trim()
+    )
+}

@@ -1,0 +1,183 @@
+use std::fs::File;
+use std::net::{Ipv4Addr, TcpListener};
+use std::path::PathBuf;
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use keelson_etcd_api::etcdserverpb as pb;
+use pb::kv_client::KvClient;
+use tempfile::TempDir;
+use tonic::transport::{Channel, Endpoint};
+
+/// What runs as a member.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Program {
+    /// keelson-state, built beside the tests.
+    KeelsonState,
+    /// The etcd that `setup/etcd` fetched.
+    Etcd,
+}
+
+/// A cluster on this machine; its members are killed when it is dropped.
+#[derive(Debug)]
+pub struct Cluster {
+    program: Program,
+    folder: TempDir,
+    client_urls: Vec<String>,
+    peer_urls: Vec<String>,
+    members: Vec<Option<Child>>,
+    flags: Vec<String>,
+}
+
+impl Cluster {
+    /// Starts `count` members with `flags` beside those of every test, and waits until they answer.
+    pub async fn start(program: Program, count: usize, flags: &[&str]) -> Self {
+        let mut cluster = Self {
+            program,
+            folder: tempfile::tempdir().unwrap(),
+            client_urls: free_urls(count),
+            peer_urls: free_urls(count),
+            members: Vec::new(),
+            flags: flags.iter().map(|&flag| flag.to_owned()).collect(),
+        };
+        cluster.members.resize_with(count, || None);
+        for at in 0..count {
+            cluster.run(at);
+        }
+        for at in 0..count {
+            cluster.wait_for(at).await;
+        }
+        cluster
+    }
+
+    /// Runs a member that is not running.
+    pub fn run(&mut self, at: usize) {
+        let list: Vec<String> = self
+            .peer_urls
+            .iter()
+            .enumerate()
+            .map(|(at, url)| format!("m{at}={url}"))
+            .collect();
+        let log = File::options()
+            .create(true)
+            .append(true)
+            .open(self.log(at))
+            .unwrap();
+        let process = Command::new(self.program.path())
+            .args(["--name", &format!("m{at}")])
+            .arg("--data-dir")
+            .arg(self.data(at))
+            .args(["--listen-client-urls", &self.client_urls[at]])
+            .args(["--advertise-client-urls", &self.client_urls[at]])
+            .args(["--listen-peer-urls", &self.peer_urls[at]])
+            .args(["--initial-advertise-peer-urls", &self.peer_urls[at]])
+            .args(["--initial-cluster", &list.join(",")])
+            .args(&self.flags)
+            .stdin(Stdio::null())
+            .stdout(log.try_clone().unwrap())
+            .stderr(log)
+            .spawn()
+            .unwrap_or_else(|error| {
+                panic!(
+                    "run {:?}: {error}: `./test` fetches and builds it",
+                    self.program
+                )
+            });
+        self.members[at] = Some(process);
+    }
+
+    /// Kills a member as a crash would.
+    pub fn kill(&mut self, at: usize) {
+        if let Some(mut process) = self.members[at].take() {
+            process.kill().unwrap();
+            process.wait().unwrap();
+        }
+    }
+
+    /// A connection to a member.
+    pub async fn connect(&self, at: usize) -> Channel {
+        Endpoint::from_shared(self.client_urls[at].clone())
+            .unwrap()
+            .connect()
+            .await
+            .unwrap()
+    }
+
+    /// Waits until a member answers reads that need a leader.
+    pub async fn wait_for(&self, at: usize) {
+        let limit = Instant::now() + Duration::from_secs(30);
+        loop {
+            if self.answers(at).await {
+                return;
+            }
+            assert!(
+                Instant::now() < limit,
+                "member {at} does not answer:\n{}",
+                std::fs::read_to_string(self.log(at)).unwrap_or_default()
+            );
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+    }
+
+    /// A member's folder.
+    pub fn data(&self, at: usize) -> PathBuf {
+        self.folder.path().join(format!("m{at}"))
+    }
+
+    async fn answers(&self, at: usize) -> bool {
+        let endpoint = Endpoint::from_shared(self.client_urls[at].clone()).unwrap();
+        let Ok(channel) = endpoint.connect().await else {
+            return false;
+        };
+        let request = pb::RangeRequest {
+            key: "ready".into(),
+            ..pb::RangeRequest::default()
+        };
+        KvClient::new(channel).range(request).await.is_ok()
+    }
+
+    fn log(&self, at: usize) -> PathBuf {
+        self.folder.path().join(format!("m{at}.log"))
+    }
+}
+
+impl Program {
+    /// Where the program is.
+    pub fn path(self) -> PathBuf {
+        match self {
+            Self::KeelsonState => {
+                let test = std::env::current_exe().unwrap();
+                test.ancestors().nth(2).unwrap().join("keelson-state")
+            }
+            Self::Etcd => {
+                let cache = std::env::var_os("KEELSON_CACHE").map_or_else(
+                    || PathBuf::from(std::env::var_os("HOME").unwrap()).join(".cache/keelson"),
+                    PathBuf::from,
+                );
+                cache.join("etcd/etcd")
+            }
+        }
+    }
+}
+
+impl Drop for Cluster {
+    fn drop(&mut self) {
+        for at in 0..self.members.len() {
+            self.kill(at);
+        }
+    }
+}
+
+/// Free ports on a loopback address that belongs to this process, so that no other test takes them
+/// before the servers do.
+fn free_urls(count: usize) -> Vec<String> {
+    let [_, a, b, c] = std::process::id().to_be_bytes();
+    let address = Ipv4Addr::new(127, a.saturating_add(1), b, c.clamp(1, 254));
+    let listeners: Vec<TcpListener> = (0..count)
+        .map(|_| TcpListener::bind((address, 0)).unwrap())
+        .collect();
+    listeners
+        .iter()
+        .map(|listener| format!("http://{}", listener.local_addr().unwrap()))
+        .collect()
+}

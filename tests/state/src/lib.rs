@@ -1,0 +1,9 @@
+//! Servers of etcd's API, for tests: keelson-state, and the etcd that it is compared with.
+
+#![allow(clippy::unwrap_used, clippy::missing_panics_doc)] // A test that can't go on panics.
+
+mod cluster;
+mod random;
+
+pub use self::cluster::{Cluster, Program};
+pub use self::random::Random;

@@ -184,7 +184,7 @@ async fn requests(
                 );
             }
             Work::TxnPut | Work::TxnMixed => {
-                drop(kv.txn(txn(Request::RequestPut(put(random % KEYS)))).await?)
+                drop(kv.txn(txn(Request::RequestPut(put(random % KEYS)))).await?);
             }
             Work::Kubernetes => kubernetes(&mut kv, client, random, &mut known).await?,
             _ => drop(kv.put(put(random % KEYS)).await?),

@@ -2,7 +2,7 @@
 
 #![allow(clippy::unwrap_used)] // A test that can't go on panics.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use keelson_etcd_api::etcdserverpb as pb;
 use keelson_state_tests::{Cluster, Program};
@@ -13,14 +13,17 @@ use tonic::transport::Channel;
 
 /// Writers at once.
 const WRITERS: u64 = 8;
+/// How long they write; members are killed in the middle.
+const WRITING: Duration = Duration::from_millis(600);
 
 #[tokio::test]
 async fn one_member_loses_nothing() {
     let mut cluster = Cluster::start(Program::KeelsonState, 1, &[]).await;
     let mut acknowledged = Vec::new();
     for round in 0..5 {
-        let writers = write(&cluster.connect(0).await, round);
-        tokio::time::sleep(Duration::from_millis(300)).await;
+        let end = Instant::now() + WRITING;
+        let writers = write(&cluster.connect(0).await, round, end);
+        tokio::time::sleep(WRITING / 2).await;
         cluster.kill(0);
         acknowledged.extend(ends(writers).await);
         cluster.run(0);
@@ -36,8 +39,9 @@ async fn three_members_go_on_without_one() {
     for round in 0..4 {
         let leader = leader(&cluster).await;
         let other = (leader + 1) % 3;
-        let writers = write(&cluster.connect(other).await, round);
-        tokio::time::sleep(Duration::from_millis(300)).await;
+        let end = Instant::now() + WRITING;
+        let writers = write(&cluster.connect(other).await, round, end);
+        tokio::time::sleep(WRITING / 2).await;
         cluster.kill(leader);
         acknowledged.extend(ends(writers).await);
         cluster.wait_for(other).await;
@@ -84,14 +88,17 @@ async fn a_folder_has_one_member() {
     cluster.wait_for(0).await;
 }
 
-/// Writes numbers under keys of their own until the server is gone; the last key and number that was
+/// Writes numbers under keys of their own until the server is gone, or until `end`; the last key and number that was
 /// acknowledged to each writer.
-fn write(channel: &Channel, round: u64) -> Vec<JoinHandle<Option<(String, u64)>>> {
+fn write(channel: &Channel, round: u64, end: Instant) -> Vec<JoinHandle<Option<(String, u64)>>> {
     let writer = |writer: u64| {
         let mut kv = KvClient::new(channel.clone());
         tokio::spawn(async move {
             let mut last = None;
             for number in 1.. {
+                if Instant::now() >= end {
+                    break;
+                }
                 let key = format!("round{round}-writer{writer}");
                 let put = pb::PutRequest {
                     key: key.clone().into(),

@@ -7,7 +7,9 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use prost::Message as _;
-use raft::eraftpb::{ConfChange, ConfChangeType, ConfState, Entry, EntryType, HardState, Message};
+use raft::eraftpb::{
+    ConfChange, ConfChangeType, ConfState, Entry, EntryType, HardState, Message, MessageType,
+};
 use raft::{Config, RawNode, ReadOnlyOption, StateRole};
 
 use crate::command::{Command, Response};
@@ -206,6 +208,9 @@ impl Member {
 
     /// A message came from another member. One that makes no sense is dropped.
     pub fn step(&mut self, message: Message) {
+        if message.msg_type() == MessageType::MsgSnapshot {
+            return; // no member of this version sends one
+        }
         if let Err(error) = self.node.step(message) {
             tracing::debug!(%error, "dropped a message");
         }

@@ -2,9 +2,8 @@
 
 use sha2::{Digest, Sha256};
 
-/// A member's id: from its peer URLs and the cluster's token; with a salt for one that is added
-/// later, so that it differs from one that was removed.
-pub fn member_id(peer_urls: &[String], token: &str, salt: Option<u64>) -> u64 {
+/// A member's id: from its peer URLs and the cluster's token.
+pub fn member_id(peer_urls: &[String], token: &str) -> u64 {
     let mut urls = peer_urls.to_vec();
     urls.sort_unstable();
     let mut hasher = Sha256::new();
@@ -13,9 +12,6 @@ pub fn member_id(peer_urls: &[String], token: &str, salt: Option<u64>) -> u64 {
         hasher.update([0]);
     }
     hasher.update(token.as_bytes());
-    if let Some(salt) = salt {
-        hasher.update(salt.to_le_bytes());
-    }
     first_bytes(hasher)
 }
 

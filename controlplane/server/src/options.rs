@@ -139,7 +139,7 @@ impl Options {
         let members: Vec<MemberInfo> = members
             .into_iter()
             .map(|(name, peer_urls)| MemberInfo {
-                id: identity::member_id(&peer_urls, token, None),
+                id: identity::member_id(&peer_urls, token),
                 name,
                 peer_urls,
                 ..MemberInfo::default()

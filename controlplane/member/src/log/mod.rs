@@ -43,8 +43,6 @@ pub struct Log {
     conf_state: ConfState,
     buffer: Vec<u8>,
     aligned: AlignedBytes,
-    /// A snapshot that followers who need one get: its position.
-    snapshot: Position,
 }
 
 /// An index and the term of its entry.
@@ -87,7 +85,6 @@ impl Log {
             conf_state,
             buffer: Vec::new(),
             aligned: AlignedBytes::default(),
-            snapshot: applied,
         };
         log.recover(applied)?;
         if log.hard_state.commit < applied.index {
@@ -194,32 +191,6 @@ impl Log {
             }
         }
         Ok(())
-    }
-
-    /// Puts the log behind a snapshot that replaces everything.
-    pub fn restart(&mut self, at: Position, conf_state: ConfState) -> Result<(), MemberError> {
-        self.slots.clear();
-        self.cache.clear();
-        self.cached_bytes = 0;
-        self.before = at;
-        self.snapshot = at;
-        self.conf_state = conf_state;
-        let next = self
-            .segments
-            .back()
-            .map_or(1, |segment| segment.sequence + 1);
-        while let Some(segment) = self.segments.pop_front() {
-            self.retire(segment.sequence)?;
-        }
-        self.start_segment(next)?;
-        self.hard_state.commit = self.hard_state.commit.max(at.index);
-        let state = self.hard_state.clone();
-        self.append(&[], Some(&state))
-    }
-
-    /// Offers the snapshot at this position to followers whose entries are gone.
-    pub fn offer_snapshot(&mut self, at: Position) {
-        self.snapshot = at;
     }
 
     /// The first entry's index.
@@ -526,18 +497,11 @@ impl Storage for Log {
         Ok(self.last().index)
     }
 
-    fn snapshot(&self, request_index: u64, _to: u64) -> raft::Result<Snapshot> {
-        if self.snapshot.index < request_index || self.snapshot.index < self.before.index {
-            return Err(raft::Error::Store(
-                StorageError::SnapshotTemporarilyUnavailable,
-            ));
-        }
-        let mut snapshot = Snapshot::default();
-        let metadata = snapshot.mut_metadata();
-        metadata.index = self.snapshot.index;
-        metadata.term = self.snapshot.term;
-        *metadata.mut_conf_state() = self.conf_state.clone();
-        Ok(snapshot)
+    fn snapshot(&self, _request_index: u64, _to: u64) -> raft::Result<Snapshot> {
+        // A follower that needs one waits: snapshots are not in this version.
+        Err(raft::Error::Store(
+            StorageError::SnapshotTemporarilyUnavailable,
+        ))
     }
 }
 

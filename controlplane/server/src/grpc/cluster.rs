@@ -9,40 +9,16 @@ use tonic::{Request, Response, Status};
 use super::{Services, refused};
 use crate::identity;
 
-/// Learners that a cluster may have at once, as etcd's default.
-const MAX_LEARNERS: usize = 1;
-
 #[tonic::async_trait]
 impl Cluster for Services {
     async fn member_add(
         &self,
-        request: Request<pb::MemberAddRequest>,
+        _request: Request<pb::MemberAddRequest>,
     ) -> Result<Response<pb::MemberAddResponse>, Status> {
-        let request = request.into_inner();
-        if request.peer_ur_ls.is_empty()
-            || !request.peer_ur_ls.iter().all(|url| identity::is_url(url))
-        {
-            return Err(refused(&RequestError::BadPeerUrls));
-        }
-        let known = self.node.keyspace().metadata().members;
-        if request.is_learner
-            && known.iter().filter(|member| member.is_learner).count() >= MAX_LEARNERS
-        {
-            return Err(refused(&RequestError::TooManyLearners));
-        }
-        let (salt, _) = uuid::Uuid::new_v4().as_u64_pair();
-        let member = MemberInfo {
-            id: identity::member_id(&request.peer_ur_ls, "", Some(salt)),
-            peer_urls: request.peer_ur_ls,
-            is_learner: request.is_learner,
-            ..MemberInfo::default()
-        };
-        let members = self.change(ChangeKind::Add, member.clone()).await?;
-        Ok(Response::new(pb::MemberAddResponse {
-            header: self.current_header(),
-            member: Some(described(member)),
-            members,
-        }))
+        // It would have nothing to begin with, and its vote would count.
+        Err(Status::unimplemented(
+            "members can't be added in this version: name all of them when the cluster begins",
+        ))
     }
 
     async fn member_remove(

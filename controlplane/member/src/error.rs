@@ -38,6 +38,12 @@ pub enum MemberError {
         /// The highest known format.
         known: u64,
     },
+    /// A snapshot can't be used.
+    #[error("the snapshot can't be used: {0}; take it, or send it, again")]
+    DamagedSnapshot(String),
+    /// The cluster has removed this member.
+    #[error("this member was removed from the cluster: its data folder is of no more use")]
+    Removed,
     /// The consensus engine refused something that it should not.
     #[error("consensus: {0}")]
     Consensus(#[from] raft::Error),
@@ -110,6 +116,10 @@ pub enum RequestError {
     LearnerNotReady,
     #[error("etcdserver: too many learner members in cluster")]
     TooManyLearners,
+    #[error("etcdserver: rpc not supported for learner")]
+    NotForLearners,
+    #[error("etcdserver: unhealthy cluster")]
+    Unhealthy,
     #[error("etcdserver: no leader")]
     NoLeader,
     #[error("etcdserver: not leader")]
@@ -158,7 +168,12 @@ impl RequestError {
             | Self::NotLeader
             | Self::BadTransferee => FAILED_PRECONDITION,
             Self::Compacted | Self::FutureRevision | Self::LeaseTtlTooLarge => OUT_OF_RANGE,
-            Self::NoLeader | Self::LeaderChanged | Self::Stopped | Self::TimedOut => UNAVAILABLE,
+            Self::NoLeader
+            | Self::LeaderChanged
+            | Self::Stopped
+            | Self::TimedOut
+            | Self::NotForLearners
+            | Self::Unhealthy => UNAVAILABLE,
             Self::Corrupt => DATA_LOSS,
         }
     }

@@ -4,6 +4,7 @@
 pub mod command;
 pub mod disk;
 mod error;
+mod identity;
 pub mod keyspace;
 pub mod lessor;
 pub mod log;
@@ -14,13 +15,19 @@ pub mod watch;
 pub use raft::eraftpb::Message as PeerMessage;
 
 pub use self::error::{Failure, MemberError, RequestError};
+pub use self::identity::Identity;
 pub use self::member::{
-    ChangeKind, ConsensusStatus, Member, MemberOptions, MembershipChange, Output,
+    ChangeKind, ConsensusStatus, Member, MemberOptions, MembershipChange, Output, Start,
 };
 
 /// The message as other members read it.
 pub fn encode_message(message: &PeerMessage) -> Vec<u8> {
     prost_of_raft::Message::encode_to_vec(message)
+}
+
+/// Whether a message offers a snapshot, whose data goes beside it.
+pub fn is_snapshot(message: &PeerMessage) -> bool {
+    message.msg_type() == raft::eraftpb::MessageType::MsgSnapshot
 }
 
 /// A message that another member encoded; garbage is `None`.

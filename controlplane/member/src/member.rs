@@ -9,13 +9,16 @@ use std::sync::Arc;
 use prost::Message as _;
 use raft::eraftpb::{
     ConfChange, ConfChangeType, ConfState, Entry, EntryType, HardState, Message, MessageType,
+    SnapshotMetadata,
 };
-use raft::{Config, RawNode, ReadOnlyOption, StateRole};
+use raft::{Config, ProgressState, RawNode, ReadOnlyOption, SnapshotStatus, StateRole};
 
 use crate::command::{Command, Response};
 use crate::disk::Disk;
-use crate::keyspace::{Configuration, FORMAT, History, Keyspace, Member as MemberInfo, Metadata};
-use crate::log::{Log, Owner, Position};
+use crate::keyspace::{
+    FORMAT, History, Keyspace, Member as MemberInfo, Metadata, StagedSnapshot, remove_incoming,
+};
+use crate::log::{Log, Owner, Position, snapshot_of};
 use crate::logger;
 use crate::{MemberError, RequestError};
 
@@ -33,14 +36,25 @@ pub struct MemberOptions {
     pub cluster_id: u64,
     /// Its id; not 0.
     pub id: u64,
-    /// The members of a new cluster; none if this one joins an existing cluster.
-    pub bootstrap: Vec<MemberInfo>,
+    /// Where it begins.
+    pub start: Start,
     /// Ticks without a leader until an election.
     pub election_ticks: usize,
     /// Where randomness begins.
     pub seed: u64,
     /// Memory for the storage engine's cache, in bytes.
     pub cache_bytes: usize,
+}
+
+/// Where a member begins.
+#[derive(Debug, Clone)]
+pub enum Start {
+    /// With what its data folder holds.
+    Continue,
+    /// As one of the first members of a cluster.
+    New(Vec<MemberInfo>),
+    /// With nothing but what is known of the cluster's members, which send it the rest.
+    Join(Vec<MemberInfo>),
 }
 
 /// A member.
@@ -53,6 +67,10 @@ pub struct Member {
     /// Reads that wait until an index is applied.
     reads: BTreeMap<u64, Vec<u64>>,
     applied: Position,
+    disk: Arc<dyn Disk>,
+    /// A snapshot that was received, until consensus has taken or refused it.
+    staged: Option<StagedSnapshot>,
+    removed: bool,
 }
 
 /// What came out of [`Member::advance`].
@@ -66,6 +84,10 @@ pub struct Output {
     pub history: History,
     /// Reads, by the id given to [`Member::read_index`], that may read now.
     pub reads: Vec<u64>,
+    /// A snapshot was installed: events up to this revision are in no history here.
+    pub installed: Option<i64>,
+    /// The cluster has removed this member.
+    pub removed: bool,
 }
 
 /// What a member knows of its cluster.
@@ -83,6 +105,8 @@ pub struct ConsensusStatus {
     pub is_leader: bool,
     /// Whether it may serve reads without asking: it is the only voter.
     pub is_alone: bool,
+    /// Whether it has no vote.
+    pub is_learner: bool,
 }
 
 /// A change of membership, in the context of its entry.
@@ -115,7 +139,9 @@ pub enum ChangeKind {
 impl Member {
     /// Opens the member that `disk` holds, or makes a new one.
     pub fn open(disk: &Arc<dyn Disk>, options: &MemberOptions) -> Result<Self, MemberError> {
+        remove_incoming(&**disk)?;
         let keyspace = Keyspace::open(&**disk, options.cache_bytes, first_metadata(options))?;
+        let may_be_new = !matches!(options.start, Start::Continue);
         let metadata = keyspace.metadata();
         if metadata.cluster_id != options.cluster_id {
             return Err(MemberError::Foreign(format!(
@@ -132,8 +158,14 @@ impl Member {
             index: metadata.applied_index,
             term: metadata.applied_term,
         };
-        let conf_state: ConfState = metadata.consensus.unwrap_or_default().into();
-        let log = Log::open(Arc::clone(disk), owner, applied, conf_state.clone())?;
+        let conf_state: ConfState = metadata.consensus.clone().unwrap_or_default().into();
+        let log = Log::open(
+            Arc::clone(disk),
+            owner,
+            applied,
+            conf_state.clone(),
+            may_be_new,
+        )?;
         let config = Config {
             id: options.id,
             election_tick: options.election_ticks,
@@ -154,6 +186,9 @@ impl Member {
             drawn: (u64::MAX, StateRole::Follower),
             reads: BTreeMap::new(),
             applied,
+            disk: Arc::clone(disk),
+            staged: None,
+            removed: metadata.removed_members.contains(&options.id),
         };
         member.draw_timeout();
         if conf_state.voters == [options.id] {
@@ -179,6 +214,7 @@ impl Member {
             applied: self.applied.index,
             is_leader,
             is_alone: is_leader && voters.voters == [raft.id] && voters.voters_outgoing.is_empty(),
+            is_learner: voters.learners.contains(&raft.id),
         }
     }
 
@@ -186,18 +222,19 @@ impl Member {
     pub fn is_caught_up(&self, id: u64) -> bool {
         let raft = &self.node.raft;
         raft.prs().get(id).is_some_and(|progress| {
-            progress.matched + 1000 >= raft.raft_log.committed && progress.matched > 0
+            // As etcd: nine tenths of what the leader has.
+            progress.matched > 0 && progress.matched >= raft.raft_log.committed / 10 * 9
         })
     }
 
-    /// Members from which the leader heard within the last election timeout.
-    pub fn active_members(&self) -> usize {
+    /// Members from which the leader heard within the last election timeout, itself included.
+    pub fn active_members(&self) -> Vec<u64> {
         let raft = &self.node.raft;
-        let others = raft
-            .prs()
+        raft.prs()
             .iter()
-            .filter(|(id, progress)| **id != raft.id && progress.recent_active);
-        others.count() + 1
+            .filter(|(id, progress)| **id == raft.id || progress.recent_active)
+            .map(|(id, _)| *id)
+            .collect()
     }
 
     /// A tick of the clock passed.
@@ -209,12 +246,59 @@ impl Member {
     /// A message came from another member. One that makes no sense is dropped.
     pub fn step(&mut self, message: Message) {
         if message.msg_type() == MessageType::MsgSnapshot {
-            return; // no member of this version sends one
+            return; // without its data: see [`Member::step_snapshot`]
         }
+        self.step_checked(message);
+    }
+
+    /// A snapshot came from the leader, whole. It is installed by the next [`Member::advance`], or
+    /// removed if it is not needed.
+    pub fn step_snapshot(
+        &mut self,
+        mut message: Message,
+        staged: StagedSnapshot,
+    ) -> Result<(), MemberError> {
+        self.discard_staged()?;
+        let metadata = staged.metadata();
+        let Some(configuration) = metadata.consensus.clone() else {
+            return staged.discard(&*self.disk);
+        };
+        if metadata.cluster_id != self.keyspace.metadata().cluster_id {
+            return staged.discard(&*self.disk);
+        }
+        let at = Position {
+            index: metadata.applied_index,
+            term: metadata.applied_term,
+        };
+        message.set_snapshot(snapshot_of(at, configuration.into()));
+        message.set_msg_type(MessageType::MsgSnapshot);
+        self.staged = Some(staged);
+        self.step_checked(message);
+        Ok(())
+    }
+
+    /// How sending a snapshot to a member ended.
+    pub fn report_snapshot(&mut self, id: u64, sent: bool) {
+        let status = if sent {
+            SnapshotStatus::Finish
+        } else {
+            SnapshotStatus::Failure
+        };
+        self.node.report_snapshot(id, status);
+    }
+
+    fn step_checked(&mut self, message: Message) {
         if let Err(error) = self.node.step(message) {
             tracing::debug!(%error, "dropped a message");
         }
         self.draw_timeout();
+    }
+
+    fn discard_staged(&mut self) -> Result<(), MemberError> {
+        match self.staged.take() {
+            Some(staged) => staged.discard(&*self.disk),
+            None => Ok(()),
+        }
     }
 
     /// Proposes a command. Its outcome comes from [`Member::advance`], or never: a change of leaders
@@ -267,14 +351,43 @@ impl Member {
         self.node.report_unreachable(id);
     }
 
-    /// Gives up log entries that are flushed and that followers don't need.
-    pub fn release_log(&mut self, flushed: u64) -> Result<(), MemberError> {
-        let keep = if self.status().is_alone {
-            1
-        } else {
-            KEPT_ENTRIES
+    /// The keyspace is durable as of `metadata`: gives up log entries that no member needs.
+    pub fn flushed(&mut self, metadata: &Metadata) -> Result<(), MemberError> {
+        let at = Position {
+            index: metadata.applied_index,
+            term: metadata.applied_term,
         };
-        self.node.mut_store().release(flushed.saturating_sub(keep))
+        let configuration = metadata.consensus.clone().unwrap_or_default();
+        let needed = self.needed_by_followers();
+        let log = self.node.mut_store();
+        log.offer_snapshot(at, configuration.into());
+        let release = match needed {
+            _ if log.is_long() => at.index.saturating_sub(KEPT_ENTRIES),
+            Some(needed) => needed.min(at.index.saturating_sub(KEPT_ENTRIES)),
+            None => at.index.saturating_sub(1),
+        };
+        log.release(release)
+    }
+
+    /// The last entry that every follower has which the leader hears of; `None` if there is no
+    /// other member.
+    fn needed_by_followers(&self) -> Option<u64> {
+        let raft = &self.node.raft;
+        let mut others = raft
+            .prs()
+            .iter()
+            .filter(|(id, _)| **id != raft.id)
+            .peekable();
+        others.peek()?;
+        if raft.state != StateRole::Leader {
+            return Some(u64::MAX);
+        }
+        let needs = others
+            .filter(|(_, progress)| {
+                progress.recent_active || progress.state == ProgressState::Snapshot
+            })
+            .map(|(_, progress)| progress.matched);
+        Some(needs.min().unwrap_or(u64::MAX))
     }
 
     /// The log, to prepare its files.
@@ -289,6 +402,9 @@ impl Member {
         while self.node.has_ready() {
             let mut ready = self.node.ready();
             ready.take_messages().into_iter().for_each(&mut *send);
+            if !ready.snapshot().is_empty() {
+                self.install(ready.snapshot().get_metadata(), ready.hs(), &mut output)?;
+            }
             self.apply(ready.take_committed_entries(), &mut output)?;
             self.persist(ready.entries(), ready.hs())?;
             for read in ready.take_read_states() {
@@ -307,6 +423,8 @@ impl Member {
             self.node.advance_apply_to(self.applied.index);
             self.draw_timeout();
         }
+        self.discard_staged()?;
+        output.removed = self.removed;
         while let Some(entry) = self.reads.first_entry() {
             if *entry.key() > self.applied.index {
                 break;
@@ -314,6 +432,32 @@ impl Member {
             output.reads.extend(entry.remove());
         }
         Ok(output)
+    }
+
+    fn install(
+        &mut self,
+        wanted: &SnapshotMetadata,
+        state: Option<&HardState>,
+        output: &mut Output,
+    ) -> Result<(), MemberError> {
+        let staged = self.staged.take().ok_or_else(|| {
+            MemberError::DamagedSnapshot("consensus took one that did not come".into())
+        })?;
+        let at = Position {
+            index: wanted.index,
+            term: wanted.term,
+        };
+        self.keyspace.install(&*self.disk, staged)?;
+        let mut state = state.unwrap_or(self.node.store().hard_state()).clone();
+        state.commit = state.commit.max(at.index);
+        let log = self.node.mut_store();
+        log.restart(at, &state)?;
+        log.set_conf_state(wanted.get_conf_state().clone());
+        log.offer_snapshot(at, wanted.get_conf_state().clone());
+        self.applied = at;
+        output.installed = Some(self.keyspace.revision());
+        tracing::info!(index = at.index, "installed a snapshot");
+        Ok(())
     }
 
     fn persist(&mut self, entries: &[Entry], state: Option<&HardState>) -> Result<(), MemberError> {
@@ -389,6 +533,7 @@ impl Member {
         if outcome.is_err() {
             conf_change.node_id = raft::INVALID_ID;
         }
+        self.removed |= metadata.removed_members.contains(&self.node.raft.id);
         let state = self.node.apply_conf_change(&conf_change)?;
         self.node.mut_store().set_conf_state(state.clone());
         metadata.consensus = Some(state.into());
@@ -420,28 +565,26 @@ impl std::fmt::Debug for Member {
     }
 }
 
-/// What a new member starts with. Index 1 is the bootstrap itself: a member that joins later has
-/// nothing, and is sent a snapshot.
-fn first_metadata(options: &MemberOptions) -> Metadata {
+/// What a new member starts with, if it is one. Index 1 is the beginning itself: a member that
+/// joins later has nothing, and is sent a snapshot.
+fn first_metadata(options: &MemberOptions) -> Option<Metadata> {
+    let (members, joins) = match &options.start {
+        Start::Continue => return None,
+        Start::New(members) => (members.clone(), false),
+        Start::Join(members) => (members.clone(), true),
+    };
     let mut metadata = Metadata {
         format: FORMAT,
         cluster_id: options.cluster_id,
         revision: 1,
         compact_revision: -1,
-        members: options.bootstrap.clone(),
+        members,
         ..Metadata::default()
     };
-    if !options.bootstrap.is_empty() {
-        let mut voters: Vec<u64> = options.bootstrap.iter().map(|member| member.id).collect();
-        voters.sort_unstable();
-        metadata.applied_index = 1;
-        metadata.applied_term = 1;
-        metadata.consensus = Some(Configuration {
-            voters,
-            ..Configuration::default()
-        });
+    if !joins {
+        metadata.found();
     }
-    metadata
+    Some(metadata)
 }
 
 fn change_members(metadata: &mut Metadata, change: &MembershipChange) -> Result<(), RequestError> {

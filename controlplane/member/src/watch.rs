@@ -150,6 +150,26 @@ impl Watches {
         }
     }
 
+    /// A snapshot was installed that reaches up to `revision`: watches get what lies between from
+    /// its history.
+    pub fn jump(&self, revision: i64) {
+        let mut hub = self.hub.lock();
+        let hub = &mut *hub;
+        let next = hub.revision + 1;
+        hub.revision = hub.revision.max(revision);
+        hub.exact.clear();
+        hub.ranges.clear();
+        for stream in hub.streams.values_mut() {
+            for watch in stream.watches.values_mut() {
+                if watch.synced {
+                    watch.synced = false;
+                    watch.next = watch.next.max(next);
+                }
+            }
+            (stream.wake)();
+        }
+    }
+
     /// Watches and streams that there are.
     pub fn count(&self) -> (usize, usize) {
         let hub = self.hub.lock();
@@ -336,7 +356,7 @@ impl WatchStream {
         };
         // The keyspace may be ahead of what was published: those events will come that way as well,
         // and are dropped there by `next`.
-        watch.next = history.revision + 1;
+        watch.next = watch.next.max(history.revision + 1);
         watch.synced = history.revision >= published;
         if watch.synced {
             hub.register(&options.range, (self.id, watch_id));

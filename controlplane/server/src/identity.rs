@@ -27,14 +27,22 @@ pub fn cluster_id(members: &[u64], token: &str) -> u64 {
     first_bytes(hasher)
 }
 
-/// Whether `url` is one that a member can listen on: `http://HOST:PORT`.
+/// An id for a member that is added to a cluster: never given before.
+pub fn new_member_id() -> u64 {
+    let (id, _) = uuid::Uuid::new_v4().as_u64_pair();
+    id.max(1)
+}
+
+/// Whether `url` is one that a member can listen on: `http://HOST:PORT`, or with `https`.
 pub fn is_url(url: &str) -> bool {
     address(url).is_some()
 }
 
-/// HOST:PORT of `http://HOST:PORT`.
+/// HOST:PORT of `http://HOST:PORT` or `https://HOST:PORT`.
 pub fn address(url: &str) -> Option<&str> {
-    let address = url.strip_prefix("http://")?;
+    let address = url
+        .strip_prefix("http://")
+        .or_else(|| url.strip_prefix("https://"))?;
     let address = address.strip_suffix('/').unwrap_or(address);
     let (host, port) = address.rsplit_once(':')?;
     (!host.is_empty() && !host.contains('/') && port.parse::<u16>().is_ok()).then_some(address)

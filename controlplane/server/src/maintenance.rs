@@ -3,22 +3,35 @@
 
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender, SyncSender, sync_channel};
+use std::time::Duration;
 
 use keelson_member::MemberError;
 use keelson_member::disk::Disk;
 use keelson_member::keyspace::Keyspace;
 use keelson_member::log::prepare_spare;
 
-use crate::node::Input;
+use crate::node::{Input, Node};
+
+/// How often the end of a flush is looked for.
+const POLL: Duration = Duration::from_millis(5);
 
 /// Wakes the thread.
-pub struct Handle(SyncSender<usize>);
+pub struct Handle(SyncSender<Wanted>);
+
+/// What is to be done, beside what the thread finds itself.
+#[derive(Debug, Clone, Copy)]
+pub struct Wanted {
+    /// Files that the log lacks.
+    pub spares: usize,
+    /// Whether to flush, however little that is.
+    pub flush: bool,
+}
 
 impl Handle {
-    /// There may be something to do; the log lacks `spares` files.
-    pub fn wake(&self, spares: usize) {
+    /// There may be something to do.
+    pub fn wake(&self, wanted: Wanted) {
         // If it is at work already, it is told again at the next tick.
-        let _ = self.0.try_send(spares);
+        let _ = self.0.try_send(wanted);
     }
 }
 
@@ -39,24 +52,40 @@ pub fn start(
     Ok(Handle(wake))
 }
 
+/// Makes everything that is applied durable in the storage engine. Slow: not for async code.
+pub fn flush_now(node: &Node) -> Result<(), MemberError> {
+    loop {
+        if let Some(flush) = node.keyspace().begin_flush() {
+            if let Some(metadata) = node.keyspace().flush(flush)? {
+                node.tell(Input::Flushed(Box::new(metadata)));
+                return Ok(());
+            }
+        } else {
+            // The flush that is under way began before what is wanted.
+            std::thread::sleep(POLL);
+        }
+    }
+}
+
 fn run(
     keyspace: &Keyspace,
     disk: &dyn Disk,
     inputs: &Sender<Input>,
-    woken: &Receiver<usize>,
+    woken: &Receiver<Wanted>,
 ) -> Result<(), MemberError> {
     let mut prepared = 0_u64;
     let mut cleared = 0;
-    while let Ok(spares) = woken.recv() {
+    while let Ok(wanted) = woken.recv() {
         let (_, compacted) = keyspace.revisions();
         let clear = compacted > cleared;
-        if (keyspace.wants_flush() || (clear && keyspace.has_unflushed(compacted)))
-            && let Some(flush) = keyspace.begin_flush()
-        {
-            let index = keyspace.flush(&flush)?;
-            let _ = inputs.send(Input::Flushed(index));
+        let flush =
+            wanted.flush || keyspace.wants_flush() || (clear && keyspace.has_unflushed(compacted));
+        if flush && let Some(flush) = keyspace.begin_flush() {
+            if let Some(metadata) = keyspace.flush(flush)? {
+                let _ = inputs.send(Input::Flushed(Box::new(metadata)));
+            }
         }
-        for _ in 0..spares {
+        for _ in 0..wanted.spares {
             prepared += 1;
             let number = (u64::from(std::process::id()) << 32) | prepared;
             let name = prepare_spare(disk, number)?;

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use keelson_etcd_api::etcdserverpb as pb;
 use keelson_member::command::{Command, Operation, Response};
 use keelson_member::disk::Disk;
-use keelson_member::keyspace::{Keyspace, Member as MemberInfo};
+use keelson_member::keyspace::{Keyspace, Member as MemberInfo, Metadata, StagedSnapshot};
 use keelson_member::lessor::Lessor;
 use keelson_member::watch::Watches;
 use keelson_member::{
@@ -45,16 +45,29 @@ pub enum Input {
     Unreachable(u64),
     /// Leadership is to go to this member.
     Transfer(u64),
-    /// The keyspace is on disk up to this log index.
-    Flushed(u64),
+    /// A snapshot came from the leader: the message that offered it, and its data.
+    Snapshot(Box<(PeerMessage, StagedSnapshot)>),
+    /// A snapshot for this member was sent, or was not.
+    SnapshotSent(u64, bool),
+    /// The keyspace is on disk as of this metadata.
+    Flushed(Box<Metadata>),
     /// A file for the log is prepared.
     Spare(String),
     /// A background task can't go on.
     Failed(MemberError),
-    /// Asks whether a learner has caught up, and how many members are active.
-    Progress(u64, oneshot::Sender<(bool, usize)>),
+    /// Asks how far members follow, this one above all.
+    Progress(u64, oneshot::Sender<Result<Progress, RequestError>>),
     /// Ends the thread.
     Stop,
+}
+
+/// How far members follow the leader.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Progress {
+    /// Whether the member that was asked about follows closely enough to vote.
+    pub caught_up: bool,
+    /// Members that the leader hears of, itself included.
+    pub active: Vec<u64>,
 }
 
 /// Hands inputs to the thread, and knows what it publishes.
@@ -121,6 +134,8 @@ pub fn start(
         next_id: options.id_prefix << 32,
         options,
         batch: Vec::new(),
+        flush_to: 0,
+        ticks_left: None,
     };
     std::thread::Builder::new()
         .name("member".into())
@@ -171,11 +186,9 @@ impl Node {
         self.ask(Input::Read).await
     }
 
-    /// Whether a learner has caught up, and how many members are active.
-    pub async fn progress(&self, id: u64) -> Result<(bool, usize), RequestError> {
-        let (reply, answer) = oneshot::channel();
-        self.tell(Input::Progress(id, reply));
-        answer.await.map_err(|_| RequestError::Stopped)
+    /// How far members follow, if this one leads.
+    pub async fn progress(&self, id: u64) -> Result<Progress, RequestError> {
+        self.ask(|reply| Input::Progress(id, reply)).await
     }
 
     /// Tells the thread something that needs no answer.
@@ -246,6 +259,11 @@ struct Driver {
     next_id: u64,
     options: NodeOptions,
     batch: Vec<Input>,
+    /// The keyspace is to be flushed at least up to this log index: a snapshot before a member was
+    /// added is of no use to it.
+    flush_to: u64,
+    /// Ticks until this member, which was removed, ends.
+    ticks_left: Option<u32>,
 }
 
 /// Who waits for a command, and the lease that it ends, if it does.
@@ -276,7 +294,7 @@ impl Driver {
             // must not think so of them.
             if Instant::now() >= next_tick {
                 next_tick = Instant::now() + self.options.tick;
-                self.tick();
+                self.tick()?;
             }
             self.ask_for_reads();
             self.advance()?;
@@ -298,11 +316,28 @@ impl Driver {
             Input::Message(message) => self.member.step(message),
             Input::Unreachable(id) => self.member.report_unreachable(id),
             Input::Transfer(id) => self.member.transfer_leader(id),
-            Input::Flushed(index) => self.member.release_log(index)?,
+            Input::Snapshot(snapshot) => {
+                let (message, staged) = *snapshot;
+                self.member.step_snapshot(message, staged)?;
+                // Before anything else is heard: it belongs to this message.
+                self.advance()?;
+            }
+            Input::SnapshotSent(to, sent) => self.member.report_snapshot(to, sent),
+            Input::Flushed(metadata) => {
+                if metadata.applied_index >= self.flush_to {
+                    self.flush_to = 0;
+                }
+                self.member.flushed(&metadata)?;
+            }
             Input::Spare(name) => self.member.log().add_spare(name),
             Input::Failed(error) => return Err(error),
             Input::Progress(id, reply) => {
-                let _ = reply.send((self.member.is_caught_up(id), self.member.active_members()));
+                let progress = Progress {
+                    caught_up: self.member.is_caught_up(id),
+                    active: self.member.active_members(),
+                };
+                let leads = self.member.status().is_leader;
+                let _ = reply.send(leads.then_some(progress).ok_or(RequestError::NotLeader));
             }
             Input::Stop => return Ok(true),
         }
@@ -340,7 +375,10 @@ impl Driver {
         }
     }
 
-    fn tick(&mut self) {
+    fn tick(&mut self) -> Result<(), MemberError> {
+        if let Some(left) = &mut self.ticks_left {
+            *left = left.checked_sub(1).ok_or(MemberError::Removed)?;
+        }
         self.member.tick();
         if self.member.status().leader != 0 {
             for command in std::mem::take(&mut self.held) {
@@ -364,7 +402,15 @@ impl Driver {
         self.new_reads.retain(|reply| !reply.is_closed());
         self.waiters.retain(|_, waiter| !waiter.reply.is_closed());
         self.changes.retain(|_, reply| !reply.is_closed());
-        self.maintenance.wake(self.member.log().missing_spares());
+        self.wake_maintenance();
+        Ok(())
+    }
+
+    fn wake_maintenance(&mut self) {
+        self.maintenance.wake(maintenance::Wanted {
+            spares: self.member.log().missing_spares(),
+            flush: self.flush_to > 0,
+        });
     }
 
     /// One round of consensus serves every read that waits.
@@ -385,14 +431,21 @@ impl Driver {
             .advance(&mut |message| drop(outbox.send(message)))?;
         self.publish_status();
         self.answer(output);
-        if self.shared.keyspace.wants_flush() {
-            self.maintenance.wake(self.member.log().missing_spares());
+        if self.flush_to > 0 || self.shared.keyspace.wants_flush() {
+            self.wake_maintenance();
         }
         Ok(())
     }
 
     fn answer(&mut self, output: Output) {
         let now = milliseconds(self.shared.started);
+        if output.removed && self.ticks_left.is_none() {
+            // The others are to hear that it is so.
+            self.ticks_left = Some(self.options.election_ticks);
+        }
+        if let Some(revision) = output.installed {
+            self.shared.watches.jump(revision);
+        }
         // Watches see a change no later than who made it: a client that watches its own writes
         // expects no more than that.
         if output.history.revision > 0 {
@@ -411,6 +464,7 @@ impl Driver {
             let _ = waiter.reply.send(outcome);
         }
         for (id, outcome) in output.membership {
+            self.flush_to = self.member.status().applied;
             if let Some(reply) = self.changes.remove(&id) {
                 let _ = reply.send(outcome);
             }

@@ -4,21 +4,23 @@ use std::net::{SocketAddr, ToSocketAddrs as _};
 use std::path::PathBuf;
 use std::time::Duration;
 
-use clap::{Parser, ValueEnum};
+use clap::{Args, Parser, Subcommand, ValueEnum};
 use keelson_member::keyspace::Member as MemberInfo;
 
 use crate::identity;
+use crate::tls::TlsFiles;
 
 /// A member of a replicated state store that speaks etcd v3's API.
 #[derive(Debug, Parser)]
 #[command(name = "keelson-state", version, max_term_width = 100)]
+#[command(args_conflicts_with_subcommands = true)]
 pub struct Options {
-    /// Name of this member.
-    #[arg(long, env = "KEELSON_STATE_NAME", default_value = "default")]
-    pub name: String,
-    /// Folder for its data [default: NAME.keelson].
-    #[arg(long, env = "KEELSON_STATE_DATA_DIR")]
-    pub data_dir: Option<PathBuf>,
+    #[command(subcommand)]
+    pub command: Option<Command>,
+    #[command(flatten)]
+    pub member: MemberFlags,
+    #[command(flatten)]
+    pub tls: TlsFlags,
     /// Where to listen for clients, comma-separated.
     #[arg(
         long,
@@ -42,18 +44,7 @@ pub struct Options {
         default_value = "http://localhost:2380"
     )]
     pub listen_peer_urls: Vec<String>,
-    /// What other members are told to use.
-    #[arg(
-        long,
-        env = "KEELSON_STATE_INITIAL_ADVERTISE_PEER_URLS",
-        value_delimiter = ',',
-        default_value = "http://localhost:2380"
-    )]
-    pub initial_advertise_peer_urls: Vec<String>,
-    /// The first members, NAME=PEER-URL, comma-separated [default: this one].
-    #[arg(long, env = "KEELSON_STATE_INITIAL_CLUSTER", value_delimiter = ',')]
-    pub initial_cluster: Vec<String>,
-    /// Whether the cluster is new, or this member joins one.
+    /// Whether the cluster is new, or this member joins one. Of no effect once the member has data.
     #[arg(
         long,
         env = "KEELSON_STATE_INITIAL_CLUSTER_STATE",
@@ -61,13 +52,6 @@ pub struct Options {
         default_value = "new"
     )]
     pub initial_cluster_state: ClusterState,
-    /// Tells clusters apart that have the same URLs.
-    #[arg(
-        long,
-        env = "KEELSON_STATE_INITIAL_CLUSTER_TOKEN",
-        default_value = "etcd-cluster"
-    )]
-    pub initial_cluster_token: String,
     /// Milliseconds between heartbeats.
     #[arg(long, default_value_t = 100, value_parser = clap::value_parser!(u64).range(10..=10_000))]
     pub heartbeat_interval: u64,
@@ -78,17 +62,128 @@ pub struct Options {
     #[arg(long, default_value_t = 128)]
     pub max_txn_ops: usize,
     /// Bytes of one request.
-    #[arg(long, default_value_t = 1_572_864)]
-    pub max_request_bytes: usize,
+    #[arg(long, default_value_t = 1_572_864, value_parser = clap::value_parser!(u64).range(1024..=33_554_432))]
+    pub max_request_bytes: u64,
+    /// Learners that the cluster may have.
+    #[arg(long, default_value_t = 1)]
+    pub max_learners: usize,
     /// Time between progress notifications of watches.
     #[arg(long, default_value = "10m", value_parser = duration)]
     pub watch_progress_notify_interval: Duration,
+    /// How long a token of a user is good for, in seconds.
+    #[arg(long, default_value_t = 300, value_parser = clap::value_parser!(u64).range(1..))]
+    pub auth_token_ttl: u64,
+    /// Work that a hash of a password takes: twice as much for each one more.
+    #[arg(long, default_value_t = 10, value_parser = clap::value_parser!(u32).range(4..=31))]
+    pub bcrypt_cost: u32,
     /// Memory for the storage engine's cache, in MiB.
     #[arg(long, default_value_t = 16)]
     pub cache_mib: usize,
     /// What to log: error, warn, info, debug, trace, or per module.
-    #[arg(long, env = "KEELSON_STATE_LOG", default_value = "info")]
+    #[arg(long, env = "KEELSON_STATE_LOG", default_value = "info", global = true)]
     pub log_level: String,
+}
+
+/// What to do instead of serving.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Works with backups, which `etcdctl snapshot save` takes.
+    #[command(subcommand)]
+    Snapshot(SnapshotCommand),
+}
+
+/// Works with backups.
+#[derive(Debug, Subcommand)]
+pub enum SnapshotCommand {
+    /// Checks a backup and says what is in it.
+    Status {
+        /// The backup.
+        file: PathBuf,
+        /// How to say it.
+        #[arg(short, long, value_enum, default_value = "table")]
+        output: Output,
+    },
+    /// Makes the data folder of a member of a new cluster from a backup. Every member is restored
+    /// from the same file, each with its own name.
+    Restore {
+        /// The backup.
+        file: PathBuf,
+        #[command(flatten)]
+        member: Box<MemberFlags>,
+        /// Adds to the revision, so that watchers notice what they have missed.
+        #[arg(long, default_value_t = 0, value_parser = clap::value_parser!(i64).range(0..))]
+        bump_revision: i64,
+        /// Compacts history at the restored revision, so that watches from before are canceled.
+        #[arg(long)]
+        mark_compacted: bool,
+    },
+}
+
+/// How something is said.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Output {
+    /// For people.
+    Table,
+    /// For machines.
+    Json,
+}
+
+/// Who a member is when it begins. Of no effect once it has data, but for name and folder.
+#[derive(Debug, Args)]
+pub struct MemberFlags {
+    /// Name of this member.
+    #[arg(long, env = "KEELSON_STATE_NAME", default_value = "default")]
+    pub name: String,
+    /// Folder for its data [default: NAME.keelson].
+    #[arg(long, env = "KEELSON_STATE_DATA_DIR")]
+    pub data_dir: Option<PathBuf>,
+    /// What other members are told to use.
+    #[arg(
+        long,
+        env = "KEELSON_STATE_INITIAL_ADVERTISE_PEER_URLS",
+        value_delimiter = ',',
+        default_value = "http://localhost:2380"
+    )]
+    pub initial_advertise_peer_urls: Vec<String>,
+    /// The members, NAME=PEER-URL, comma-separated [default: this one].
+    #[arg(long, env = "KEELSON_STATE_INITIAL_CLUSTER", value_delimiter = ',')]
+    pub initial_cluster: Vec<String>,
+    /// Tells clusters apart that have the same URLs.
+    #[arg(
+        long,
+        env = "KEELSON_STATE_INITIAL_CLUSTER_TOKEN",
+        default_value = "etcd-cluster"
+    )]
+    pub initial_cluster_token: String,
+}
+
+/// Files for TLS.
+#[derive(Debug, Args)]
+pub struct TlsFlags {
+    /// Certificate chain that clients are shown (PEM).
+    #[arg(long, env = "KEELSON_STATE_CERT_FILE")]
+    pub cert_file: Option<PathBuf>,
+    /// Its private key (PEM).
+    #[arg(long, env = "KEELSON_STATE_KEY_FILE")]
+    pub key_file: Option<PathBuf>,
+    /// Clients must show a certificate; its common name is their user.
+    #[arg(long)]
+    pub client_cert_auth: bool,
+    /// Who signs clients' certificates (PEM).
+    #[arg(long, env = "KEELSON_STATE_TRUSTED_CA_FILE")]
+    pub trusted_ca_file: Option<PathBuf>,
+    /// Certificate chain that members show to each other (PEM).
+    #[arg(long, env = "KEELSON_STATE_PEER_CERT_FILE")]
+    pub peer_cert_file: Option<PathBuf>,
+    /// Its private key (PEM).
+    #[arg(long, env = "KEELSON_STATE_PEER_KEY_FILE")]
+    pub peer_key_file: Option<PathBuf>,
+    /// Members must show a certificate to each other.
+    #[arg(long)]
+    pub peer_client_cert_auth: bool,
+    /// Who signs members' certificates (PEM).
+    #[arg(long, env = "KEELSON_STATE_PEER_TRUSTED_CA_FILE")]
+    pub peer_trusted_ca_file: Option<PathBuf>,
 }
 
 /// Where a member begins.
@@ -100,18 +195,40 @@ pub enum ClusterState {
     Existing,
 }
 
-/// Who this member is, and who the others are.
+/// The first members of a cluster, and which of them this is.
 #[derive(Debug)]
-pub struct Identity {
+pub struct Founders {
     /// The cluster's id.
     pub cluster_id: u64,
     /// This member's id.
     pub member_id: u64,
-    /// The first members.
+    /// All of them.
     pub members: Vec<MemberInfo>,
 }
 
-impl Options {
+impl TlsFlags {
+    /// Those for clients.
+    pub fn clients(&self) -> TlsFiles {
+        TlsFiles {
+            certificate: self.cert_file.clone(),
+            key: self.key_file.clone(),
+            client_auth: self.client_cert_auth,
+            trusted_ca: self.trusted_ca_file.clone(),
+        }
+    }
+
+    /// Those for other members.
+    pub fn peers(&self) -> TlsFiles {
+        TlsFiles {
+            certificate: self.peer_cert_file.clone(),
+            key: self.peer_key_file.clone(),
+            client_auth: self.peer_client_cert_auth,
+            trusted_ca: self.peer_trusted_ca_file.clone(),
+        }
+    }
+}
+
+impl MemberFlags {
     /// The folder for data.
     pub fn folder(&self) -> PathBuf {
         self.data_dir
@@ -119,8 +236,8 @@ impl Options {
             .unwrap_or_else(|| PathBuf::from(format!("{}.keelson", self.name)))
     }
 
-    /// The ids that follow from the flags.
-    pub fn identity(&self) -> anyhow::Result<Identity> {
+    /// Names and peer URLs that `--initial-cluster` lists, this member's among them.
+    pub fn members(&self) -> anyhow::Result<Vec<(String, Vec<String>)>> {
         let mut members: Vec<(String, Vec<String>)> = Vec::new();
         for member in &self.initial_cluster {
             let (name, url) = member
@@ -135,8 +252,30 @@ impl Options {
         if members.is_empty() {
             members.push((self.name.clone(), self.initial_advertise_peer_urls.clone()));
         }
+        let own = members.iter().find(|(name, _)| *name == self.name);
+        let (_, listed) = own.ok_or_else(|| {
+            anyhow::anyhow!(
+                "--initial-cluster does not name this member, {:?}",
+                self.name
+            )
+        })?;
+        let mut advertised = self.initial_advertise_peer_urls.clone();
+        let mut listed = listed.clone();
+        advertised.sort_unstable();
+        listed.sort_unstable();
+        anyhow::ensure!(
+            advertised == listed,
+            "--initial-cluster gives {:?} the URLs {listed:?}, --initial-advertise-peer-urls says {advertised:?}",
+            self.name
+        );
+        Ok(members)
+    }
+
+    /// The first members of a new cluster.
+    pub fn founders(&self) -> anyhow::Result<Founders> {
         let token = &self.initial_cluster_token;
-        let members: Vec<MemberInfo> = members
+        let members: Vec<MemberInfo> = self
+            .members()?
             .into_iter()
             .map(|(name, peer_urls)| MemberInfo {
                 id: identity::member_id(&peer_urls, token),
@@ -145,24 +284,6 @@ impl Options {
                 ..MemberInfo::default()
             })
             .collect();
-        let own = members
-            .iter()
-            .find(|member| member.name == self.name)
-            .ok_or_else(|| {
-                anyhow::anyhow!(
-                    "--initial-cluster does not name this member, {:?}",
-                    self.name
-                )
-            })?;
-        let mut advertised = self.initial_advertise_peer_urls.clone();
-        let mut listed = own.peer_urls.clone();
-        advertised.sort_unstable();
-        listed.sort_unstable();
-        anyhow::ensure!(
-            advertised == listed,
-            "--initial-cluster gives {:?} the URLs {listed:?}, --initial-advertise-peer-urls says {advertised:?}",
-            self.name
-        );
         let ids: Vec<u64> = members.iter().map(|member| member.id).collect();
         let mut unique = ids.clone();
         unique.sort_unstable();
@@ -176,13 +297,16 @@ impl Options {
             "--initial-cluster names {} members: at most 7",
             ids.len()
         );
-        Ok(Identity {
+        let own = members.iter().find(|member| member.name == self.name);
+        Ok(Founders {
             cluster_id: identity::cluster_id(&ids, token),
-            member_id: own.id,
+            member_id: own.map_or(0, |own| own.id),
             members,
         })
     }
+}
 
+impl Options {
     /// Ticks until an election.
     pub fn election_ticks(&self) -> anyhow::Result<u32> {
         let ticks = self.election_timeout / self.heartbeat_interval;
@@ -216,8 +340,17 @@ impl Options {
     }
 }
 
+/// An address to listen on.
+#[derive(Debug, Clone, Copy)]
+pub struct Listen {
+    /// The address.
+    pub address: SocketAddr,
+    /// Whether it speaks TLS.
+    pub tls: bool,
+}
+
 /// Addresses that a flag's URLs stand for.
-pub fn addresses(flag: &str, urls: &[String]) -> anyhow::Result<Vec<SocketAddr>> {
+pub fn addresses(flag: &str, urls: &[String]) -> anyhow::Result<Vec<Listen>> {
     let mut addresses = Vec::new();
     for url in urls {
         let address = check_url(flag, url)?;
@@ -230,13 +363,18 @@ pub fn addresses(flag: &str, urls: &[String]) -> anyhow::Result<Vec<SocketAddr>>
             .iter()
             .find(|address| address.is_ipv4())
             .or(resolved.first());
-        addresses.extend(chosen);
+        addresses.extend(chosen.map(|address| Listen {
+            address: *address,
+            tls: url.starts_with("https://"),
+        }));
     }
     Ok(addresses)
 }
 
 fn check_url<'a>(flag: &str, url: &'a str) -> anyhow::Result<&'a str> {
-    identity::address(url).ok_or_else(|| anyhow::anyhow!("{flag}: {url:?} is not http://HOST:PORT"))
+    identity::address(url).ok_or_else(|| {
+        anyhow::anyhow!("{flag}: {url:?} is not http://HOST:PORT or https://HOST:PORT")
+    })
 }
 
 /// Parses `10m`, `1s`, `500ms`: at least a millisecond.

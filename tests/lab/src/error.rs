@@ -96,12 +96,16 @@ pub enum LabError {
     #[error("in the lab: {0}")]
     Refused(String),
     /// A command in the lab ran for longer than it may; it was killed.
-    #[error("{command} was killed in the lab after its time limit of {seconds} s")]
+    #[error(
+        "{command} was killed in the lab after its time limit of {seconds} s; it had printed:\n{output}"
+    )]
     CommandTimedOut {
         /// The command.
         command: String,
         /// Its limit.
         seconds: u64,
+        /// The last lines that it printed.
+        output: String,
     },
 }
 

@@ -16,6 +16,8 @@ use crate::{KernelFiles, LabError, LabOptions, LabState, Running, StreamFrame, c
 const RUN_LIMIT_SECONDS: u64 = 300;
 
 /// Limit of what [`Lab::run`] keeps of each output stream, in bytes.
+/// Lines that a command which took too long is quoted with.
+const LAST_LINES: usize = 40;
 const OUTPUT_LIMIT: usize = 64 << 20;
 
 /// A running lab. Dropping it ends it, unless it was booted detached.
@@ -167,8 +169,14 @@ impl Lab {
                 StreamFrame::Stdout(piece) => (&mut stdout, piece),
                 StreamFrame::Stderr(piece) => (&mut stderr, piece),
                 StreamFrame::Ended(ExitStatus::TimedOut) => {
-                    let command = exec.arguments.join(" ");
-                    return Err(LabError::CommandTimedOut { command, seconds });
+                    return Err(LabError::CommandTimedOut {
+                        command: exec.arguments.join(" "),
+                        seconds,
+                        output: tail(
+                            &String::from_utf8_lossy(&[stdout, stderr].concat()),
+                            LAST_LINES,
+                        ),
+                    });
                 }
                 StreamFrame::Ended(status) => {
                     return Ok(Output {

@@ -1,6 +1,6 @@
 use std::fs::File;
 use std::net::{Ipv4Addr, TcpListener};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
@@ -50,8 +50,27 @@ impl Cluster {
         cluster
     }
 
+    /// Makes room for one more member, which the cluster has to be told of before it runs: its
+    /// number and its peer URL.
+    pub fn make_room(&mut self) -> (usize, String) {
+        self.client_urls.extend(free_urls(1));
+        self.peer_urls.extend(free_urls(1));
+        self.members.push(None);
+        let at = self.members.len() - 1;
+        (at, self.peer_urls[at].clone())
+    }
+
+    /// Runs a member that the cluster was told of.
+    pub fn join(&mut self, at: usize) {
+        self.run_with(at, &["--initial-cluster-state", "existing"]);
+    }
+
     /// Runs a member that is not running.
     pub fn run(&mut self, at: usize) {
+        self.run_with(at, &[]);
+    }
+
+    fn run_with(&mut self, at: usize, flags: &[&str]) {
         let list: Vec<String> = self
             .peer_urls
             .iter()
@@ -73,6 +92,7 @@ impl Cluster {
             .args(["--initial-advertise-peer-urls", &self.peer_urls[at]])
             .args(["--initial-cluster", &list.join(",")])
             .args(&self.flags)
+            .args(flags)
             .stdin(Stdio::null())
             .stdout(log.try_clone().unwrap())
             .stderr(log)
@@ -94,6 +114,40 @@ impl Cluster {
         }
     }
 
+    /// Waits until a member's process ends by itself; what it logged.
+    pub async fn end_of(&mut self, at: usize) -> String {
+        let limit = Instant::now() + Duration::from_secs(30);
+        let mut process = self.members[at].take().unwrap();
+        while process.try_wait().unwrap().is_none() {
+            if Instant::now() > limit {
+                process.kill().unwrap();
+                panic!("member {at} goes on:\n{}", self.log_of(at));
+            }
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+        self.log_of(at)
+    }
+
+    /// What a member logged.
+    pub fn log_of(&self, at: usize) -> String {
+        std::fs::read_to_string(self.log(at)).unwrap_or_default()
+    }
+
+    /// Where clients reach a member.
+    pub fn client_url(&self, at: usize) -> &str {
+        &self.client_urls[at]
+    }
+
+    /// Where members reach a member.
+    pub fn peer_url(&self, at: usize) -> &str {
+        &self.peer_urls[at]
+    }
+
+    /// The folder of everything.
+    pub fn folder(&self) -> &Path {
+        self.folder.path()
+    }
+
     /// A connection to a member.
     pub async fn connect(&self, at: usize) -> Channel {
         Endpoint::from_shared(self.client_urls[at].clone())
@@ -113,7 +167,7 @@ impl Cluster {
             assert!(
                 Instant::now() < limit,
                 "member {at} does not answer:\n{}",
-                std::fs::read_to_string(self.log(at)).unwrap_or_default()
+                self.log_of(at)
             );
             tokio::time::sleep(Duration::from_millis(50)).await;
         }
@@ -149,15 +203,22 @@ impl Program {
                 let test = std::env::current_exe().unwrap();
                 test.ancestors().nth(2).unwrap().join("keelson-state")
             }
-            Self::Etcd => {
-                let cache = std::env::var_os("KEELSON_CACHE").map_or_else(
-                    || PathBuf::from(std::env::var_os("HOME").unwrap()).join(".cache/keelson"),
-                    PathBuf::from,
-                );
-                cache.join("etcd/etcd")
-            }
+            Self::Etcd => etcd_folder().join("etcd"),
         }
     }
+}
+
+/// Where `etcdctl` is.
+pub fn etcdctl() -> PathBuf {
+    etcd_folder().join("etcdctl")
+}
+
+fn etcd_folder() -> PathBuf {
+    let cache = std::env::var_os("KEELSON_CACHE").map_or_else(
+        || PathBuf::from(std::env::var_os("HOME").unwrap()).join(".cache/keelson"),
+        PathBuf::from,
+    );
+    cache.join("etcd")
 }
 
 impl Drop for Cluster {

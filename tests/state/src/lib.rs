@@ -5,5 +5,5 @@
 mod cluster;
 mod random;
 
-pub use self::cluster::{Cluster, Program};
+pub use self::cluster::{Cluster, Program, etcdctl};
 pub use self::random::Random;

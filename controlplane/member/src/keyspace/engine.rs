@@ -25,11 +25,13 @@ pub(super) type VersionKey = (&'static [u8], u64);
 /// Revision and position in it to kind and key: [`encode_change`].
 type ChangeKey = (i64, u32);
 
-const VERSIONS: TableDefinition<'_, VersionKey, &[u8]> = TableDefinition::new("versions");
-const CHANGES: TableDefinition<'_, ChangeKey, &[u8]> = TableDefinition::new("changes");
-const LEASES: TableDefinition<'_, i64, (i64, i64)> = TableDefinition::new("leases");
-const ATTACHMENTS: TableDefinition<'_, (i64, &[u8]), ()> = TableDefinition::new("attachments");
-const METADATA: TableDefinition<'_, (), &[u8]> = TableDefinition::new("metadata");
+pub(super) const VERSIONS: TableDefinition<'_, VersionKey, &[u8]> =
+    TableDefinition::new("versions");
+pub(super) const CHANGES: TableDefinition<'_, ChangeKey, &[u8]> = TableDefinition::new("changes");
+pub(super) const LEASES: TableDefinition<'_, i64, (i64, i64)> = TableDefinition::new("leases");
+pub(super) const ATTACHMENTS: TableDefinition<'_, (i64, &[u8]), ()> =
+    TableDefinition::new("attachments");
+pub(super) const METADATA: TableDefinition<'_, (), &[u8]> = TableDefinition::new("metadata");
 
 /// Name of the engine's file.
 pub const ENGINE_FILE: &str = "keyspace.redb";
@@ -40,7 +42,7 @@ const WRITE: &str = "write a flush";
 /// The open engine.
 #[derive(Debug)]
 pub(super) struct Engine {
-    database: Database,
+    pub(super) database: Database,
     file: Arc<dyn DiskFile>,
 }
 
@@ -59,9 +61,18 @@ pub(super) struct Loaded {
 impl Engine {
     /// Opens the engine's file, or creates it.
     pub(super) fn open(disk: &dyn Disk, cache_bytes: usize) -> Result<Self, MemberError> {
+        Self::open_named(disk, ENGINE_FILE, cache_bytes)
+    }
+
+    /// Opens an engine in a file of another name.
+    pub(super) fn open_named(
+        disk: &dyn Disk,
+        name: &str,
+        cache_bytes: usize,
+    ) -> Result<Self, MemberError> {
         let file = disk
-            .open(ENGINE_FILE, true)
-            .map_err(MemberError::disk(format!("open {ENGINE_FILE}")))?;
+            .open(name, true)
+            .map_err(MemberError::disk(format!("open {name}")))?;
         disk.sync()
             .map_err(MemberError::disk("sync the data folder"))?;
         let database = Builder::new()
@@ -140,6 +151,19 @@ impl Engine {
         txn.commit().map_err(MemberError::engine("commit a flush"))
     }
 
+    /// Writes metadata alone, durably.
+    pub(super) fn replace_metadata(&self, metadata: &Metadata) -> Result<(), MemberError> {
+        self.flush(&Overlay::default(), metadata)
+    }
+
+    /// Gives the engine's file the name that a member opens, durably.
+    pub(super) fn adopt(&self, disk: &dyn Disk, name: &str) -> Result<(), MemberError> {
+        disk.rename(name, ENGINE_FILE)
+            .map_err(MemberError::disk(format!("rename {name} to {ENGINE_FILE}")))?;
+        disk.sync()
+            .map_err(MemberError::disk("sync the data folder"))
+    }
+
     /// Removes up to [`COMPACTION_BATCH`] changes up to `revision`, with the versions that they
     /// superseded. Returns whether there may be more.
     pub(super) fn compact(&self, base: &Base, revision: i64) -> Result<bool, MemberError> {
@@ -174,14 +198,12 @@ impl Engine {
         Ok(more)
     }
 
-    /// Length of the engine's file in bytes.
-    pub(super) fn size(&self) -> Result<u64, MemberError> {
-        self.file
-            .length()
-            .map_err(MemberError::disk(format!("get the size of {ENGINE_FILE}")))
+    /// The engine's file.
+    pub(super) fn file(&self) -> Arc<dyn DiskFile> {
+        Arc::clone(&self.file)
     }
 
-    fn begin(&self) -> Result<WriteTransaction, MemberError> {
+    pub(super) fn begin(&self) -> Result<WriteTransaction, MemberError> {
         let what = "begin a transaction";
         let mut txn = self
             .database

@@ -95,6 +95,18 @@ pub struct Alarm {
 }
 
 impl Metadata {
+    /// Makes its members the voters of a cluster that begins here.
+    pub fn found(&mut self) {
+        let mut voters: Vec<u64> = self.members.iter().map(|member| member.id).collect();
+        voters.sort_unstable();
+        self.applied_index = 1;
+        self.applied_term = 1;
+        self.consensus = Some(Configuration {
+            voters,
+            ..Configuration::default()
+        });
+    }
+
     pub(super) fn encode(&self) -> Vec<u8> {
         let mut bytes = self.encode_to_vec();
         let sum = crc32fast::hash(&bytes);

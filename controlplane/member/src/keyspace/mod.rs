@@ -11,6 +11,8 @@ mod metadata;
 mod overlay;
 mod range;
 mod read;
+mod records;
+mod snapshot;
 mod state;
 mod txn;
 mod version;
@@ -26,6 +28,8 @@ pub use self::engine::ENGINE_FILE;
 pub use self::lease::{LeaseRecord, MAX_LEASE_TTL};
 pub use self::metadata::{Alarm, Configuration, FORMAT, Member, Metadata};
 pub use self::range::{KeyRange, RangeEnd};
+pub(crate) use self::snapshot::remove_incoming;
+pub use self::snapshot::{SnapshotReader, SnapshotWriter, StagedSnapshot};
 
 use self::apply::Applier;
 use self::engine::Engine;
@@ -33,7 +37,7 @@ use self::overlay::Overlay;
 use self::read::key_value;
 use self::state::State;
 use crate::command::{Command, Response};
-use crate::disk::Disk;
+use crate::disk::{Disk, DiskFile};
 use crate::{Failure, MemberError, RequestError};
 
 /// Overlay bytes from which on a flush is worth it.
@@ -42,9 +46,9 @@ const FLUSH_BYTES: usize = 8 * 1024 * 1024;
 /// The keyspace of one member. Reads may come from any thread; commands and flushes from one.
 pub struct Keyspace {
     state: RwLock<State>,
-    engine: Engine,
-    /// Held by the flush or compaction that is under way.
-    writing: Mutex<()>,
+    /// Held by the flush, compaction or installation that is under way.
+    engine: Mutex<Engine>,
+    file: RwLock<Arc<dyn DiskFile>>,
 }
 
 /// Committed entries being applied, seen by readers all at once.
@@ -70,18 +74,24 @@ pub struct History {
 }
 
 impl Keyspace {
-    /// Opens what `disk` holds. If it holds nothing, starts with `bootstrap`.
+    /// Opens what `disk` holds. If it holds nothing, starts with `first`, or fails if that is
+    /// `None`.
     pub fn open(
         disk: &dyn Disk,
         cache_bytes: usize,
-        bootstrap: Metadata,
+        first: Option<Metadata>,
     ) -> Result<Self, MemberError> {
+        if first.is_none() && disk.open(ENGINE_FILE, false).is_err() {
+            return Err(MemberError::Corrupt(format!("{ENGINE_FILE} is missing")));
+        }
         let engine = Engine::open(disk, cache_bytes)?;
         let (metadata, leases) = if let Some(loaded) = engine.load()? {
             (loaded.metadata, loaded.leases)
         } else {
-            engine.flush(&Overlay::default(), &bootstrap)?;
-            (bootstrap, lease::Leases::new())
+            let first =
+                first.ok_or_else(|| MemberError::Corrupt(format!("{ENGINE_FILE} is empty")))?;
+            engine.replace_metadata(&first)?;
+            (first, lease::Leases::new())
         };
         let state = State {
             metadata,
@@ -92,8 +102,8 @@ impl Keyspace {
         };
         Ok(Self {
             state: RwLock::new(state),
-            engine,
-            writing: Mutex::new(()),
+            file: RwLock::new(engine.file()),
+            engine: Mutex::new(engine),
         })
     }
 
@@ -115,7 +125,9 @@ impl Keyspace {
 
     /// Size of the engine's file in bytes.
     pub fn size(&self) -> Result<u64, MemberError> {
-        self.engine.size()
+        let file = Arc::clone(&self.file.read());
+        file.length()
+            .map_err(MemberError::disk(format!("get the size of {ENGINE_FILE}")))
     }
 
     /// Reads keys.
@@ -255,18 +267,44 @@ impl Keyspace {
         })
     }
 
-    /// Writes what [`Keyspace::begin_flush`] took. Returns the log index up to which the log is not
-    /// needed by this member any more. Slow; readers and commands go on meanwhile.
-    pub fn flush(&self, flush: &Flush) -> Result<u64, MemberError> {
-        let _writing = self.writing.lock();
-        self.engine.flush(&flush.overlay, &flush.metadata)?;
-        let base = self.engine.base()?;
-        {
-            let mut state = self.state.write();
-            state.base = base;
-            state.flushing = None;
+    /// Writes what [`Keyspace::begin_flush`] took. Returns the metadata that is durable now: the log
+    /// up to its index is not needed by this member any more. `None` if a snapshot was installed
+    /// meanwhile. Slow; readers and commands go on.
+    pub fn flush(&self, flush: Flush) -> Result<Option<Metadata>, MemberError> {
+        let engine = self.engine.lock();
+        let current = self.state.read().flushing.clone();
+        if !current.is_some_and(|current| Arc::ptr_eq(&current, &flush.overlay)) {
+            return Ok(None);
         }
-        Ok(flush.metadata.applied_index)
+        engine.flush(&flush.overlay, &flush.metadata)?;
+        let base = engine.base()?;
+        let mut state = self.state.write();
+        state.base = base;
+        state.flushing = None;
+        Ok(Some(flush.metadata))
+    }
+
+    /// Reads what was last flushed.
+    pub fn snapshot(&self) -> Result<SnapshotReader, MemberError> {
+        SnapshotReader::new(&self.engine.lock())
+    }
+
+    /// Replaces everything by a snapshot, durably.
+    pub fn install(&self, disk: &dyn Disk, staged: StagedSnapshot) -> Result<(), MemberError> {
+        let mut engine = self.engine.lock();
+        staged.engine.adopt(disk, &staged.name)?;
+        let base = staged.engine.base()?;
+        let mut state = self.state.write();
+        *state = State {
+            metadata: staged.loaded.metadata,
+            leases: staged.loaded.leases,
+            active: Overlay::default(),
+            flushing: None,
+            base,
+        };
+        *self.file.write() = staged.engine.file();
+        *engine = staged.engine;
+        Ok(())
     }
 
     /// Whether changes up to `revision` are in memory only.
@@ -280,7 +318,7 @@ impl Keyspace {
     /// Removes versions that compaction made invisible, some at a time. Returns whether there may
     /// be more. What is not flushed yet waits.
     pub fn clear_compacted(&self) -> Result<bool, MemberError> {
-        let _writing = self.writing.lock();
+        let engine = self.engine.lock();
         let revision = {
             let state = self.state.read();
             let flushed = state.first_unflushed().map_or(i64::MAX, |first| first - 1);
@@ -289,8 +327,8 @@ impl Keyspace {
         if revision <= 0 {
             return Ok(false);
         }
-        let more = self.engine.compact(&self.engine.base()?, revision)?;
-        let base = self.engine.base()?;
+        let more = engine.compact(&engine.base()?, revision)?;
+        let base = engine.base()?;
         self.state.write().base = base;
         Ok(more)
     }

@@ -6,6 +6,8 @@
 
 use raft::eraftpb::{Entry, HardState};
 
+use super::Position;
+
 /// Frames begin at multiples of this.
 pub(super) use crate::disk::BLOCK;
 const MAGIC: u32 = 0x4b4c_4652;
@@ -13,6 +15,7 @@ const MAGIC: u32 = 0x4b4c_4652;
 const HEADER: usize = 4 + 4 + 8 + 8 + 4;
 const KIND_ENTRY: u8 = 1;
 const KIND_HARD_STATE: u8 = 2;
+const KIND_RESTART: u8 = 3;
 /// kind, type, term, index, length
 pub(super) const ENTRY_HEADER: usize = 1 + 1 + 8 + 8 + 4;
 /// Largest payload: what raft hands over at once is far less.
@@ -25,6 +28,8 @@ pub(super) struct Frame {
     /// Entries, each with its place in the frame.
     pub(super) entries: Vec<(Entry, usize)>,
     pub(super) hard_state: Option<HardState>,
+    /// A snapshot was installed: entries before are void, those behind this position follow.
+    pub(super) restart: Option<Position>,
     /// Bytes up to the next frame.
     pub(super) length: usize,
 }
@@ -36,10 +41,17 @@ pub(super) fn encode(
     number: u64,
     entries: &[Entry],
     hard_state: Option<&HardState>,
+    restart: Option<Position>,
     mut placed: impl FnMut(&Entry, usize),
 ) {
     buffer.clear();
     buffer.resize(HEADER, 0);
+    if let Some(position) = restart {
+        buffer.push(KIND_RESTART);
+        for number in [position.index, position.term] {
+            buffer.extend_from_slice(&number.to_le_bytes());
+        }
+    }
     for entry in entries {
         placed(entry, buffer.len());
         buffer.push(KIND_ENTRY);
@@ -101,6 +113,13 @@ pub(super) fn decode(bytes: &[u8], segment: u64) -> Option<Frame> {
                     commit: u64_at(bytes, at + 17)?,
                 });
                 at += 25;
+            }
+            KIND_RESTART => {
+                frame.restart = Some(Position {
+                    index: u64_at(bytes, at + 1)?,
+                    term: u64_at(bytes, at + 9)?,
+                });
+                at += 17;
             }
             _ => return None,
         }

@@ -21,6 +21,8 @@ use crate::disk::{AlignedBytes, Disk};
 const SEGMENT_BYTES: u64 = 16 * 1024 * 1024;
 /// Prepared files that are kept for the next segments.
 const SPARE_SEGMENTS: usize = 3;
+/// Segments that are kept for followers that are behind: 1 GiB.
+const MAX_SEGMENTS: usize = 64;
 /// Entries that are also in memory, in bytes: what followers that keep up are sent.
 const CACHE_BYTES: usize = 4 * 1024 * 1024;
 
@@ -41,6 +43,8 @@ pub struct Log {
     cached_bytes: usize,
     hard_state: HardState,
     conf_state: ConfState,
+    /// The snapshot that the keyspace can give.
+    offered: Option<(Position, ConfState)>,
     buffer: Vec<u8>,
     aligned: AlignedBytes,
 }
@@ -64,12 +68,14 @@ struct Slot {
 }
 
 impl Log {
-    /// Opens the log in `disk`, or starts one behind `applied`, whose state the keyspace has.
+    /// Opens the log in `disk`, or, if it may be new, starts one behind `applied`, whose state the
+    /// keyspace has.
     pub fn open(
         disk: Arc<dyn Disk>,
         owner: Owner,
         applied: Position,
         conf_state: ConfState,
+        may_be_new: bool,
     ) -> Result<Self, MemberError> {
         let mut log = Self {
             disk,
@@ -82,6 +88,7 @@ impl Log {
             cache: VecDeque::new(),
             cached_bytes: 0,
             hard_state: HardState::default(),
+            offered: (applied.index > 0).then(|| (applied, conf_state.clone())),
             conf_state,
             buffer: Vec::new(),
             aligned: AlignedBytes::default(),
@@ -92,6 +99,9 @@ impl Log {
             log.hard_state.term = log.hard_state.term.max(applied.term);
         }
         if log.segments.is_empty() {
+            if !may_be_new {
+                return Err(MemberError::Corrupt("the log's files are missing".into()));
+            }
             log.start_segment(1)?;
         }
         Ok(log)
@@ -129,6 +139,7 @@ impl Log {
             self.next_number,
             entries,
             hard_state,
+            None,
             |entry, at| {
                 slots.push_back(Slot {
                     term: entry.term,
@@ -152,6 +163,45 @@ impl Log {
         }
         self.shrink_cache();
         Ok(())
+    }
+
+    /// Begins anew behind a snapshot that was installed; durable when this returns.
+    pub fn restart(&mut self, at: Position, hard_state: &HardState) -> Result<(), MemberError> {
+        let sequence = self.segments.back().map_or(0, |last| last.sequence) + 1;
+        self.start_segment(sequence)?;
+        let Some(segment) = self.segments.back_mut() else {
+            return Err(MemberError::Corrupt("the log has no segment".into()));
+        };
+        let (buffer, number) = (&mut self.buffer, self.next_number);
+        frame::encode(
+            buffer,
+            sequence,
+            number,
+            &[],
+            Some(hard_state),
+            Some(at),
+            |_, _| {},
+        );
+        segment.append(self.aligned.copy_of(&self.buffer))?;
+        self.next_number += 1;
+        self.hard_state = hard_state.clone();
+        self.forget(at);
+        while self.segments.len() > 1 {
+            if let Some(segment) = self.segments.pop_front() {
+                self.retire(segment.sequence)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Notes what the keyspace holds durably, for followers that are too far behind.
+    pub fn offer_snapshot(&mut self, at: Position, conf_state: ConfState) {
+        self.offered = Some((at, conf_state));
+    }
+
+    /// Whether more entries are kept than followers may expect.
+    pub fn is_long(&self) -> bool {
+        self.segments.len() > MAX_SEGMENTS
     }
 
     /// Notes a hard state that needs no sync: a commit index.
@@ -276,16 +326,20 @@ impl Log {
         self.next_number = next_number.unwrap_or(1);
         if self.slots.is_empty() || self.last().index < applied.index {
             // Nothing, or only what the keyspace has already.
-            self.slots.clear();
-            self.cache.clear();
-            self.cached_bytes = 0;
-            self.before = applied;
+            self.forget(applied);
         } else if self.first() > applied.index + 1 {
             return Err(MemberError::Corrupt(format!(
                 "the log begins at {}, the keyspace ends at {}",
                 self.first(),
                 applied.index
             )));
+        }
+        if self
+            .term_of(applied.index)
+            .is_some_and(|term| term != 0 && term != applied.term)
+        {
+            // A snapshot was installed, and the log was not told any more: what it has is void.
+            self.forget(applied);
         }
         // The term before the first entry is not in the log.
         if self.before.index == applied.index {
@@ -308,22 +362,21 @@ impl Log {
         if let Some(state) = frame.hard_state {
             self.hard_state = state;
         }
-        for (entry, at) in frame.entries {
-            if self.slots.is_empty() {
-                self.before = Position {
-                    index: entry.index - 1,
-                    term: 0,
-                };
+        if let Some(at) = frame.restart {
+            for earlier in &mut self.segments {
+                earlier.last_index = 0;
             }
-            if entry.index > self.last().index + 1 || entry.index <= self.before.index {
-                // A snapshot was installed between.
-                self.slots.clear();
-                self.cache.clear();
-                self.cached_bytes = 0;
-                self.before = Position {
+            segment.last_index = 0;
+            self.forget(at);
+        }
+        for (entry, at) in frame.entries {
+            let begins = self.slots.is_empty() && self.before.index + 1 != entry.index;
+            if begins || entry.index > self.last().index + 1 || entry.index <= self.before.index {
+                // The first entry that is left.
+                self.forget(Position {
                     index: entry.index.saturating_sub(1),
                     term: 0,
-                };
+                });
             }
             self.truncate_from(entry.index);
             segment.last_index = segment.last_index.max(entry.index);
@@ -337,6 +390,23 @@ impl Log {
             self.cache.push_back(entry);
             self.shrink_cache();
         }
+    }
+
+    /// Forgets every entry: the log goes on behind a position.
+    fn forget(&mut self, before: Position) {
+        self.slots.clear();
+        self.cache.clear();
+        self.cached_bytes = 0;
+        self.before = before;
+    }
+
+    /// The term of an entry, or of what lies before the first; 0 if it is not known.
+    fn term_of(&self, index: u64) -> Option<u64> {
+        if index == self.before.index {
+            return Some(self.before.term);
+        }
+        let at = usize::try_from(index.checked_sub(self.first())?).ok()?;
+        self.slots.get(at).map(|slot| slot.term)
     }
 
     fn truncate_from(&mut self, index: u64) {
@@ -475,18 +545,11 @@ impl Storage for Log {
     }
 
     fn term(&self, index: u64) -> raft::Result<u64> {
-        if index == self.before.index {
-            return Ok(self.before.term);
-        }
         if index < self.before.index {
             return Err(raft::Error::Store(StorageError::Compacted));
         }
-        let at = usize::try_from(index - self.first()).unwrap_or(usize::MAX);
-        let slot = self
-            .slots
-            .get(at)
-            .ok_or(raft::Error::Store(StorageError::Unavailable))?;
-        Ok(slot.term)
+        self.term_of(index)
+            .ok_or(raft::Error::Store(StorageError::Unavailable))
     }
 
     fn first_index(&self) -> raft::Result<u64> {
@@ -497,12 +560,29 @@ impl Storage for Log {
         Ok(self.last().index)
     }
 
-    fn snapshot(&self, _request_index: u64, _to: u64) -> raft::Result<Snapshot> {
-        // A follower that needs one waits: snapshots are not in this version.
-        Err(raft::Error::Store(
-            StorageError::SnapshotTemporarilyUnavailable,
-        ))
+    /// Says of what a snapshot would be; its data is streamed beside the log.
+    fn snapshot(&self, request_index: u64, to: u64) -> raft::Result<Snapshot> {
+        let useful = |(at, conf_state): &&(Position, ConfState)| {
+            let mut members = conf_state.voters.iter().chain(&conf_state.learners);
+            at.index >= request_index && members.any(|id| *id == to)
+        };
+        match self.offered.as_ref().filter(useful) {
+            Some((at, conf_state)) => Ok(snapshot_of(*at, conf_state.clone())),
+            None => Err(raft::Error::Store(
+                StorageError::SnapshotTemporarilyUnavailable,
+            )),
+        }
     }
+}
+
+/// A snapshot's place in the log, as consensus wants it.
+pub(crate) fn snapshot_of(at: Position, conf_state: ConfState) -> Snapshot {
+    let mut snapshot = Snapshot::default();
+    let metadata = snapshot.mut_metadata();
+    metadata.index = at.index;
+    metadata.term = at.term;
+    metadata.set_conf_state(conf_state);
+    snapshot
 }
 
 impl fmt::Debug for Log {

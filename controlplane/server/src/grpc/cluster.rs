@@ -8,24 +8,49 @@ use tonic::{Request, Response, Status};
 
 use super::{Services, refused};
 use crate::identity;
+use crate::node::Progress;
 
 #[tonic::async_trait]
 impl Cluster for Services {
     async fn member_add(
         &self,
-        _request: Request<pb::MemberAddRequest>,
+        request: Request<pb::MemberAddRequest>,
     ) -> Result<Response<pb::MemberAddResponse>, Status> {
-        // It would have nothing to begin with, and its vote would count.
-        Err(Status::unimplemented(
-            "members can't be added in this version: name all of them when the cluster begins",
-        ))
+        let request = request.into_inner();
+        check_urls(&request.peer_ur_ls)?;
+        self.linearize().await?;
+        let members = self.node.keyspace().metadata().members;
+        if request.is_learner {
+            let learners = members.iter().filter(|member| member.is_learner).count();
+            if learners >= self.limits.learners {
+                return Err(refused(&RequestError::TooManyLearners));
+            }
+        } else {
+            self.check_votes_after_adding(&members).await?;
+        }
+        let member = MemberInfo {
+            id: identity::new_member_id(),
+            peer_urls: request.peer_ur_ls,
+            is_learner: request.is_learner,
+            ..MemberInfo::default()
+        };
+        let members = self.change(ChangeKind::Add, member.clone()).await?;
+        Ok(Response::new(pb::MemberAddResponse {
+            header: self.current_header(),
+            member: Some(described(member)),
+            members,
+        }))
     }
 
     async fn member_remove(
         &self,
         request: Request<pb::MemberRemoveRequest>,
     ) -> Result<Response<pb::MemberRemoveResponse>, Status> {
+        self.linearize().await?;
         let member = self.known(request.into_inner().id)?;
+        if !member.is_learner {
+            self.check_votes_after_removing(&member).await?;
+        }
         Ok(Response::new(pb::MemberRemoveResponse {
             members: self.change(ChangeKind::Remove, member).await?,
             header: self.current_header(),
@@ -37,11 +62,7 @@ impl Cluster for Services {
         request: Request<pb::MemberUpdateRequest>,
     ) -> Result<Response<pb::MemberUpdateResponse>, Status> {
         let request = request.into_inner();
-        if request.peer_ur_ls.is_empty()
-            || !request.peer_ur_ls.iter().all(|url| identity::is_url(url))
-        {
-            return Err(refused(&RequestError::BadPeerUrls));
-        }
+        check_urls(&request.peer_ur_ls)?;
         let mut member = self.known(request.id)?;
         member.peer_urls = request.peer_ur_ls;
         Ok(Response::new(pb::MemberUpdateResponse {
@@ -55,10 +76,7 @@ impl Cluster for Services {
         request: Request<pb::MemberListRequest>,
     ) -> Result<Response<pb::MemberListResponse>, Status> {
         if request.into_inner().linearizable {
-            self.node
-                .read_barrier()
-                .await
-                .map_err(|error| refused(&error))?;
+            self.linearize().await?;
         }
         let members = self.node.keyspace().metadata().members;
         Ok(Response::new(pb::MemberListResponse {
@@ -71,16 +89,12 @@ impl Cluster for Services {
         &self,
         request: Request<pb::MemberPromoteRequest>,
     ) -> Result<Response<pb::MemberPromoteResponse>, Status> {
+        self.linearize().await?;
         let mut member = self.known(request.into_inner().id)?;
         if !member.is_learner {
             return Err(refused(&RequestError::NotLearner));
         }
-        let (caught_up, _) = self
-            .node
-            .progress(member.id)
-            .await
-            .map_err(|error| refused(&error))?;
-        if !caught_up {
+        if !self.progress(member.id).await?.caught_up {
             return Err(refused(&RequestError::LearnerNotReady));
         }
         member.is_learner = false;
@@ -100,6 +114,51 @@ impl Services {
             .ok_or_else(|| refused(&RequestError::MemberNotFound))
     }
 
+    /// A voter that is added has not started: the others have to be enough without it, and there.
+    /// As etcd, one member may always become two.
+    async fn check_votes_after_adding(&self, members: &[MemberInfo]) -> Result<(), Status> {
+        let voters: Vec<_> = members.iter().filter(|member| !member.is_learner).collect();
+        let started = count_started(&voters);
+        if voters.len() > 1 || started != 1 {
+            let quorum = (voters.len() + 1) / 2 + 1;
+            if started < quorum {
+                return Err(refused(&RequestError::NotEnoughStarted));
+            }
+        }
+        let active = self.progress(0).await?.active;
+        if !voters.iter().all(|voter| active.contains(&voter.id)) {
+            return Err(refused(&RequestError::Unhealthy));
+        }
+        Ok(())
+    }
+
+    /// What is left has to be able to go on. A member that is down may always go.
+    async fn check_votes_after_removing(&self, member: &MemberInfo) -> Result<(), Status> {
+        let members = self.node.keyspace().metadata().members;
+        let left: Vec<_> = members
+            .iter()
+            .filter(|other| !other.is_learner && other.id != member.id)
+            .collect();
+        let quorum = left.len() / 2 + 1;
+        if count_started(&left) < quorum {
+            return Err(refused(&RequestError::NotEnoughStarted));
+        }
+        let active = self.progress(0).await?.active;
+        let active_left = left.iter().filter(|other| active.contains(&other.id));
+        if active.contains(&member.id) && active_left.count() < quorum {
+            return Err(refused(&RequestError::Unhealthy));
+        }
+        Ok(())
+    }
+
+    async fn progress(&self, id: u64) -> Result<Progress, Status> {
+        match self.node.progress(id).await {
+            Err(RequestError::NotLeader) => self.peers.progress(&self.node, id).await,
+            other => other,
+        }
+        .map_err(|error| refused(&error))
+    }
+
     async fn change(
         &self,
         kind: ChangeKind,
@@ -117,6 +176,19 @@ impl Services {
             .map_err(|error| refused(&error))?;
         Ok(members.into_iter().map(described).collect())
     }
+}
+
+fn check_urls(urls: &[String]) -> Result<(), Status> {
+    if urls.is_empty() || !urls.iter().all(|url| identity::is_url(url)) {
+        return Err(refused(&RequestError::BadPeerUrls));
+    }
+    Ok(())
+}
+
+/// A member that has started has said its name.
+fn count_started(members: &[&MemberInfo]) -> usize {
+    let started = members.iter().filter(|member| !member.name.is_empty());
+    started.count()
 }
 
 fn described(member: MemberInfo) -> pb::Member {

@@ -19,10 +19,7 @@ impl Kv for Services {
         let request = request.into_inner();
         check::range(&request).map_err(|error| refused(&error))?;
         if !request.serializable {
-            self.node
-                .read_barrier()
-                .await
-                .map_err(|error| refused(&error))?;
+            self.linearize().await?;
         }
         let mut response = self.node.keyspace().range(&request).map_err(failed)?;
         self.complete(&mut response.header);
@@ -79,10 +76,7 @@ impl Kv for Services {
         check::txn(&request, self.limits.txn_operations).map_err(|error| refused(&error))?;
         let mut response = if check::is_read_only(&request) {
             if !check::is_serializable(&request) {
-                self.node
-                    .read_barrier()
-                    .await
-                    .map_err(|error| refused(&error))?;
+                self.linearize().await?;
             }
             self.node.keyspace().read_txn(request).map_err(failed)?
         } else {
@@ -121,6 +115,7 @@ impl Services {
         if size > self.limits.request_bytes {
             return Err(refused(&RequestError::RequestTooLarge));
         }
+        self.refuse_learner()?;
         self.node
             .propose(operation)
             .await

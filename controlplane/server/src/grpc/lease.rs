@@ -77,10 +77,7 @@ impl Lease for Services {
         request: Request<pb::LeaseTimeToLiveRequest>,
     ) -> Result<Response<pb::LeaseTimeToLiveResponse>, Status> {
         let request = request.into_inner();
-        self.node
-            .read_barrier()
-            .await
-            .map_err(|error| refused(&error))?;
+        self.linearize().await?;
         let remaining = match self.node.lease_remaining(request.id) {
             Err(RequestError::NotLeader) => {
                 self.peers.lease_remaining(&self.node, request.id).await
@@ -107,10 +104,7 @@ impl Lease for Services {
         &self,
         _request: Request<pb::LeaseLeasesRequest>,
     ) -> Result<Response<pb::LeaseLeasesResponse>, Status> {
-        self.node
-            .read_barrier()
-            .await
-            .map_err(|error| refused(&error))?;
+        self.linearize().await?;
         let mut ids: Vec<i64> = self
             .node
             .keyspace()

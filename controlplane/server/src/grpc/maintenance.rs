@@ -3,16 +3,22 @@
 use std::time::Duration;
 
 use keelson_etcd_api::etcdserverpb as pb;
-use keelson_member::RequestError;
 use keelson_member::command::{AlarmChange, Operation};
 use keelson_member::keyspace::Alarm;
+use keelson_member::{MemberError, RequestError};
 use pb::alarm_request::AlarmAction;
 use pb::maintenance_server::Maintenance;
+use tokio::sync::mpsc;
+use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status};
 
 use super::{ETCD_VERSION, Services, failed, refused};
+use crate::maintenance::flush_now;
 use crate::node::Input;
+use crate::snapshot::BackupReader;
 
+/// Parts of a backup that wait for the client.
+const SNAPSHOT_PARTS: usize = 4;
 /// How often a transfer of leadership is looked at.
 const TRANSFER_POLL: Duration = Duration::from_millis(50);
 /// How long it may take.
@@ -126,14 +132,20 @@ impl Maintenance for Services {
         }))
     }
 
-    type SnapshotStream =
-        tokio_stream::Iter<std::vec::IntoIter<Result<pb::SnapshotResponse, Status>>>;
+    type SnapshotStream = ReceiverStream<Result<pb::SnapshotResponse, Status>>;
 
     async fn snapshot(
         &self,
         _request: Request<pb::SnapshotRequest>,
     ) -> Result<Response<Self::SnapshotStream>, Status> {
-        Err(Status::unimplemented("snapshots are not in this version"))
+        let (parts, streamed) = mpsc::channel(SNAPSHOT_PARTS);
+        let services = self.clone();
+        tokio::task::spawn_blocking(move || {
+            if let Err(error) = services.send_backup(&parts) {
+                let _ = parts.blocking_send(Err(failed(error.into())));
+            }
+        });
+        Ok(Response::new(ReceiverStream::new(streamed)))
     }
 
     async fn move_leader(
@@ -174,6 +186,30 @@ impl Maintenance for Services {
 }
 
 impl Services {
+    /// Streams a backup of everything that is applied, until the client is gone.
+    fn send_backup(
+        &self,
+        parts: &mpsc::Sender<Result<pb::SnapshotResponse, Status>>,
+    ) -> Result<(), MemberError> {
+        flush_now(&self.node)?;
+        let mut reader = BackupReader::new(self.node.keyspace().snapshot()?);
+        // The stream's length is not known before its end: this much is left at most, or so.
+        let mut remaining = self.node.keyspace().size()?;
+        while let Some(blob) = reader.next_part()? {
+            remaining = remaining.saturating_sub(blob.len() as u64);
+            let part = pb::SnapshotResponse {
+                header: self.current_header(),
+                remaining_bytes: remaining,
+                blob: blob.into(),
+                version: ETCD_VERSION.into(),
+            };
+            if parts.blocking_send(Ok(part)).is_err() {
+                break;
+            }
+        }
+        Ok(())
+    }
+
     async fn set_alarm(&self, alarm: Alarm, raised: bool) -> Result<(), Status> {
         let change = AlarmChange {
             alarm: Some(alarm),

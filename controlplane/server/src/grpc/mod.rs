@@ -51,6 +51,8 @@ pub struct Limits {
     pub lease_ttl: i64,
     /// Time between progress notifications of a watch without events.
     pub watch_progress: std::time::Duration,
+    /// Learners in the cluster.
+    pub learners: usize,
 }
 
 /// What gRPC adds to a request at most.
@@ -68,6 +70,23 @@ impl Services {
             .add_service(ClusterServer::new(self.clone()).max_decoding_message_size(largest))
             .add_service(MaintenanceServer::new(self).max_decoding_message_size(largest));
         routes
+    }
+
+    /// Waits until a read sees everything that was acknowledged before.
+    async fn linearize(&self) -> Result<(), Status> {
+        self.refuse_learner()?;
+        self.node
+            .read_barrier()
+            .await
+            .map_err(|error| refused(&error))
+    }
+
+    /// A learner answers only what needs no vote.
+    fn refuse_learner(&self) -> Result<(), Status> {
+        if self.node.status().is_learner {
+            return Err(refused(&RequestError::NotForLearners));
+        }
+        Ok(())
     }
 
     /// A header with a revision of the state machine's.

@@ -33,6 +33,7 @@ impl Watch for Services {
         &self,
         request: Request<Streaming<pb::WatchRequest>>,
     ) -> Result<Response<Self::WatchStream>, Status> {
+        self.refuse_learner()?;
         let (responses, received) = mpsc::channel(RESPONSES);
         let news = Arc::new(Notify::new());
         let wake = Arc::clone(&news);

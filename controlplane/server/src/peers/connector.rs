@@ -1,0 +1,46 @@
+//! Connections to other members, with or without TLS.
+
+use std::time::Duration;
+
+use tonic::transport::{Channel, ClientTlsConfig, Endpoint};
+
+use super::LARGEST_PIECE;
+use super::proto::peer_client::PeerClient;
+
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(1);
+const CALL_TIMEOUT: Duration = Duration::from_secs(5);
+/// A connection on which nothing comes back for this long is given up: a member that was cut off
+/// says no goodbye.
+const KEEP_ALIVE: Duration = Duration::from_secs(2);
+
+/// Makes connections.
+#[derive(Debug, Clone)]
+pub struct Connector {
+    tls: Option<ClientTlsConfig>,
+}
+
+impl Connector {
+    /// Uses `tls` for `https` URLs.
+    pub fn new(tls: Option<ClientTlsConfig>) -> Self {
+        Self { tls }
+    }
+
+    /// Where messages are streamed to.
+    pub fn endpoint(&self, url: &str) -> Result<Endpoint, tonic::transport::Error> {
+        let mut endpoint = Endpoint::from_shared(url.to_owned())?
+            .connect_timeout(CONNECT_TIMEOUT)
+            .tcp_nodelay(true)
+            .http2_keep_alive_interval(KEEP_ALIVE)
+            .keep_alive_timeout(KEEP_ALIVE);
+        if let Some(tls) = self.tls.clone().filter(|_| url.starts_with("https://")) {
+            endpoint = endpoint.tls_config(tls)?;
+        }
+        Ok(endpoint)
+    }
+
+    /// A client for single calls.
+    pub fn client(&self, url: &str) -> Result<PeerClient<Channel>, tonic::transport::Error> {
+        let channel = self.endpoint(url)?.timeout(CALL_TIMEOUT).connect_lazy();
+        Ok(PeerClient::new(channel).max_encoding_message_size(LARGEST_PIECE))
+    }
+}

@@ -1,0 +1,104 @@
+//! How a member that joins a cluster learns who it is.
+
+use anyhow::Context as _;
+use keelson_member::keyspace::Member as MemberInfo;
+
+use super::{Connector, proto};
+use crate::options::MemberFlags;
+
+/// What the cluster knows of itself, and of this member.
+#[derive(Debug)]
+pub struct Joined {
+    /// The cluster's id.
+    pub cluster_id: u64,
+    /// The id that the cluster gave to this member.
+    pub member_id: u64,
+    /// All members.
+    pub members: Vec<MemberInfo>,
+}
+
+/// Asks the members that `--initial-cluster` names, one after the other.
+pub async fn ask(flags: &MemberFlags, connector: &Connector) -> anyhow::Result<Joined> {
+    let listed = flags.members()?;
+    let mut failures = Vec::new();
+    for (name, urls) in &listed {
+        if *name == flags.name {
+            continue;
+        }
+        for url in urls {
+            match membership(connector, url).await {
+                Ok(response) => return find_self(flags, response),
+                Err(error) => failures.push(format!("{url}: {error:#}")),
+            }
+        }
+    }
+    anyhow::ensure!(
+        !failures.is_empty(),
+        "--initial-cluster names no other member to ask: give all members of the cluster"
+    );
+    anyhow::bail!("no member of the cluster answers: {}", failures.join("; "))
+}
+
+async fn membership(connector: &Connector, url: &str) -> anyhow::Result<proto::MembershipResponse> {
+    let mut client = connector.client(url)?;
+    let response = client.membership(proto::MembershipRequest {}).await?;
+    Ok(response.into_inner())
+}
+
+fn find_self(flags: &MemberFlags, response: proto::MembershipResponse) -> anyhow::Result<Joined> {
+    let members: Vec<MemberInfo> = response.members.into_iter().map(MemberInfo::from).collect();
+    let mut advertised = flags.initial_advertise_peer_urls.clone();
+    advertised.sort_unstable();
+    let own = members
+        .iter()
+        .find(|member| {
+            let mut urls = member.peer_urls.clone();
+            urls.sort_unstable();
+            urls == advertised
+        })
+        .with_context(|| {
+            format!(
+                "the cluster has no member at {}: add it first (etcdctl member add {} --peer-urls={})",
+                advertised.join(","),
+                flags.name,
+                advertised.join(",")
+            )
+        })?;
+    anyhow::ensure!(
+        own.name.is_empty(),
+        "member {:x} ({}) has been in the cluster, and {} has nothing of it: what it promised the \
+         others is lost, so it may not come back; remove it and add it again",
+        own.id,
+        own.name,
+        flags.folder().display()
+    );
+    Ok(Joined {
+        cluster_id: response.cluster_id,
+        member_id: own.id,
+        members,
+    })
+}
+
+impl From<proto::Member> for MemberInfo {
+    fn from(member: proto::Member) -> Self {
+        Self {
+            id: member.id,
+            name: member.name,
+            peer_urls: member.peer_urls,
+            client_urls: member.client_urls,
+            is_learner: member.is_learner,
+        }
+    }
+}
+
+impl From<MemberInfo> for proto::Member {
+    fn from(member: MemberInfo) -> Self {
+        Self {
+            id: member.id,
+            name: member.name,
+            peer_urls: member.peer_urls,
+            client_urls: member.client_urls,
+            is_learner: member.is_learner,
+        }
+    }
+}

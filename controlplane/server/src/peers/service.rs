@@ -1,0 +1,138 @@
+//! What this member answers to others.
+
+use std::sync::Arc;
+
+use futures::StreamExt as _;
+use keelson_member::decode_message;
+use keelson_member::disk::Disk;
+use tokio::sync::Semaphore;
+use tonic::{Request, Response, Status, Streaming};
+
+use super::proto::peer_server::{Peer, PeerServer};
+use super::{LARGEST_PIECE, check_cluster, garbage, proto, snapshot};
+use crate::grpc::refused;
+use crate::node::{Input, Node};
+
+/// The service for other members.
+pub struct PeerService {
+    node: Node,
+    disk: Arc<dyn Disk>,
+    cluster_id: u64,
+    /// One snapshot at a time.
+    receiving: Semaphore,
+}
+
+/// The service with its limits.
+pub fn service(node: Node, disk: Arc<dyn Disk>, cluster_id: u64) -> PeerServer<PeerService> {
+    PeerServer::new(PeerService {
+        node,
+        disk,
+        cluster_id,
+        receiving: Semaphore::new(1),
+    })
+    .max_decoding_message_size(LARGEST_PIECE)
+}
+
+#[tonic::async_trait]
+impl Peer for PeerService {
+    async fn exchange(
+        &self,
+        request: Request<Streaming<proto::Messages>>,
+    ) -> Result<Response<proto::ExchangeEnd>, Status> {
+        let mut pieces = request.into_inner();
+        let mut known = false;
+        while let Some(piece) = pieces.next().await {
+            let piece = piece?;
+            check_cluster(self.cluster_id, piece.cluster_id)?;
+            if !known {
+                let removed = self.node.keyspace().metadata().removed_members;
+                if removed.contains(&piece.from) {
+                    return Err(Status::permission_denied("the member was removed"));
+                }
+                known = true;
+            }
+            for message in piece.messages {
+                let message = decode_message(&message).ok_or_else(garbage)?;
+                self.node.tell(Input::Message(message));
+            }
+        }
+        Ok(Response::new(proto::ExchangeEnd {}))
+    }
+
+    async fn install_snapshot(
+        &self,
+        request: Request<Streaming<proto::SnapshotPiece>>,
+    ) -> Result<Response<proto::InstallSnapshotEnd>, Status> {
+        let Ok(_permit) = self.receiving.try_acquire() else {
+            return Err(Status::resource_exhausted(
+                "another snapshot is being received",
+            ));
+        };
+        let disk = Arc::clone(&self.disk);
+        snapshot::receive(&self.node, disk, self.cluster_id, request.into_inner()).await?;
+        Ok(Response::new(proto::InstallSnapshotEnd {}))
+    }
+
+    async fn membership(
+        &self,
+        _request: Request<proto::MembershipRequest>,
+    ) -> Result<Response<proto::MembershipResponse>, Status> {
+        // One that joins has just been added: it must be in the answer.
+        self.node
+            .read_barrier()
+            .await
+            .map_err(|error| refused(&error))?;
+        let metadata = self.node.keyspace().metadata();
+        Ok(Response::new(proto::MembershipResponse {
+            cluster_id: self.cluster_id,
+            members: metadata.members.into_iter().map(Into::into).collect(),
+        }))
+    }
+
+    async fn progress(
+        &self,
+        request: Request<proto::ProgressRequest>,
+    ) -> Result<Response<proto::ProgressResponse>, Status> {
+        let progress = self
+            .node
+            .progress(request.into_inner().id)
+            .await
+            .map_err(|error| refused(&error))?;
+        Ok(Response::new(proto::ProgressResponse {
+            caught_up: progress.caught_up,
+            active: progress.active,
+        }))
+    }
+
+    async fn renew_lease(
+        &self,
+        request: Request<proto::RenewLeaseRequest>,
+    ) -> Result<Response<proto::RenewLeaseResponse>, Status> {
+        let renewed = self
+            .node
+            .renew_lease(request.into_inner().id)
+            .map_err(|error| refused(&error))?;
+        self.node
+            .read_barrier()
+            .await
+            .map_err(|error| refused(&error))?;
+        Ok(Response::new(proto::RenewLeaseResponse {
+            ttl: renewed.unwrap_or(0),
+        }))
+    }
+
+    async fn lease_remaining(
+        &self,
+        request: Request<proto::LeaseRemainingRequest>,
+    ) -> Result<Response<proto::LeaseRemainingResponse>, Status> {
+        let remaining = self
+            .node
+            .lease_remaining(request.into_inner().id)
+            .map_err(|error| refused(&error))?;
+        Ok(Response::new(proto::LeaseRemainingResponse {
+            remaining_ms: remaining
+                .and_then(|left| i64::try_from(left).ok())
+                .unwrap_or(-1),
+        }))
+    }
+}

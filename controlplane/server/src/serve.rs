@@ -1,0 +1,243 @@
+//! Opens the member and serves it until the process is told to end.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::Context as _;
+use keelson_member::command::Operation;
+use keelson_member::disk::{Disk, Folder};
+use keelson_member::keyspace::Member as MemberInfo;
+use keelson_member::{Identity, Member, MemberOptions, Start};
+use tokio::net::TcpListener;
+use tokio::sync::mpsc;
+use tonic::service::Routes;
+use tonic::transport::server::TcpIncoming;
+use tonic::transport::{Server, ServerTlsConfig};
+
+use crate::grpc::{Limits, Services};
+use crate::http;
+use crate::node::{self, Input, Node, NodeOptions};
+use crate::options::{self, ClusterState, Listen, Options};
+use crate::peers::{self, Connector, Peers};
+
+/// Serves a member with the given flags.
+pub fn run(options: &Options) -> anyhow::Result<()> {
+    tokio::runtime::Builder::new_multi_thread()
+        .enable_all()
+        .build()?
+        .block_on(serve(options))
+}
+
+/// The member and its disk.
+struct Opened {
+    member: Member,
+    disk: Arc<dyn Disk>,
+    identity: Identity,
+}
+
+async fn open(options: &Options, connector: &Connector) -> anyhow::Result<Opened> {
+    let folder = options.member.folder();
+    let disk = Folder::open(&folder).map_err(|error| match error.kind() {
+        std::io::ErrorKind::WouldBlock => {
+            anyhow::anyhow!("{} is in use by another process", folder.display())
+        }
+        _ => anyhow::anyhow!("cannot open {}: {error}", folder.display()),
+    })?;
+    let disk: Arc<dyn Disk> = Arc::new(disk);
+    let stored = Identity::load(&*disk).with_context(|| format!("in {}", folder.display()))?;
+    let (identity, start) = match stored {
+        Some(identity) => (identity, Start::Continue),
+        None => begin(options, connector).await?,
+    };
+    let (seed, _) = uuid::Uuid::new_v4().as_u64_pair();
+    let member_options = MemberOptions {
+        cluster_id: identity.cluster_id,
+        id: identity.member_id,
+        start,
+        election_ticks: options.election_ticks()? as usize,
+        seed,
+        cache_bytes: options.cache_mib * 1024 * 1024,
+    };
+    let member =
+        Member::open(&disk, &member_options).with_context(|| format!("in {}", folder.display()))?;
+    if stored.is_none() {
+        identity.store(&*disk)?;
+    }
+    Ok(Opened {
+        member,
+        disk,
+        identity,
+    })
+}
+
+/// Who a member without data is.
+async fn begin(options: &Options, connector: &Connector) -> anyhow::Result<(Identity, Start)> {
+    match options.initial_cluster_state {
+        ClusterState::New => {
+            let founders = options.member.founders()?;
+            let identity = Identity::new(founders.cluster_id, founders.member_id);
+            Ok((identity, Start::New(founders.members)))
+        }
+        ClusterState::Existing => {
+            let joined = peers::join::ask(&options.member, connector).await?;
+            let identity = Identity::new(joined.cluster_id, joined.member_id);
+            Ok((identity, Start::Join(joined.members)))
+        }
+    }
+}
+
+async fn serve(options: &Options) -> anyhow::Result<()> {
+    let clients = options::addresses("--listen-client-urls", &options.listen_client_urls)?;
+    let peer_addresses = options::addresses("--listen-peer-urls", &options.listen_peer_urls)?;
+    let client_tls = server_tls(options.tls.clients().server()?, &clients, "--cert-file")?;
+    let peer_tls = server_tls(
+        options.tls.peers().server()?,
+        &peer_addresses,
+        "--peer-cert-file",
+    )?;
+    let connector = Connector::new(options.tls.peers().client()?);
+    let opened = open(options, &connector).await?;
+    let identity = opened.identity;
+
+    let (outbox, sent) = mpsc::unbounded_channel();
+    let (id_prefix, _) = uuid::Uuid::new_v4().as_u64_pair();
+    let node_options = NodeOptions {
+        tick: options.tick(),
+        election_ticks: options.election_ticks()?,
+        id_prefix: id_prefix >> 32,
+    };
+    let disk = Arc::clone(&opened.disk);
+    let (node, failure) = node::start(opened.member, opened.disk, node_options, outbox)?;
+    let peers = Peers::new(identity.cluster_id, identity.member_id, connector);
+    tokio::spawn(Arc::clone(&peers).run(node.clone(), sent));
+    let services = Services {
+        node: node.clone(),
+        peers: Arc::clone(&peers),
+        cluster_id: identity.cluster_id,
+        member_id: identity.member_id,
+        limits: limits(options)?,
+    };
+    for listen_on in peer_addresses {
+        let service = peers::service(node.clone(), Arc::clone(&disk), identity.cluster_id);
+        listen(listen_on, &peer_tls, Routes::new(service)).await?;
+    }
+    for listen_on in clients {
+        let (health, health_service) = tonic_health::server::health_reporter();
+        health
+            .set_service_status("", tonic_health::ServingStatus::Serving)
+            .await;
+        let routes = services.clone().routes().add_service(health_service);
+        let with_http = http::routes(routes.into_axum_router(), node.clone());
+        listen(listen_on, &client_tls, Routes::from(with_http)).await?;
+    }
+    tracing::info!(
+        member = %format_args!("{:x}", identity.member_id),
+        cluster = %format_args!("{:x}", identity.cluster_id),
+        clients = ?options.listen_client_urls,
+        peers = ?options.listen_peer_urls,
+        folder = %options.member.folder().display(),
+        "keelson-state {} serves", env!("CARGO_PKG_VERSION")
+    );
+    tokio::spawn(introduce(
+        node.clone(),
+        peers,
+        identity.member_id,
+        options.member.name.clone(),
+        options.client_urls(),
+    ));
+    tokio::select! {
+        error = failure => match error {
+            Ok(error) => Err(error).context("the member stopped"),
+            Err(_) => anyhow::bail!("the member's thread ended"),
+        },
+        () = stopped() => {
+            node.tell(Input::Stop);
+            Ok(())
+        }
+    }
+}
+
+fn limits(options: &Options) -> anyhow::Result<Limits> {
+    Ok(Limits {
+        txn_operations: options.max_txn_ops,
+        request_bytes: usize::try_from(options.max_request_bytes)?,
+        lease_ttl: options.least_lease_ttl()?,
+        watch_progress: options.watch_progress_notify_interval,
+        learners: options.max_learners,
+    })
+}
+
+/// A TLS configuration where one is needed.
+fn server_tls(
+    config: Option<ServerTlsConfig>,
+    addresses: &[Listen],
+    flag: &str,
+) -> anyhow::Result<Option<ServerTlsConfig>> {
+    anyhow::ensure!(
+        config.is_some() || !addresses.iter().any(|address| address.tls),
+        "an https URL to listen on needs a certificate: {flag} is missing"
+    );
+    Ok(config)
+}
+
+async fn listen(on: Listen, tls: &Option<ServerTlsConfig>, routes: Routes) -> anyhow::Result<()> {
+    let address = on.address;
+    let listener = TcpListener::bind(address)
+        .await
+        .with_context(|| format!("cannot listen on {address}"))?;
+    let incoming = TcpIncoming::from(listener).with_nodelay(Some(true));
+    let mut server = Server::builder()
+        .accept_http1(true)
+        .initial_connection_window_size(Some(8 * 1024 * 1024))
+        .initial_stream_window_size(Some(4 * 1024 * 1024));
+    if let Some(tls) = tls.clone().filter(|_| on.tls) {
+        server = server
+            .tls_config(tls)
+            .context("the certificate or its key is unusable")?;
+    }
+    let server = server.add_routes(routes).serve_with_incoming(incoming);
+    tokio::spawn(async move {
+        if let Err(error) = server.await {
+            tracing::error!(%address, %error, "a listener ended");
+        }
+    });
+    Ok(())
+}
+
+/// Tells the cluster this member's name and client URLs, until it has heard; then keeps connections
+/// in step with the membership.
+async fn introduce(node: Node, peers: Arc<Peers>, id: u64, name: String, client_urls: Vec<String>) {
+    loop {
+        let metadata = node.keyspace().metadata();
+        let known = metadata.members.iter().find(|member| member.id == id);
+        if let Some(known) = known
+            && (known.name != name || known.client_urls != client_urls)
+        {
+            let member = MemberInfo {
+                id,
+                name: name.clone(),
+                client_urls: client_urls.clone(),
+                ..MemberInfo::default()
+            };
+            if let Err(error) = node.propose(Operation::Member(member)).await {
+                tracing::debug!(%error, "the cluster has not heard of this member's URLs yet");
+            }
+        }
+        peers.prune(&node);
+        tokio::time::sleep(Duration::from_secs(1)).await;
+    }
+}
+
+async fn stopped() {
+    use tokio::signal::unix::{SignalKind, signal};
+    let (Ok(mut terminate), Ok(mut interrupt)) = (
+        signal(SignalKind::terminate()),
+        signal(SignalKind::interrupt()),
+    ) else {
+        return std::future::pending().await;
+    };
+    tokio::select! {
+        _ = terminate.recv() => {}
+        _ = interrupt.recv() => {}
+    }
+}

@@ -12,8 +12,22 @@ pub struct Command {
     #[prost(uint64, tag = "1")]
     pub id: u64,
     /// What to do.
-    #[prost(oneof = "Operation", tags = "2, 3, 4, 5, 6, 7, 8, 9, 10")]
+    #[prost(oneof = "Operation", tags = "2, 3, 4, 5, 6, 7, 8, 9, 10, 11")]
     pub operation: Option<Operation>,
+    /// Who wants it; `None` if it is a member itself.
+    #[prost(message, optional, tag = "15")]
+    pub authority: Option<Authority>,
+}
+
+/// Who wants something.
+#[derive(Clone, PartialEq, Eq, Hash, Message)]
+pub struct Authority {
+    /// The user; empty if there is none.
+    #[prost(string, tag = "1")]
+    pub user: String,
+    /// Revision of users and roles when the user was found out; 0 if there is none.
+    #[prost(uint64, tag = "2")]
+    pub revision: u64,
 }
 
 /// What a [`Command`] does.
@@ -46,6 +60,46 @@ pub enum Operation {
     /// Raises or lowers an alarm.
     #[prost(message, tag = "10")]
     Alarm(AlarmChange),
+    /// Changes users and roles.
+    #[prost(message, tag = "11")]
+    Auth(AuthChange),
+}
+
+/// Changes users and roles.
+#[derive(Clone, PartialEq, Message)]
+pub struct AuthChange {
+    /// How.
+    #[prost(oneof = "AuthOperation", tags = "1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11")]
+    pub operation: Option<AuthOperation>,
+}
+
+/// What an [`AuthChange`] does. Passwords are hashed already.
+#[derive(Clone, PartialEq, Oneof)]
+#[allow(missing_docs)] // as etcd's methods of the same names
+pub enum AuthOperation {
+    /// The secret that tokens will be signed with.
+    #[prost(bytes = "bytes", tag = "1")]
+    Enable(bytes::Bytes),
+    #[prost(message, tag = "2")]
+    Disable(pb::AuthDisableRequest),
+    #[prost(message, tag = "3")]
+    UserAdd(pb::AuthUserAddRequest),
+    #[prost(message, tag = "4")]
+    UserDelete(pb::AuthUserDeleteRequest),
+    #[prost(message, tag = "5")]
+    UserChangePassword(pb::AuthUserChangePasswordRequest),
+    #[prost(message, tag = "6")]
+    UserGrantRole(pb::AuthUserGrantRoleRequest),
+    #[prost(message, tag = "7")]
+    UserRevokeRole(pb::AuthUserRevokeRoleRequest),
+    #[prost(message, tag = "8")]
+    RoleAdd(pb::AuthRoleAddRequest),
+    #[prost(message, tag = "9")]
+    RoleDelete(pb::AuthRoleDeleteRequest),
+    #[prost(message, tag = "10")]
+    RoleGrantPermission(pb::AuthRoleGrantPermissionRequest),
+    #[prost(message, tag = "11")]
+    RoleRevokePermission(pb::AuthRoleRevokePermissionRequest),
 }
 
 /// Raises or lowers an alarm.

@@ -134,6 +134,40 @@ pub enum RequestError {
     BadTransferee,
     #[error("etcdserver: corrupt cluster")]
     Corrupt,
+    #[error("etcdserver: root user does not exist")]
+    RootUserNotExist,
+    #[error("etcdserver: root user does not have root role")]
+    RootRoleNotExist,
+    #[error("etcdserver: user name already exists")]
+    UserExists,
+    #[error("etcdserver: user name is empty")]
+    UserEmpty,
+    #[error("etcdserver: user name not found")]
+    UserNotFound,
+    #[error("etcdserver: role name already exists")]
+    RoleExists,
+    #[error("etcdserver: role name not found")]
+    RoleNotFound,
+    #[error("etcdserver: role name is empty")]
+    RoleEmpty,
+    #[error("etcdserver: authentication failed, invalid user ID or password")]
+    AuthFailed,
+    #[error("etcdserver: permission not given")]
+    PermissionNotGiven,
+    #[error("etcdserver: permission denied")]
+    PermissionDenied,
+    #[error("etcdserver: role is not granted to the user")]
+    RoleNotGranted,
+    #[error("etcdserver: permission is not granted to the role")]
+    PermissionNotGranted,
+    #[error("etcdserver: authentication is not enabled")]
+    AuthNotEnabled,
+    #[error("etcdserver: invalid auth token")]
+    InvalidAuthToken,
+    #[error("etcdserver: invalid auth management")]
+    InvalidAuthManagement,
+    #[error("etcdserver: revision of auth store is old")]
+    AuthOldRevision,
 }
 
 impl RequestError {
@@ -141,11 +175,13 @@ impl RequestError {
     pub fn code(&self) -> i32 {
         const INVALID_ARGUMENT: i32 = 3;
         const NOT_FOUND: i32 = 5;
+        const PERMISSION_DENIED: i32 = 7;
         const RESOURCE_EXHAUSTED: i32 = 8;
         const FAILED_PRECONDITION: i32 = 9;
         const OUT_OF_RANGE: i32 = 11;
         const UNAVAILABLE: i32 = 14;
         const DATA_LOSS: i32 = 15;
+        const UNAUTHENTICATED: i32 = 16;
         match self {
             Self::EmptyKey
             | Self::KeyNotFound
@@ -155,7 +191,13 @@ impl RequestError {
             | Self::DuplicateKey
             | Self::InvalidSortOption
             | Self::RequestTooLarge
-            | Self::BadPeerUrls => INVALID_ARGUMENT,
+            | Self::BadPeerUrls
+            | Self::UserEmpty
+            | Self::RoleEmpty
+            | Self::AuthFailed
+            | Self::PermissionNotGiven
+            | Self::InvalidAuthManagement
+            | Self::AuthOldRevision => INVALID_ARGUMENT,
             Self::LeaseNotFound | Self::MemberNotFound => NOT_FOUND,
             Self::NoSpace | Self::TooManyRequests => RESOURCE_EXHAUSTED,
             Self::LeaseExists
@@ -166,7 +208,16 @@ impl RequestError {
             | Self::LearnerNotReady
             | Self::TooManyLearners
             | Self::NotLeader
-            | Self::BadTransferee => FAILED_PRECONDITION,
+            | Self::BadTransferee
+            | Self::RootUserNotExist
+            | Self::RootRoleNotExist
+            | Self::UserExists
+            | Self::UserNotFound
+            | Self::RoleExists
+            | Self::RoleNotFound
+            | Self::RoleNotGranted
+            | Self::PermissionNotGranted
+            | Self::AuthNotEnabled => FAILED_PRECONDITION,
             Self::Compacted | Self::FutureRevision | Self::LeaseTtlTooLarge => OUT_OF_RANGE,
             Self::NoLeader
             | Self::LeaderChanged
@@ -175,6 +226,8 @@ impl RequestError {
             | Self::NotForLearners
             | Self::Unhealthy => UNAVAILABLE,
             Self::Corrupt => DATA_LOSS,
+            Self::PermissionDenied => PERMISSION_DENIED,
+            Self::InvalidAuthToken => UNAUTHENTICATED,
         }
     }
 }

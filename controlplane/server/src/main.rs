@@ -12,6 +12,7 @@ mod peers;
 mod serve;
 mod snapshot;
 mod tls;
+mod token;
 
 use clap::Parser as _;
 

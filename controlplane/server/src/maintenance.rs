@@ -80,10 +80,11 @@ fn run(
         let clear = compacted > cleared;
         let flush =
             wanted.flush || keyspace.wants_flush() || (clear && keyspace.has_unflushed(compacted));
-        if flush && let Some(flush) = keyspace.begin_flush() {
-            if let Some(metadata) = keyspace.flush(flush)? {
-                let _ = inputs.send(Input::Flushed(Box::new(metadata)));
-            }
+        if flush
+            && let Some(flush) = keyspace.begin_flush()
+            && let Some(metadata) = keyspace.flush(flush)?
+        {
+            let _ = inputs.send(Input::Flushed(Box::new(metadata)));
         }
         for _ in 0..wanted.spares {
             prepared += 1;

@@ -7,7 +7,7 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::time::{Duration, Instant};
 
 use keelson_etcd_api::etcdserverpb as pb;
-use keelson_member::command::{Command, Operation, Response};
+use keelson_member::command::{Authority, Command, Operation, Response};
 use keelson_member::disk::Disk;
 use keelson_member::keyspace::{Keyspace, Member as MemberInfo, Metadata, StagedSnapshot};
 use keelson_member::lessor::Lessor;
@@ -30,8 +30,12 @@ const REVOCATIONS_AT_ONCE: usize = 1000;
 
 /// What the thread is told.
 pub enum Input {
-    /// A command; the answer goes to the sender.
-    Propose(Operation, oneshot::Sender<Result<Response, RequestError>>),
+    /// A command, and who wants it if that is not the member; the answer goes to the sender.
+    Propose(
+        Operation,
+        Option<Authority>,
+        oneshot::Sender<Result<Response, RequestError>>,
+    ),
     /// A change of membership.
     Change(
         MembershipChange,
@@ -168,9 +172,15 @@ impl Node {
         self.shared.term.load(Ordering::Relaxed)
     }
 
-    /// Replicates a command and answers with its outcome.
-    pub async fn propose(&self, operation: Operation) -> Result<Response, RequestError> {
-        self.ask(|reply| Input::Propose(operation, reply)).await
+    /// Replicates a command, of this member itself if no authority is given, and answers with its
+    /// outcome.
+    pub async fn propose(
+        &self,
+        operation: Operation,
+        authority: Option<Authority>,
+    ) -> Result<Response, RequestError> {
+        self.ask(|reply| Input::Propose(operation, authority, reply))
+            .await
     }
 
     /// Changes the membership; answers with the members.
@@ -304,7 +314,9 @@ impl Driver {
     /// Returns whether the thread is to end.
     fn handle(&mut self, input: Input) -> Result<bool, MemberError> {
         match input {
-            Input::Propose(operation, reply) => self.propose(operation, reply),
+            Input::Propose(operation, authority, reply) => {
+                self.propose(operation, authority, reply);
+            }
             Input::Change(mut change, reply) => {
                 change.id = self.new_id();
                 match self.member.propose_change(&change) {
@@ -347,6 +359,7 @@ impl Driver {
     fn propose(
         &mut self,
         operation: Operation,
+        authority: Option<Authority>,
         reply: oneshot::Sender<Result<Response, RequestError>>,
     ) {
         if self.waiters.len() >= MAX_WAITERS {
@@ -361,6 +374,7 @@ impl Driver {
         let command = Command {
             id,
             operation: Some(operation),
+            authority,
         };
         self.waiters.insert(id, Waiter { reply, revokes });
         self.submit(command.encode_to_vec());
@@ -392,6 +406,7 @@ impl Driver {
             let command = Command {
                 id: id_of_command,
                 operation: Some(Operation::LeaseRevoke(pb::LeaseRevokeRequest { id })),
+                authority: None,
             };
             self.submit(command.encode_to_vec());
         }

@@ -9,12 +9,12 @@ use keelson_member::disk::{Disk, Folder};
 use keelson_member::keyspace::Member as MemberInfo;
 use keelson_member::{Identity, Member, MemberOptions, Start};
 use tokio::net::TcpListener;
-use tokio::sync::mpsc;
+use tokio::sync::{Semaphore, mpsc};
 use tonic::service::Routes;
 use tonic::transport::server::TcpIncoming;
 use tonic::transport::{Server, ServerTlsConfig};
 
-use crate::grpc::{Limits, Services};
+use crate::grpc::{Limits, Passwords, Services};
 use crate::http;
 use crate::node::{self, Input, Node, NodeOptions};
 use crate::options::{self, ClusterState, Listen, Options};
@@ -116,10 +116,17 @@ async fn serve(options: &Options) -> anyhow::Result<()> {
         cluster_id: identity.cluster_id,
         member_id: identity.member_id,
         limits: limits(options)?,
+        passwords: Passwords {
+            cost: options.bcrypt_cost,
+            token_lifetime: Duration::from_secs(options.auth_token_ttl),
+            at_once: Arc::new(Semaphore::new(
+                std::thread::available_parallelism().map_or(1, usize::from),
+            )),
+        },
     };
     for listen_on in peer_addresses {
         let service = peers::service(node.clone(), Arc::clone(&disk), identity.cluster_id);
-        listen(listen_on, &peer_tls, Routes::new(service)).await?;
+        listen(listen_on, peer_tls.as_ref(), Routes::new(service)).await?;
     }
     for listen_on in clients {
         let (health, health_service) = tonic_health::server::health_reporter();
@@ -128,7 +135,7 @@ async fn serve(options: &Options) -> anyhow::Result<()> {
             .await;
         let routes = services.clone().routes().add_service(health_service);
         let with_http = http::routes(routes.into_axum_router(), node.clone());
-        listen(listen_on, &client_tls, Routes::from(with_http)).await?;
+        listen(listen_on, client_tls.as_ref(), Routes::from(with_http)).await?;
     }
     tracing::info!(
         member = %format_args!("{:x}", identity.member_id),
@@ -164,6 +171,7 @@ fn limits(options: &Options) -> anyhow::Result<Limits> {
         lease_ttl: options.least_lease_ttl()?,
         watch_progress: options.watch_progress_notify_interval,
         learners: options.max_learners,
+        certificate_is_user: options.tls.client_cert_auth,
     })
 }
 
@@ -180,7 +188,7 @@ fn server_tls(
     Ok(config)
 }
 
-async fn listen(on: Listen, tls: &Option<ServerTlsConfig>, routes: Routes) -> anyhow::Result<()> {
+async fn listen(on: Listen, tls: Option<&ServerTlsConfig>, routes: Routes) -> anyhow::Result<()> {
     let address = on.address;
     let listener = TcpListener::bind(address)
         .await
@@ -190,7 +198,7 @@ async fn listen(on: Listen, tls: &Option<ServerTlsConfig>, routes: Routes) -> an
         .accept_http1(true)
         .initial_connection_window_size(Some(8 * 1024 * 1024))
         .initial_stream_window_size(Some(4 * 1024 * 1024));
-    if let Some(tls) = tls.clone().filter(|_| on.tls) {
+    if let Some(tls) = tls.cloned().filter(|_| on.tls) {
         server = server
             .tls_config(tls)
             .context("the certificate or its key is unusable")?;
@@ -219,7 +227,7 @@ async fn introduce(node: Node, peers: Arc<Peers>, id: u64, name: String, client_
                 client_urls: client_urls.clone(),
                 ..MemberInfo::default()
             };
-            if let Err(error) = node.propose(Operation::Member(member)).await {
+            if let Err(error) = node.propose(Operation::Member(member), None).await {
                 tracing::debug!(%error, "the cluster has not heard of this member's URLs yet");
             }
         }

@@ -134,7 +134,7 @@ fn restore(
     let (staged, disk) = load(file, &folder)?;
     let mut metadata = staged.metadata().clone();
     metadata.cluster_id = founders.cluster_id;
-    metadata.members = founders.members.clone();
+    metadata.members.clone_from(&founders.members);
     metadata.removed_members.clear();
     metadata.alarms.clear();
     metadata.revision = metadata

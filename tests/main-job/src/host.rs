@@ -23,8 +23,9 @@ pub struct Host {
 }
 
 impl Host {
-    /// A host whose state is in `folder`, with the programs that stand beside this one.
-    pub fn new(folder: &Path) -> Result<Self> {
+    /// A host in `folder` whose state is in the store at the URL `state`, with the programs that
+    /// stand beside this one.
+    pub fn new(folder: &Path, state: &str) -> Result<Self> {
         let own = std::env::current_exe().context("find the own program file")?;
         let programs = own
             .parent()
@@ -32,7 +33,7 @@ impl Host {
             .to_owned();
         let pins = PathBuf::from(format!("/sys/fs/bpf/keelson-run-{}", std::process::id()));
         let config = format!(
-            "state = \"embedded:{0}/state\"\nsocket = \"{0}/run/keelsond.sock\"\n\
+            "state = \"{state}\"\nsocket = \"{0}/run/keelsond.sock\"\n\
              run_directory = \"{0}/run\"\nlog_directory = \"{0}/log\"\nbpf_directory = \"{1}\"\n",
             folder.display(),
             pins.display()

@@ -1,5 +1,5 @@
 //! Shows the whole of Keelson work on this host: a guest from a manifest, its disk through io_uring,
-//! its network through eBPF, the state in the embedded store. What `./run` runs.
+//! its network through eBPF, the state in the embedded store or in another one. What `./run` runs.
 //!
 //! Every line is checked; the exit code is 0 only if every one is true.
 
@@ -52,6 +52,9 @@ struct Show {
     /// The initial RAM disk of the stock kernel, with a root shell on its console.
     #[arg(long, requires = "kernel")]
     initrd: Option<PathBuf>,
+    /// Where the agent keeps its state; embedded, in a folder of the show's own, where not given.
+    #[arg(long)]
+    state: Option<String>,
     /// Wait before the guest is shut down, and say how to talk to the agent.
     #[arg(long)]
     stay: bool,
@@ -89,8 +92,11 @@ fn try_stock_kernel(kernel: &Path, initrd: &Path) -> Result<String> {
 fn show(arguments: &Show) -> Result<bool> {
     let folder = tempfile::Builder::new().prefix("keelson-run-").tempdir()?;
     let mut report = Report::default();
-    let mut host = Host::new(folder.path())?;
-    let started = report.step("the agent starts on the embedded store", || {
+    let embedded = format!("embedded:{}/state", folder.path().display());
+    let state = arguments.state.as_deref().unwrap_or(&embedded);
+    let mut host = Host::new(folder.path(), state)?;
+    let (kind, _) = state.split_once(':').unwrap_or((state, ""));
+    let started = report.step(&format!("the agent starts on the {kind} store"), || {
         let process = host.start_agent()?;
         Ok(((), format!("keelsond is process {process}")))
     });

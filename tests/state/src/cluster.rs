@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use keelson_etcd_api::etcdserverpb as pb;
 use pb::kv_client::KvClient;
 use tempfile::TempDir;
-use tonic::transport::{Channel, Endpoint};
+use tonic::transport::{Channel, ClientTlsConfig, Endpoint};
 
 /// What runs as a member.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -27,18 +27,37 @@ pub struct Cluster {
     peer_urls: Vec<String>,
     members: Vec<Option<Child>>,
     flags: Vec<String>,
+    tls: Option<ClientTlsConfig>,
 }
 
 impl Cluster {
     /// Starts `count` members with `flags` beside those of every test, and waits until they answer.
     pub async fn start(program: Program, count: usize, flags: &[&str]) -> Self {
+        Self::start_with(program, count, flags, None).await
+    }
+
+    /// As [`Cluster::start`]; with TLS everywhere if `tls` says how a client connects.
+    pub async fn start_with(
+        program: Program,
+        count: usize,
+        flags: &[&str],
+        tls: Option<ClientTlsConfig>,
+    ) -> Self {
+        let urls = |count| {
+            let urls = free_urls(count).into_iter();
+            match tls {
+                Some(_) => urls.map(|url| url.replace("http:", "https:")).collect(),
+                None => urls.collect(),
+            }
+        };
         let mut cluster = Self {
             program,
             folder: tempfile::tempdir().unwrap(),
-            client_urls: free_urls(count),
-            peer_urls: free_urls(count),
+            client_urls: urls(count),
+            peer_urls: urls(count),
             members: Vec::new(),
             flags: flags.iter().map(|&flag| flag.to_owned()).collect(),
+            tls,
         };
         cluster.members.resize_with(count, || None);
         for at in 0..count {
@@ -150,11 +169,7 @@ impl Cluster {
 
     /// A connection to a member.
     pub async fn connect(&self, at: usize) -> Channel {
-        Endpoint::from_shared(self.client_urls[at].clone())
-            .unwrap()
-            .connect()
-            .await
-            .unwrap()
+        self.endpoint(at).connect().await.unwrap()
     }
 
     /// Waits until a member answers reads that need a leader.
@@ -178,9 +193,16 @@ impl Cluster {
         self.folder.path().join(format!("m{at}"))
     }
 
-    async fn answers(&self, at: usize) -> bool {
+    fn endpoint(&self, at: usize) -> Endpoint {
         let endpoint = Endpoint::from_shared(self.client_urls[at].clone()).unwrap();
-        let Ok(channel) = endpoint.connect().await else {
+        match &self.tls {
+            Some(tls) => endpoint.tls_config(tls.clone()).unwrap(),
+            None => endpoint,
+        }
+    }
+
+    async fn answers(&self, at: usize) -> bool {
+        let Ok(channel) = self.endpoint(at).connect().await else {
             return false;
         };
         let request = pb::RangeRequest {
@@ -229,13 +251,16 @@ impl Drop for Cluster {
     }
 }
 
-/// Free ports on a loopback address that belongs to this process, so that no other test takes them
-/// before the servers do.
-fn free_urls(count: usize) -> Vec<String> {
+/// A loopback address that belongs to this process, so that no other test takes its ports.
+pub fn address() -> Ipv4Addr {
     let [_, a, b, c] = std::process::id().to_be_bytes();
-    let address = Ipv4Addr::new(127, a.saturating_add(1), b, c.clamp(1, 254));
+    Ipv4Addr::new(127, a.saturating_add(1), b, c.clamp(1, 254))
+}
+
+/// URLs with ports that are free until the servers take them.
+fn free_urls(count: usize) -> Vec<String> {
     let listeners: Vec<TcpListener> = (0..count)
-        .map(|_| TcpListener::bind((address, 0)).unwrap())
+        .map(|_| TcpListener::bind((address(), 0)).unwrap())
         .collect();
     listeners
         .iter()

@@ -8,7 +8,7 @@
 use std::fmt::Debug;
 
 use keelson_etcd_api::etcdserverpb as pb;
-use keelson_state_tests::{Cluster, Program, Random};
+use keelson_state_tests::{Agreement, Cluster, Program, Random, compare, number};
 use pb::compare::TargetUnion;
 use pb::kv_client::KvClient;
 use pb::lease_client::LeaseClient;
@@ -25,11 +25,6 @@ const KEYS: u64 = 10;
 
 #[tokio::test]
 async fn the_same_answers() {
-    let number = |name: &str, default: u64| {
-        std::env::var(name).map_or(default, |text| {
-            text.parse().unwrap_or_else(|_| panic!("{name}={text}"))
-        })
-    };
     let seed = number("KEELSON_SEED", 1);
     let steps = number("KEELSON_STEPS", 3000);
     let etcd = Cluster::start(Program::Etcd, 1, &[]).await;
@@ -235,32 +230,9 @@ impl Run {
         headers: impl Fn(&mut T) -> Vec<&mut Option<pb::ResponseHeader>>,
     ) {
         let context = format!("seed {}, step {}: {request:?}", self.seed, self.step);
-        match (etcd, keelson) {
-            (Ok(etcd), Ok(keelson)) => {
-                let (mut etcd, mut keelson) = (etcd.into_inner(), keelson.into_inner());
-                for answer in [&mut etcd, &mut keelson] {
-                    for header in headers(answer) {
-                        let revision = header.as_ref().map_or(0, |header| header.revision);
-                        *header = Some(pb::ResponseHeader {
-                            revision,
-                            ..pb::ResponseHeader::default()
-                        });
-                    }
-                }
-                assert_eq!(etcd, keelson, "etcd left, keelson-state right; {context}");
-                if let Some(Some(header)) = headers(&mut etcd).first() {
-                    self.revision = self.revision.max(header.revision);
-                }
-            }
-            (Err(etcd), Err(keelson)) => {
-                self.refusals += 1;
-                assert_eq!(
-                    (etcd.code(), etcd.message()),
-                    (keelson.code(), keelson.message()),
-                    "etcd left, keelson-state right; {context}"
-                );
-            }
-            (etcd, keelson) => panic!("etcd {etcd:?}, keelson-state {keelson:?}; {context}"),
+        match compare(&context, etcd, keelson, headers) {
+            Agreement::Answered(revision) => self.revision = self.revision.max(revision),
+            Agreement::Refused => self.refusals += 1,
         }
     }
 

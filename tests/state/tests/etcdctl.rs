@@ -4,8 +4,17 @@
 
 use std::path::Path;
 use std::process::{Command, Output};
+use std::time::Duration;
 
+use keelson_etcd_api::etcdserverpb as pb;
+use keelson_etcd_api::v3electionpb::election_client::ElectionClient;
+use keelson_etcd_api::v3electionpb::{
+    CampaignRequest, LeaderRequest, ProclaimRequest, ResignRequest,
+};
+use keelson_etcd_api::v3lockpb::lock_client::LockClient;
+use keelson_etcd_api::v3lockpb::{LockRequest, UnlockRequest};
 use keelson_state_tests::{Cluster, Program, etcdctl};
+use pb::lease_client::LeaseClient;
 
 /// A backup that `etcdctl` takes is checked and restored, with everything in it.
 #[tokio::test]
@@ -124,4 +133,128 @@ fn check(output: &Output, program: impl AsRef<Path>, arguments: &[&str]) -> Stri
         String::from_utf8_lossy(&output.stderr)
     );
     String::from_utf8_lossy(&output.stdout).into_owned()
+}
+
+/// Locks wait for each other, whether the server or the client makes them, and elections too.
+#[tokio::test]
+async fn locks_and_elections() {
+    let cluster = Cluster::start(Program::KeelsonState, 1, &[]).await;
+    let folder = cluster.folder().join("order");
+    std::fs::create_dir(&folder).unwrap();
+    let script = format!(
+        "mkdir {0}/held || exit 1; sleep 0.3; rmdir {0}/held",
+        folder.display()
+    );
+    let mut lockers: Vec<_> = (0..3)
+        .map(|_| {
+            Command::new(etcdctl())
+                .args(["--endpoints", cluster.client_url(0), "lock", "door", "--"])
+                .args(["sh", "-c", &script])
+                .spawn()
+                .unwrap()
+        })
+        .collect();
+    for locker in &mut lockers {
+        assert!(locker.wait().unwrap().success());
+    }
+
+    let channel = cluster.connect(0).await;
+    let mut lock = LockClient::new(channel.clone());
+    let mut lease = LeaseClient::new(channel.clone());
+    for id in [1, 2] {
+        let grant = pb::LeaseGrantRequest { ttl: 100, id };
+        lease.lease_grant(grant).await.unwrap();
+    }
+    let request = |lease| LockRequest {
+        name: "door".into(),
+        lease,
+    };
+    let first = lock.lock(request(1)).await.unwrap().into_inner().key;
+    assert_eq!(first, "door/1");
+    let mut second = LockClient::new(channel.clone());
+    let waiting = tokio::spawn(async move { second.lock(request(2)).await });
+    tokio::time::sleep(Duration::from_millis(200)).await;
+    assert!(!waiting.is_finished(), "two hold one lock");
+    // Who waits no longer does not stand in the way.
+    let mut third = LockClient::new(channel.clone());
+    let gave_up = tokio::time::timeout(Duration::from_millis(200), third.lock(request(0))).await;
+    assert!(gave_up.is_err());
+    lock.unlock(UnlockRequest { key: first }).await.unwrap();
+    let second = waiting.await.unwrap().unwrap().into_inner().key;
+    lock.unlock(UnlockRequest { key: second }).await.unwrap();
+    let again = tokio::time::timeout(Duration::from_secs(10), lock.lock(request(1))).await;
+    again.expect("the one that gave up holds the lock").unwrap();
+    let missing = lock.lock(request(77)).await.unwrap_err();
+    assert_eq!(missing.message(), "etcdserver: requested lease not found");
+
+    let mut election = ElectionClient::new(channel.clone());
+    let nobody = LeaderRequest {
+        name: "chair".into(),
+    };
+    let none = election.leader(nobody.clone()).await.unwrap_err();
+    assert_eq!(none.message(), "election: no leader");
+    let mut observed = election.observe(nobody.clone()).await.unwrap().into_inner();
+    let campaign = CampaignRequest {
+        name: "chair".into(),
+        lease: 1,
+        value: "one".into(),
+    };
+    let won = election.campaign(campaign).await.unwrap().into_inner();
+    let leader = won.leader.unwrap();
+    let seen = observed.message().await.unwrap().unwrap();
+    assert_eq!(seen.kv.unwrap().value, "one");
+    let proclaim = ProclaimRequest {
+        leader: Some(leader.clone()),
+        value: "two".into(),
+    };
+    election.proclaim(proclaim.clone()).await.unwrap();
+    let seen = observed.message().await.unwrap().unwrap();
+    assert_eq!(seen.kv.unwrap().value, "two");
+    let resign = ResignRequest {
+        leader: Some(leader),
+    };
+    election.resign(resign).await.unwrap();
+    let gone = election.proclaim(proclaim).await.unwrap_err();
+    assert_eq!(gone.message(), "election: not leader");
+}
+
+/// Users with etcd's own commands: who may do what, and what root alone may.
+#[tokio::test]
+async fn users_and_roles() {
+    let cluster = Cluster::start(Program::KeelsonState, 1, &["--bcrypt-cost", "4"]).await;
+    run(&cluster, &["user", "add", "root:secret"]);
+    run(&cluster, &["role", "add", "reader"]);
+    run(
+        &cluster,
+        &[
+            "role",
+            "grant-permission",
+            "reader",
+            "read",
+            "--prefix=true",
+            "a/",
+        ],
+    );
+    run(&cluster, &["user", "add", "anne:1234"]);
+    run(&cluster, &["user", "grant-role", "anne", "reader"]);
+    run(&cluster, &["user", "grant-role", "root", "root"]);
+    run(&cluster, &["put", "a/key", "v"]);
+    run(&cluster, &["auth", "enable"]);
+    let denied = output(&cluster, &["get", "a/key"]);
+    assert!(!denied.status.success());
+    let read = run(&cluster, &["--user", "anne:1234", "get", "--prefix", "a/"]);
+    assert_eq!(read, "a/key\nv\n");
+    for forbidden in [["put", "a/key", "x"], ["get", "--prefix", "b"]] {
+        let arguments = [&["--user", "anne:1234"], &forbidden[..]].concat();
+        let denied = output(&cluster, &arguments);
+        let text = String::from_utf8_lossy(&denied.stderr).into_owned();
+        assert!(text.contains("permission denied"), "{text}");
+    }
+    let wrong = output(&cluster, &["--user", "anne:4321", "get", "a/key"]);
+    let text = String::from_utf8_lossy(&wrong.stderr).into_owned();
+    assert!(text.contains("invalid user ID or password"), "{text}");
+    let list = run(&cluster, &["--user", "root:secret", "user", "list"]);
+    assert_eq!(list, "anne\nroot\n");
+    run(&cluster, &["--user", "root:secret", "auth", "disable"]);
+    run(&cluster, &["get", "a/key"]);
 }

@@ -6,14 +6,15 @@ use bytes::Bytes;
 use keelson_etcd_api::etcdserverpb as pb;
 use keelson_etcd_api::mvccpb::KeyValue;
 
+use super::auth::Auth;
 use super::lease::{Lease, LeaseRecord, MAX_LEASE_TTL};
 use super::metadata::Alarm;
 use super::range::KeyRange;
 use super::read::{key_value, read};
 use super::state::State;
 use super::version::Version;
-use super::{Member, txn};
-use crate::command::{AlarmChange, Command, Operation, Response};
+use super::{Member, authorize, txn};
+use crate::command::{AlarmChange, AuthChange, AuthOperation, Command, Operation, Response};
 use crate::{Failure, MemberError, RequestError};
 
 /// A change of a key, for watches.
@@ -50,6 +51,9 @@ impl<'a> Applier<'a> {
 
     /// Applies one command. A request that is refused changes nothing.
     pub(super) fn apply(mut self, command: Command) -> Result<Response, Failure> {
+        if let (Some(authority), Some(operation)) = (&command.authority, &command.operation) {
+            authorize::command(self.state, authority, operation)?;
+        }
         let response = match command.operation {
             Some(Operation::Put(put)) => {
                 // Of two mistakes, etcd tells the lease first here, and the key first in a
@@ -68,6 +72,7 @@ impl<'a> Applier<'a> {
             Some(Operation::LeaseCheckpoint(request)) => self.checkpoint(&request),
             Some(Operation::Member(member)) => self.describe_member(member),
             Some(Operation::Alarm(change)) => self.alarm(change),
+            Some(Operation::Auth(change)) => self.change_auth(change)?,
             // Written by the member that won an election, or by a newer version.
             None => Response::Done,
         };
@@ -311,6 +316,33 @@ impl<'a> Applier<'a> {
             known.client_urls = member.client_urls;
         }
         Response::Done
+    }
+
+    fn change_auth(&mut self, change: AuthChange) -> Result<Response, RequestError> {
+        let auth = self.state.metadata.auth.get_or_insert_with(Auth::new);
+        match change.operation {
+            Some(AuthOperation::Enable(secret)) => auth.enable(secret)?,
+            Some(AuthOperation::Disable(_)) => auth.disable(),
+            Some(AuthOperation::UserAdd(request)) => auth.add_user(request)?,
+            Some(AuthOperation::UserDelete(request)) => auth.delete_user(&request.name)?,
+            Some(AuthOperation::UserChangePassword(request)) => {
+                auth.change_password(&request.name, request.hashed_password)?;
+            }
+            Some(AuthOperation::UserGrantRole(request)) => {
+                auth.grant_role(&request.user, &request.role)?;
+            }
+            Some(AuthOperation::UserRevokeRole(request)) => {
+                auth.revoke_role(&request.name, &request.role)?;
+            }
+            Some(AuthOperation::RoleAdd(request)) => auth.add_role(request.name)?,
+            Some(AuthOperation::RoleDelete(request)) => auth.delete_role(&request.role)?,
+            Some(AuthOperation::RoleGrantPermission(request)) => auth.grant_permission(request)?,
+            Some(AuthOperation::RoleRevokePermission(request)) => {
+                auth.revoke_permission(&request)?;
+            }
+            None => {}
+        }
+        Ok(Response::Done)
     }
 
     fn alarm(&mut self, change: AlarmChange) -> Response {

@@ -156,14 +156,6 @@ impl Engine {
         self.flush(&Overlay::default(), metadata)
     }
 
-    /// Gives the engine's file the name that a member opens, durably.
-    pub(super) fn adopt(&self, disk: &dyn Disk, name: &str) -> Result<(), MemberError> {
-        disk.rename(name, ENGINE_FILE)
-            .map_err(MemberError::disk(format!("rename {name} to {ENGINE_FILE}")))?;
-        disk.sync()
-            .map_err(MemberError::disk("sync the data folder"))
-    }
-
     /// Removes up to [`COMPACTION_BATCH`] changes up to `revision`, with the versions that they
     /// superseded. Returns whether there may be more.
     pub(super) fn compact(&self, base: &Base, revision: i64) -> Result<bool, MemberError> {
@@ -253,6 +245,14 @@ impl Base {
         }
         Ok(changes)
     }
+}
+
+/// Gives a file the name of the engine that a member opens, durably.
+pub(super) fn adopt(disk: &dyn Disk, name: &str) -> Result<(), MemberError> {
+    disk.rename(name, ENGINE_FILE)
+        .map_err(MemberError::disk(format!("rename {name} to {ENGINE_FILE}")))?;
+    disk.sync()
+        .map_err(MemberError::disk("sync the data folder"))
 }
 
 /// A revision as it is stored in a [`VersionKey`]. Revisions are not negative.

@@ -1,8 +1,11 @@
 //! Everything about the state machine that is neither a key nor a lease, stored with each flush.
 
+use std::sync::LazyLock;
+
 use prost::Message;
 use raft::eraftpb::ConfState;
 
+use super::auth::Auth;
 use crate::MemberError;
 
 /// Format of the engine's tables and of this message.
@@ -41,7 +44,12 @@ pub struct Metadata {
     /// Alarms that are raised: member and kind (`etcdserverpb.AlarmType`).
     #[prost(message, repeated, tag = "10")]
     pub alarms: Vec<Alarm>,
+    /// Users and roles; `None` if there never were any.
+    #[prost(message, optional, tag = "11")]
+    pub auth: Option<Auth>,
 }
+
+static NO_AUTH: LazyLock<Auth> = LazyLock::new(Auth::new);
 
 /// The voters and learners of consensus, also during a joint change.
 #[derive(Clone, PartialEq, Message)]
@@ -95,6 +103,11 @@ pub struct Alarm {
 }
 
 impl Metadata {
+    /// Users and roles.
+    pub fn auth(&self) -> &Auth {
+        self.auth.as_ref().unwrap_or(&NO_AUTH)
+    }
+
     /// Makes its members the voters of a cluster that begins here.
     pub fn found(&mut self) {
         let mut voters: Vec<u64> = self.members.iter().map(|member| member.id).collect();

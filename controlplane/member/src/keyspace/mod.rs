@@ -5,6 +5,8 @@
 //! the layers as one, at any revision from the compacted one on.
 
 mod apply;
+mod auth;
+mod authorize;
 mod engine;
 mod lease;
 mod metadata;
@@ -19,11 +21,13 @@ mod version;
 
 use std::fmt;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use keelson_etcd_api::etcdserverpb as pb;
 use parking_lot::{Mutex, RwLock};
 
 pub use self::apply::Event;
+pub use self::auth::{Access, Auth, UserRecord};
 pub use self::engine::ENGINE_FILE;
 pub use self::lease::{LeaseRecord, MAX_LEASE_TTL};
 pub use self::metadata::{Alarm, Configuration, FORMAT, Member, Metadata};
@@ -36,7 +40,7 @@ use self::engine::Engine;
 use self::overlay::Overlay;
 use self::read::key_value;
 use self::state::State;
-use crate::command::{Command, Response};
+use crate::command::{Authority, Command, Response};
 use crate::disk::{Disk, DiskFile};
 use crate::{Failure, MemberError, RequestError};
 
@@ -49,10 +53,13 @@ pub struct Keyspace {
     /// Held by the flush, compaction or installation that is under way.
     engine: Mutex<Engine>,
     file: RwLock<Arc<dyn DiskFile>>,
+    /// Known without the lock, for every request asks.
+    auth_enabled: AtomicBool,
 }
 
 /// Committed entries being applied, seen by readers all at once.
 pub struct Batch<'a> {
+    auth_enabled: &'a AtomicBool,
     state: parking_lot::RwLockWriteGuard<'a, State>,
     events: Vec<Event>,
 }
@@ -101,6 +108,7 @@ impl Keyspace {
             base: engine.base()?,
         };
         Ok(Self {
+            auth_enabled: AtomicBool::new(state.metadata.auth().enabled),
             state: RwLock::new(state),
             file: RwLock::new(engine.file()),
             engine: Mutex::new(engine),
@@ -131,8 +139,13 @@ impl Keyspace {
     }
 
     /// Reads keys.
-    pub fn range(&self, request: &pb::RangeRequest) -> Result<pb::RangeResponse, Failure> {
+    pub fn range(
+        &self,
+        authority: &Authority,
+        request: &pb::RangeRequest,
+    ) -> Result<pb::RangeResponse, Failure> {
         let state = self.state.read();
+        authorize::range(&state, authority, request)?;
         read::read(&state, request, state.metadata.revision)
     }
 
@@ -166,11 +179,26 @@ impl Keyspace {
     }
 
     /// A transaction that only reads.
-    pub fn read_txn(&self, request: pb::TxnRequest) -> Result<pb::TxnResponse, Failure> {
+    pub fn read_txn(
+        &self,
+        authority: &Authority,
+        request: pb::TxnRequest,
+    ) -> Result<pb::TxnResponse, Failure> {
         // It changes nothing, but the code that applies it could: so it takes the write lock.
         let mut state = self.state.write();
+        authorize::txn(&state, authority, &request)?;
         let mut events = Vec::new();
         txn::apply(&mut Applier::new(&mut state, &mut events), request)
+    }
+
+    /// Calls `visit` with users and roles.
+    pub fn with_auth<T>(&self, visit: impl FnOnce(&Auth) -> T) -> T {
+        visit(self.state.read().metadata.auth())
+    }
+
+    /// Whether requests need a user.
+    pub fn is_auth_enabled(&self) -> bool {
+        self.auth_enabled.load(Ordering::Acquire)
     }
 
     /// What is known of a lease, and its keys in order.
@@ -178,6 +206,11 @@ impl Keyspace {
         let state = self.state.read();
         let lease = state.leases.get(&id)?;
         Some((lease.record, lease.keys.iter().cloned().collect()))
+    }
+
+    /// Refuses who may not read every key of a lease.
+    pub fn check_lease_keys(&self, authority: &Authority, id: i64) -> Result<(), RequestError> {
+        authorize::lease(&self.state.read(), authority, id, Access::Read)
     }
 
     /// Every lease.
@@ -242,6 +275,7 @@ impl Keyspace {
     /// Starts applying entries.
     pub fn batch(&self) -> Batch<'_> {
         Batch {
+            auth_enabled: &self.auth_enabled,
             state: self.state.write(),
             events: Vec::new(),
         }
@@ -292,7 +326,7 @@ impl Keyspace {
     /// Replaces everything by a snapshot, durably.
     pub fn install(&self, disk: &dyn Disk, staged: StagedSnapshot) -> Result<(), MemberError> {
         let mut engine = self.engine.lock();
-        staged.engine.adopt(disk, &staged.name)?;
+        engine::adopt(disk, &staged.name)?;
         let base = staged.engine.base()?;
         let mut state = self.state.write();
         *state = State {
@@ -302,6 +336,8 @@ impl Keyspace {
             flushing: None,
             base,
         };
+        let enabled = state.metadata.auth().enabled;
+        self.auth_enabled.store(enabled, Ordering::Release);
         *self.file.write() = staged.engine.file();
         *engine = staged.engine;
         Ok(())
@@ -360,6 +396,8 @@ impl Batch<'_> {
 
     /// Shows the changes to readers. Returns their events, in order, and the revision reached.
     pub fn finish(self) -> History {
+        let enabled = self.state.metadata.auth().enabled;
+        self.auth_enabled.store(enabled, Ordering::Release);
         History {
             revision: self.state.metadata.revision,
             events: self.events,

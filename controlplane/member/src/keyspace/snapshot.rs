@@ -8,7 +8,7 @@
 
 use std::sync::Arc;
 
-use super::engine::{Engine, Loaded};
+use super::engine::{Engine, Loaded, adopt};
 use super::metadata::Metadata;
 use super::records::{RecordReader, Table};
 use crate::MemberError;
@@ -126,7 +126,7 @@ impl StagedSnapshot {
     /// backup begins a new cluster.
     pub fn restore(self, disk: &dyn Disk, metadata: &Metadata) -> Result<(), MemberError> {
         self.engine.replace_metadata(metadata)?;
-        self.engine.adopt(disk, &self.name)
+        adopt(disk, &self.name)
     }
 }
 

@@ -16,6 +16,7 @@ impl Cluster for Services {
         &self,
         request: Request<pb::MemberAddRequest>,
     ) -> Result<Response<pb::MemberAddResponse>, Status> {
+        self.require_admin(&request)?;
         let request = request.into_inner();
         check_urls(&request.peer_ur_ls)?;
         self.linearize().await?;
@@ -46,6 +47,7 @@ impl Cluster for Services {
         &self,
         request: Request<pb::MemberRemoveRequest>,
     ) -> Result<Response<pb::MemberRemoveResponse>, Status> {
+        self.require_admin(&request)?;
         self.linearize().await?;
         let member = self.known(request.into_inner().id)?;
         if !member.is_learner {
@@ -61,6 +63,7 @@ impl Cluster for Services {
         &self,
         request: Request<pb::MemberUpdateRequest>,
     ) -> Result<Response<pb::MemberUpdateResponse>, Status> {
+        self.require_admin(&request)?;
         let request = request.into_inner();
         check_urls(&request.peer_ur_ls)?;
         let mut member = self.known(request.id)?;
@@ -89,6 +92,7 @@ impl Cluster for Services {
         &self,
         request: Request<pb::MemberPromoteRequest>,
     ) -> Result<Response<pb::MemberPromoteResponse>, Status> {
+        self.require_admin(&request)?;
         self.linearize().await?;
         let mut member = self.known(request.into_inner().id)?;
         if !member.is_learner {
@@ -120,7 +124,7 @@ impl Services {
         let voters: Vec<_> = members.iter().filter(|member| !member.is_learner).collect();
         let started = count_started(&voters);
         if voters.len() > 1 || started != 1 {
-            let quorum = (voters.len() + 1) / 2 + 1;
+            let quorum = voters.len().div_ceil(2) + 1;
             if started < quorum {
                 return Err(refused(&RequestError::NotEnoughStarted));
             }

@@ -7,6 +7,7 @@ use pb::kv_server::Kv;
 use prost::Message as _;
 use tonic::{Request, Response, Status};
 
+use super::credentials::Credentials;
 use super::{Services, failed, refused, unexpected};
 use crate::check;
 
@@ -16,12 +17,20 @@ impl Kv for Services {
         &self,
         request: Request<pb::RangeRequest>,
     ) -> Result<Response<pb::RangeResponse>, Status> {
+        let credentials = self.credentials(&request);
         let request = request.into_inner();
         check::range(&request).map_err(|error| refused(&error))?;
         if !request.serializable {
             self.linearize().await?;
         }
-        let mut response = self.node.keyspace().range(&request).map_err(failed)?;
+        let authority = self
+            .authority(&credentials)
+            .map_err(|error| refused(&error))?;
+        let mut response = self
+            .node
+            .keyspace()
+            .range(&authority, &request)
+            .map_err(failed)?;
         self.complete(&mut response.header);
         Ok(Response::new(response))
     }
@@ -42,9 +51,10 @@ impl Kv for Services {
         &self,
         request: Request<pb::PutRequest>,
     ) -> Result<Response<pb::PutResponse>, Status> {
+        let credentials = self.credentials(&request);
         let request = request.into_inner();
         check::put(&request).map_err(|error| refused(&error))?;
-        match self.write(Operation::Put(request)).await? {
+        match self.write(&credentials, Operation::Put(request)).await? {
             Outcome::Put(mut response) => {
                 self.complete(&mut response.header);
                 Ok(Response::new(response))
@@ -57,9 +67,13 @@ impl Kv for Services {
         &self,
         request: Request<pb::DeleteRangeRequest>,
     ) -> Result<Response<pb::DeleteRangeResponse>, Status> {
+        let credentials = self.credentials(&request);
         let request = request.into_inner();
         check::delete_range(&request).map_err(|error| refused(&error))?;
-        match self.write(Operation::DeleteRange(request)).await? {
+        match self
+            .write(&credentials, Operation::DeleteRange(request))
+            .await?
+        {
             Outcome::DeleteRange(mut response) => {
                 self.complete(&mut response.header);
                 Ok(Response::new(response))
@@ -72,15 +86,22 @@ impl Kv for Services {
         &self,
         request: Request<pb::TxnRequest>,
     ) -> Result<Response<pb::TxnResponse>, Status> {
+        let credentials = self.credentials(&request);
         let request = request.into_inner();
         check::txn(&request, self.limits.txn_operations).map_err(|error| refused(&error))?;
         let mut response = if check::is_read_only(&request) {
             if !check::is_serializable(&request) {
                 self.linearize().await?;
             }
-            self.node.keyspace().read_txn(request).map_err(failed)?
+            let authority = self
+                .authority(&credentials)
+                .map_err(|error| refused(&error))?;
+            self.node
+                .keyspace()
+                .read_txn(&authority, request)
+                .map_err(failed)?
         } else {
-            match self.write(Operation::Txn(request)).await? {
+            match self.write(&credentials, Operation::Txn(request)).await? {
                 Outcome::Txn(response) => response,
                 _ => return Err(unexpected()),
             }
@@ -93,8 +114,12 @@ impl Kv for Services {
         &self,
         request: Request<pb::CompactionRequest>,
     ) -> Result<Response<pb::CompactionResponse>, Status> {
+        let credentials = self.credentials(&request);
         let request = request.into_inner();
-        match self.write(Operation::Compact(request)).await? {
+        match self
+            .write(&credentials, Operation::Compact(request))
+            .await?
+        {
             Outcome::Compact(mut response) => {
                 self.complete(&mut response.header);
                 Ok(Response::new(response))
@@ -106,7 +131,11 @@ impl Kv for Services {
 
 impl Services {
     /// Replicates an operation, if it is not too large.
-    pub(super) async fn write(&self, operation: Operation) -> Result<Outcome, Status> {
+    pub(super) async fn write(
+        &self,
+        credentials: &Credentials,
+        operation: Operation,
+    ) -> Result<Outcome, Status> {
         let size = match &operation {
             Operation::Put(request) => request.key.len() + request.value.len(),
             Operation::Txn(request) => request.encoded_len(),
@@ -116,8 +145,11 @@ impl Services {
             return Err(refused(&RequestError::RequestTooLarge));
         }
         self.refuse_learner()?;
+        let authority = self
+            .authority(credentials)
+            .map_err(|error| refused(&error))?;
         self.node
-            .propose(operation)
+            .propose(operation, Some(authority))
             .await
             .map_err(|error| refused(&error))
     }

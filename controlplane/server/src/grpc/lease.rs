@@ -19,13 +19,16 @@ impl Lease for Services {
         &self,
         request: Request<pb::LeaseGrantRequest>,
     ) -> Result<Response<pb::LeaseGrantResponse>, Status> {
+        let credentials = self.credentials(&request);
         let mut request = request.into_inner();
-        while request.id == 0 {
-            let (high, _) = uuid::Uuid::new_v4().as_u64_pair();
-            request.id = i64::try_from(high >> 1).unwrap_or(0);
+        if request.id == 0 {
+            request.id = new_id();
         }
         request.ttl = request.ttl.max(self.limits.lease_ttl);
-        match self.write(Operation::LeaseGrant(request)).await? {
+        match self
+            .write(&credentials, Operation::LeaseGrant(request))
+            .await?
+        {
             Outcome::LeaseGrant(mut response) => {
                 self.complete(&mut response.header);
                 Ok(Response::new(response))
@@ -38,8 +41,9 @@ impl Lease for Services {
         &self,
         request: Request<pb::LeaseRevokeRequest>,
     ) -> Result<Response<pb::LeaseRevokeResponse>, Status> {
+        let credentials = self.credentials(&request);
         match self
-            .write(Operation::LeaseRevoke(request.into_inner()))
+            .write(&credentials, Operation::LeaseRevoke(request.into_inner()))
             .await?
         {
             Outcome::LeaseRevoke(mut response) => {
@@ -56,6 +60,7 @@ impl Lease for Services {
         &self,
         request: Request<Streaming<pb::LeaseKeepAliveRequest>>,
     ) -> Result<Response<KeepAlives>, Status> {
+        self.require_user(&request)?;
         let services = self.clone();
         let answers = request.into_inner().then(move |request| {
             let services = services.clone();
@@ -76,8 +81,15 @@ impl Lease for Services {
         &self,
         request: Request<pb::LeaseTimeToLiveRequest>,
     ) -> Result<Response<pb::LeaseTimeToLiveResponse>, Status> {
+        let authority = self.require_user(&request)?;
         let request = request.into_inner();
         self.linearize().await?;
+        if request.keys {
+            self.node
+                .keyspace()
+                .check_lease_keys(&authority, request.id)
+                .map_err(|error| refused(&error))?;
+        }
         let remaining = match self.node.lease_remaining(request.id) {
             Err(RequestError::NotLeader) => {
                 self.peers.lease_remaining(&self.node, request.id).await
@@ -102,8 +114,9 @@ impl Lease for Services {
 
     async fn lease_leases(
         &self,
-        _request: Request<pb::LeaseLeasesRequest>,
+        request: Request<pb::LeaseLeasesRequest>,
     ) -> Result<Response<pb::LeaseLeasesResponse>, Status> {
+        self.require_user(&request)?;
         self.linearize().await?;
         let mut ids: Vec<i64> = self
             .node
@@ -118,6 +131,12 @@ impl Lease for Services {
             leases: ids.into_iter().map(|id| pb::LeaseStatus { id }).collect(),
         }))
     }
+}
+
+/// An id for a lease whose client did not choose one.
+pub fn new_id() -> i64 {
+    let (high, _) = uuid::Uuid::new_v4().as_u64_pair();
+    i64::try_from(high >> 1).unwrap_or(1).max(1)
 }
 
 impl Services {

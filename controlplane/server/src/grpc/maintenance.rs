@@ -12,6 +12,7 @@ use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status};
 
+use super::credentials::Credentials;
 use super::{ETCD_VERSION, Services, failed, refused};
 use crate::maintenance::flush_now;
 use crate::node::Input;
@@ -30,6 +31,7 @@ impl Maintenance for Services {
         &self,
         request: Request<pb::AlarmRequest>,
     ) -> Result<Response<pb::AlarmResponse>, Status> {
+        let credentials = self.credentials(&request);
         let request = request.into_inner();
         let alarm = Alarm {
             member_id: request.member_id,
@@ -43,13 +45,13 @@ impl Maintenance for Services {
         let alarms = match AlarmAction::try_from(request.action) {
             Ok(AlarmAction::Get) => raised.into_iter().filter(matching).collect(),
             Ok(AlarmAction::Activate) => {
-                self.set_alarm(alarm, true).await?;
+                self.set_alarm(&credentials, alarm, true).await?;
                 vec![alarm]
             }
             Ok(AlarmAction::Deactivate) => {
                 let ending: Vec<Alarm> = raised.into_iter().filter(matching).collect();
                 for alarm in &ending {
-                    self.set_alarm(*alarm, false).await?;
+                    self.set_alarm(&credentials, *alarm, false).await?;
                 }
                 ending
             }
@@ -98,18 +100,18 @@ impl Maintenance for Services {
 
     async fn defragment(
         &self,
-        _request: Request<pb::DefragmentRequest>,
+        request: Request<pb::DefragmentRequest>,
     ) -> Result<Response<pb::DefragmentResponse>, Status> {
+        self.require_admin(&request)?;
         // Freed pages are used again; nothing has to stop for that.
-        Ok(Response::new(pb::DefragmentResponse {
-            header: self.current_header(),
-        }))
+        Ok(Response::new(pb::DefragmentResponse { header: None }))
     }
 
     async fn hash(
         &self,
-        _request: Request<pb::HashRequest>,
+        request: Request<pb::HashRequest>,
     ) -> Result<Response<pb::HashResponse>, Status> {
+        self.require_admin(&request)?;
         let (hash, _, _) = self.node.keyspace().hash(0).map_err(failed)?;
         Ok(Response::new(pb::HashResponse {
             header: self.current_header(),
@@ -121,6 +123,7 @@ impl Maintenance for Services {
         &self,
         request: Request<pb::HashKvRequest>,
     ) -> Result<Response<pb::HashKvResponse>, Status> {
+        self.require_admin(&request)?;
         let revision = request.into_inner().revision;
         let (hash, hash_revision, compact_revision) =
             self.node.keyspace().hash(revision).map_err(failed)?;
@@ -136,8 +139,9 @@ impl Maintenance for Services {
 
     async fn snapshot(
         &self,
-        _request: Request<pb::SnapshotRequest>,
+        request: Request<pb::SnapshotRequest>,
     ) -> Result<Response<Self::SnapshotStream>, Status> {
+        self.require_admin(&request)?;
         let (parts, streamed) = mpsc::channel(SNAPSHOT_PARTS);
         let services = self.clone();
         tokio::task::spawn_blocking(move || {
@@ -152,6 +156,7 @@ impl Maintenance for Services {
         &self,
         request: Request<pb::MoveLeaderRequest>,
     ) -> Result<Response<pb::MoveLeaderResponse>, Status> {
+        self.require_admin(&request)?;
         let target = request.into_inner().target_id;
         if !self.node.status().is_leader {
             return Err(refused(&RequestError::NotLeader));
@@ -210,12 +215,19 @@ impl Services {
         Ok(())
     }
 
-    async fn set_alarm(&self, alarm: Alarm, raised: bool) -> Result<(), Status> {
+    async fn set_alarm(
+        &self,
+        credentials: &Credentials,
+        alarm: Alarm,
+        raised: bool,
+    ) -> Result<(), Status> {
         let change = AlarmChange {
             alarm: Some(alarm),
             raised,
         };
-        self.write(Operation::Alarm(change)).await.map(drop)
+        self.write(credentials, Operation::Alarm(change))
+            .await
+            .map(drop)
     }
 }
 

@@ -1,15 +1,23 @@
 //! etcd v3's services on a member.
 
+mod auth;
 mod cluster;
+mod credentials;
+mod election;
 mod kv;
 mod lease;
+mod lock;
 mod maintenance;
+mod queue;
 mod watch;
 
 use std::sync::Arc;
 
 use keelson_etcd_api::etcdserverpb as pb;
+use keelson_etcd_api::v3electionpb::election_server::ElectionServer;
+use keelson_etcd_api::v3lockpb::lock_server::LockServer;
 use keelson_member::{Failure, RequestError};
+use pb::auth_server::AuthServer;
 use pb::cluster_server::ClusterServer;
 use pb::kv_server::KvServer;
 use pb::lease_server::LeaseServer;
@@ -17,6 +25,8 @@ use pb::maintenance_server::MaintenanceServer;
 use pb::watch_server::WatchServer;
 use tonic::service::Routes;
 use tonic::{Code, Status};
+
+pub use self::auth::Passwords;
 
 use crate::node::Node;
 use crate::peers::Peers;
@@ -38,6 +48,8 @@ pub struct Services {
     pub member_id: u64,
     /// Limits that flags set.
     pub limits: Limits,
+    /// How passwords are handled.
+    pub passwords: Passwords,
 }
 
 /// Limits of requests.
@@ -53,6 +65,8 @@ pub struct Limits {
     pub watch_progress: std::time::Duration,
     /// Learners in the cluster.
     pub learners: usize,
+    /// Whether the common name of a client's certificate is its user.
+    pub certificate_is_user: bool,
 }
 
 /// What gRPC adds to a request at most.
@@ -68,6 +82,9 @@ impl Services {
             .add_service(WatchServer::new(self.clone()).max_decoding_message_size(largest))
             .add_service(LeaseServer::new(self.clone()).max_decoding_message_size(largest))
             .add_service(ClusterServer::new(self.clone()).max_decoding_message_size(largest))
+            .add_service(AuthServer::new(self.clone()).max_decoding_message_size(largest))
+            .add_service(LockServer::new(self.clone()).max_decoding_message_size(largest))
+            .add_service(ElectionServer::new(self.clone()).max_decoding_message_size(largest))
             .add_service(MaintenanceServer::new(self).max_decoding_message_size(largest));
         routes
     }

@@ -8,7 +8,7 @@ use bytes::Bytes;
 use keelson_etcd_api::etcdserverpb as pb;
 use keelson_etcd_api::mvccpb;
 use keelson_member::RequestError;
-use keelson_member::keyspace::{Event, KeyRange, RangeEnd};
+use keelson_member::keyspace::{Access, Event, KeyRange, RangeEnd};
 use keelson_member::watch::{Delivery, WatchOptions, WatchStream};
 use pb::watch_request::RequestUnion;
 use pb::watch_server::Watch;
@@ -18,6 +18,7 @@ use tokio::time::Instant;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming};
 
+use super::credentials::Credentials;
 use super::{Services, failed};
 
 /// Responses that wait for the client to read. What comes then waits in the member's queue.
@@ -43,6 +44,7 @@ impl Watch for Services {
             .stream(Arc::new(move || wake.notify_one()));
         let session = Session {
             services: self.clone(),
+            credentials: self.all_credentials(&request),
             stream,
             responses,
             watches: HashMap::new(),
@@ -57,6 +59,7 @@ impl Watch for Services {
 /// One client's stream.
 struct Session {
     services: Services,
+    credentials: Credentials,
     stream: WatchStream,
     responses: mpsc::Sender<Result<pb::WatchResponse, Status>>,
     watches: HashMap<i64, Options>,
@@ -128,10 +131,13 @@ impl Session {
             request.key
         };
         let range = KeyRange::new(&key, &request.range_end);
-        let refusal = if range.is_empty() {
-            Some("mvcc: watcher range is empty")
+        let refusal = if let Err(error) = self.permit(&key, &request.range_end) {
+            let code = tonic::Code::from_i32(error.code());
+            Some(format!("rpc error: code = {code:?} desc = {error}"))
+        } else if range.is_empty() {
+            Some("mvcc: watcher range is empty".to_owned())
         } else if request.watch_id != 0 && self.stream.has(request.watch_id) {
-            Some("mvcc: duplicate watch ID provided on the WatchStream")
+            Some("mvcc: duplicate watch ID provided on the WatchStream".to_owned())
         } else {
             None
         };
@@ -139,7 +145,7 @@ impl Session {
             let mut response = self.response(NO_WATCH, revision);
             response.created = true;
             response.canceled = true;
-            reason.clone_into(&mut response.cancel_reason);
+            response.cancel_reason = reason;
             return self.send(response).await;
         }
         let watch_id = if request.watch_id == 0 {
@@ -177,6 +183,12 @@ impl Session {
         self.send(response).await?;
         // It may begin in the past.
         self.deliver().await
+    }
+
+    fn permit(&self, key: &Bytes, range_end: &Bytes) -> Result<(), RequestError> {
+        let authority = self.services.authority(&self.credentials)?;
+        let keyspace = self.services.node.keyspace();
+        keyspace.with_auth(|auth| auth.check(&authority, key, range_end, Access::Read))
     }
 
     /// Sends what waits, and the history of watches that are behind.

@@ -1,0 +1,189 @@
+//! TLS between clients and members, and among members.
+
+#![allow(clippy::unwrap_used)] // A test that can't go on panics.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+
+use keelson_etcd_api::etcdserverpb as pb;
+use keelson_state_tests::{Cluster, Program, address, etcdctl};
+use pb::auth_client::AuthClient;
+use pb::kv_client::KvClient;
+use rcgen::{
+    BasicConstraints, CertificateParams, DnType, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair,
+    SanType,
+};
+use tempfile::TempDir;
+use tonic::transport::{Certificate, ClientTlsConfig, Identity};
+
+/// Three members and their clients, each with a certificate; who has none is turned away.
+#[tokio::test]
+async fn everybody_shows_a_certificate() {
+    let certificates = Certificates::new();
+    let tls = certificates.client("anne");
+    let cluster =
+        Cluster::start_with(Program::KeelsonState, 3, &certificates.flags(), Some(tls)).await;
+    let channel = cluster.connect(1).await;
+    let put = pb::PutRequest {
+        key: "key".into(),
+        value: "value".into(),
+        ..pb::PutRequest::default()
+    };
+    KvClient::new(channel).put(put).await.unwrap();
+
+    let url = cluster.client_url(2);
+    let read = certificates.etcdctl(url, Some("anne"), &["get", "key"]);
+    assert_eq!(
+        String::from_utf8_lossy(&read.stdout),
+        "key\nvalue\n",
+        "{read:?}"
+    );
+    assert!(
+        !certificates
+            .etcdctl(url, None, &["get", "key"])
+            .status
+            .success()
+    );
+    let others = Certificates::new();
+    others.client("anne");
+    let forged = certificates.etcdctl_with(url, Some(&others.path("anne")), &["get", "key"]);
+    assert!(!forged.status.success());
+    let plain = Command::new(etcdctl())
+        .args(["--endpoints", &url.replace("https", "http"), "get", "key"])
+        .output()
+        .unwrap();
+    assert!(!plain.status.success());
+}
+
+/// The common name of a certificate is a user.
+#[tokio::test]
+async fn a_certificate_is_a_user() {
+    let certificates = Certificates::new();
+    let tls = certificates.client("root");
+    certificates.client("anne");
+    let flags = [certificates.flags(), vec!["--bcrypt-cost", "4"]].concat();
+    let cluster = Cluster::start_with(Program::KeelsonState, 1, &flags, Some(tls)).await;
+    let mut auth = AuthClient::new(cluster.connect(0).await);
+    for name in ["root", "anne"] {
+        let add = pb::AuthUserAddRequest {
+            name: name.into(),
+            password: "password".into(),
+            ..pb::AuthUserAddRequest::default()
+        };
+        auth.user_add(add).await.unwrap();
+    }
+    let grant = pb::AuthUserGrantRoleRequest {
+        user: "root".into(),
+        role: "root".into(),
+    };
+    auth.user_grant_role(grant).await.unwrap();
+    auth.auth_enable(pb::AuthEnableRequest {}).await.unwrap();
+    let url = cluster.client_url(0);
+    let put = ["put", "key", "value"];
+    let root = certificates.etcdctl(url, Some("root"), &put);
+    assert!(root.status.success(), "{root:?}");
+    let anne = certificates.etcdctl(url, Some("anne"), &put);
+    assert!(
+        String::from_utf8_lossy(&anne.stderr).contains("permission denied"),
+        "{anne:?}"
+    );
+}
+
+/// A CA, and what it signed, in a folder.
+struct Certificates {
+    folder: TempDir,
+    issuer: Issuer<'static, KeyPair>,
+    paths: Vec<String>,
+}
+
+impl Certificates {
+    fn new() -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        let key = KeyPair::generate().unwrap();
+        let mut params = CertificateParams::new(Vec::new()).unwrap();
+        params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+        params.distinguished_name.push(DnType::CommonName, "tests");
+        let ca = params.self_signed(&key).unwrap();
+        fs::write(folder.path().join("ca.pem"), ca.pem()).unwrap();
+        let certificates = Self {
+            paths: ["ca.pem", "server.pem", "server.key"]
+                .map(|name| folder.path().join(name).to_str().unwrap().to_owned())
+                .into(),
+            folder,
+            issuer: Issuer::new(params, key),
+        };
+        certificates.sign("server");
+        certificates
+    }
+
+    /// Signs a certificate for this process's address; how a client uses it.
+    fn client(&self, name: &str) -> ClientTlsConfig {
+        self.sign(name);
+        let read = |path: &Path| fs::read(path).unwrap();
+        let (certificate, key) = (self.path(name), self.path(name).with_extension("key"));
+        ClientTlsConfig::new()
+            .ca_certificate(Certificate::from_pem(read(&self.path("ca"))))
+            .identity(Identity::from_pem(read(&certificate), read(&key)))
+    }
+
+    fn sign(&self, name: &str) {
+        let key = KeyPair::generate().unwrap();
+        let mut params = CertificateParams::new(Vec::new()).unwrap();
+        params.subject_alt_names = vec![SanType::IpAddress(address().into())];
+        params.distinguished_name.push(DnType::CommonName, name);
+        params.extended_key_usages = vec![
+            ExtendedKeyUsagePurpose::ServerAuth,
+            ExtendedKeyUsagePurpose::ClientAuth,
+        ];
+        let certificate = params.signed_by(&key, &self.issuer).unwrap();
+        fs::write(self.path(name), certificate.pem()).unwrap();
+        fs::write(self.path(name).with_extension("key"), key.serialize_pem()).unwrap();
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.folder.path().join(format!("{name}.pem"))
+    }
+
+    /// Flags of a member.
+    fn flags(&self) -> Vec<&str> {
+        let (ca, certificate, key) = (&*self.paths[0], &*self.paths[1], &*self.paths[2]);
+        vec![
+            "--cert-file",
+            certificate,
+            "--key-file",
+            key,
+            "--client-cert-auth",
+            "--trusted-ca-file",
+            ca,
+            "--peer-cert-file",
+            certificate,
+            "--peer-key-file",
+            key,
+            "--peer-client-cert-auth",
+            "--peer-trusted-ca-file",
+            ca,
+        ]
+    }
+
+    fn etcdctl(&self, url: &str, name: Option<&str>, arguments: &[&str]) -> Output {
+        let certificate = name.map(|name| self.path(name));
+        self.etcdctl_with(url, certificate.as_deref(), arguments)
+    }
+
+    fn etcdctl_with(&self, url: &str, certificate: Option<&Path>, arguments: &[&str]) -> Output {
+        let mut command = Command::new(etcdctl());
+        command
+            .args(["--endpoints", url, "--cacert"])
+            .arg(self.path("ca"))
+            .args(["--command-timeout", "2s"]);
+        if let Some(certificate) = certificate {
+            command
+                .arg("--cert")
+                .arg(certificate)
+                .arg("--key")
+                .arg(certificate.with_extension("key"));
+        }
+        command.args(arguments).output().unwrap()
+    }
+}

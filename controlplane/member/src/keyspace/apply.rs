@@ -164,13 +164,12 @@ impl<'a> Applier<'a> {
         let range = KeyRange::new(&delete.key, &delete.range_end);
         let mut found = Vec::new();
         self.state.walk(&range, self.current(), |entry| {
-            found.push(entry);
-            std::ops::ControlFlow::Continue(())
+            found.push(entry.pair()?);
+            Ok(std::ops::ControlFlow::Continue(()))
         })?;
         let mut prev_kvs = Vec::new();
         let deleted = i64::try_from(found.len()).unwrap_or(i64::MAX);
-        for entry in found {
-            let previous = key_value(entry.key, entry.revision, entry.version);
+        for previous in found {
             if delete.prev_kv {
                 prev_kvs.push(previous.clone());
             }

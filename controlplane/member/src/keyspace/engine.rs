@@ -3,7 +3,7 @@
 //! Applied index, membership and data are in one engine transaction: after a crash, they are of
 //! the same moment, and the log goes on from there.
 
-use std::collections::BTreeMap;
+use std::collections::BTreeSet;
 use std::io;
 use std::sync::Arc;
 
@@ -20,14 +20,17 @@ use super::version::Version;
 use crate::MemberError;
 use crate::disk::{Disk, DiskFile};
 
-/// Key and revision (bits inverted, so that the newest is first) to [`Version`].
-pub(super) type VersionKey = (&'static [u8], u64);
-/// Revision and position in it to kind and key: [`encode_change`].
-type ChangeKey = (i64, u32);
+/// Key and revision (bits inverted, so that the newest is first).
+pub(super) type IndexKey = (&'static [u8], u64);
+/// Revision and position in it.
+type RecordKey = (i64, u32);
 
-pub(super) const VERSIONS: TableDefinition<'_, VersionKey, &[u8]> =
-    TableDefinition::new("versions");
-pub(super) const CHANGES: TableDefinition<'_, ChangeKey, &[u8]> = TableDefinition::new("changes");
+/// To [`Version`] without its value. Small, for its pages are written all over.
+pub(super) const INDEX: TableDefinition<'_, IndexKey, &[u8]> = TableDefinition::new("index");
+/// To key and [`Version`]. Only ever added to at its end, so that its pages fill up.
+pub(super) const RECORDS: TableDefinition<'_, RecordKey, &[u8]> = TableDefinition::new("records");
+/// To the record from which on the next compaction looks for what it makes superfluous.
+const COMPACTED: TableDefinition<'_, (), RecordKey> = TableDefinition::new("compacted");
 pub(super) const LEASES: TableDefinition<'_, i64, (i64, i64)> = TableDefinition::new("leases");
 pub(super) const ATTACHMENTS: TableDefinition<'_, (i64, &[u8]), ()> =
     TableDefinition::new("attachments");
@@ -48,8 +51,8 @@ pub(super) struct Engine {
 
 /// The tables as of the last flush, for reading.
 pub(super) struct Base {
-    pub(super) versions: ReadOnlyTable<VersionKey, &'static [u8]>,
-    changes: ReadOnlyTable<ChangeKey, &'static [u8]>,
+    pub(super) index: ReadOnlyTable<IndexKey, &'static [u8]>,
+    records: ReadOnlyTable<RecordKey, &'static [u8]>,
 }
 
 /// What the engine holds when it is opened.
@@ -109,7 +112,7 @@ impl Engine {
             let (granted, remaining) = record.value();
             let lease = Lease {
                 record: LeaseRecord { granted, remaining },
-                keys: std::collections::BTreeSet::new(),
+                keys: BTreeSet::new(),
             };
             leases.insert(id.value(), lease);
         }
@@ -137,10 +140,8 @@ impl Engine {
             .begin_read()
             .map_err(MemberError::engine(what))?;
         Ok(Base {
-            versions: txn
-                .open_table(VERSIONS)
-                .map_err(MemberError::engine(what))?,
-            changes: txn.open_table(CHANGES).map_err(MemberError::engine(what))?,
+            index: txn.open_table(INDEX).map_err(MemberError::engine(what))?,
+            records: txn.open_table(RECORDS).map_err(MemberError::engine(what))?,
         })
     }
 
@@ -156,38 +157,45 @@ impl Engine {
         self.flush(&Overlay::default(), metadata)
     }
 
-    /// Removes up to [`COMPACTION_BATCH`] changes up to `revision`, with the versions that they
-    /// superseded. Returns whether there may be more.
+    /// Looks at up to [`COMPACTION_BATCH`] records up to `revision`, and removes what they supersede.
+    /// Returns whether there may be more.
     pub(super) fn compact(&self, base: &Base, revision: i64) -> Result<bool, MemberError> {
         let what = "compact";
-        let mut changes = Vec::new();
-        let range = base
-            .changes
-            .range(..(revision, 0))
-            .map_err(MemberError::engine(what))?;
-        for entry in range.take(COMPACTION_BATCH) {
-            let (at, value) = entry.map_err(MemberError::engine(what))?;
-            let (at, value) = (at.value(), value.value());
-            changes.push(decode_change(at, value)?);
-        }
-        // The changes at the revision itself stay for watches that start there, but what they
-        // superseded goes.
-        let more = changes.len() == COMPACTION_BATCH;
-        if !more {
-            let range = base
-                .changes
-                .range((revision, 0)..=(revision, u32::MAX))
-                .map_err(MemberError::engine(what))?;
-            for entry in range {
-                let (at, value) = entry.map_err(MemberError::engine(what))?;
-                let (at, value) = (at.value(), value.value());
-                changes.push(decode_change(at, value)?);
-            }
-        }
         let txn = self.begin()?;
-        remove_superseded(&txn, &changes, revision).map_err(MemberError::engine(what))?;
+        let from = {
+            let table = txn
+                .open_table(COMPACTED)
+                .map_err(MemberError::engine(what))?;
+            let from = table.get(()).map_err(MemberError::engine(what))?;
+            from.map_or((0, 0), |from| from.value())
+        };
+        if from.0 > revision {
+            return Ok(false);
+        }
+        let records = base
+            .records
+            .range(from..=(revision, u32::MAX))
+            .map_err(MemberError::engine(what))?;
+        let mut changes = Vec::new();
+        for entry in records.take(COMPACTION_BATCH) {
+            let (at, record) = entry.map_err(MemberError::engine(what))?;
+            let (at, record) = (at.value(), record.value());
+            changes.push(decode_change(at, record)?);
+        }
+        let more = changes.len() == COMPACTION_BATCH;
+        remove_superseded(&txn, &changes, revision)?;
+        // Records at the revision itself are looked at again: watches may start there, so that its
+        // deletions stay until then.
+        let next = match changes.last() {
+            Some(last) if more && last.revision < revision => (last.revision, last.version.sub + 1),
+            _ => (revision, 0),
+        };
+        txn.open_table(COMPACTED)
+            .map_err(MemberError::engine(what))?
+            .insert((), next)
+            .map_err(MemberError::engine(what))?;
         txn.commit().map_err(MemberError::engine(what))?;
-        Ok(more)
+        Ok(more && next.0 < revision)
     }
 
     /// The engine's file.
@@ -216,7 +224,7 @@ impl Base {
     ) -> Result<Option<(i64, Version)>, MemberError> {
         let what = "read a key";
         let mut range = self
-            .versions
+            .index
             .range((key, invert(revision))..=(key, u64::MAX))
             .map_err(MemberError::engine(what))?;
         let Some(entry) = range.next() else {
@@ -224,10 +232,34 @@ impl Base {
         };
         let (at, bytes) = entry.map_err(MemberError::engine(what))?;
         let revision = revert(at.value().1);
-        Ok(Some((
-            revision,
-            Version::decode(key, revision, bytes.value())?,
-        )))
+        let version = Version::decode_index(key, revision, bytes.value())?;
+        Ok(Some((revision, self.with_value(key, revision, version)?)))
+    }
+
+    /// A version that the index has, with its value.
+    pub(super) fn with_value(
+        &self,
+        key: &[u8],
+        revision: i64,
+        version: Version,
+    ) -> Result<Version, MemberError> {
+        if version.is_deletion() {
+            return Ok(version);
+        }
+        let what = "read a record";
+        let record = self
+            .records
+            .get((revision, version.sub))
+            .map_err(MemberError::engine(what))?;
+        let record = record.as_ref().map_or(&[][..], |record| record.value());
+        let (recorded, whole) = Version::decode_record(revision, version.sub, record)?;
+        if recorded != key {
+            return Err(MemberError::Corrupt(format!(
+                "the record of key \"{}\" at revision {revision} is another key's",
+                key.escape_ascii()
+            )));
+        }
+        Ok(whole)
     }
 
     /// Changes from `revision` on, up to `limit`, in order.
@@ -235,13 +267,13 @@ impl Base {
         let what = "read changes";
         let mut changes = Vec::new();
         let range = self
-            .changes
+            .records
             .range((revision, 0)..)
             .map_err(MemberError::engine(what))?;
         for entry in range.take(limit) {
-            let (at, value) = entry.map_err(MemberError::engine(what))?;
-            let (at, value) = (at.value(), value.value());
-            changes.push(decode_change(at, value)?);
+            let (at, record) = entry.map_err(MemberError::engine(what))?;
+            let (at, record) = (at.value(), record.value());
+            changes.push(decode_change(at, record)?);
         }
         Ok(changes)
     }
@@ -266,8 +298,9 @@ pub(super) fn revert(stored: u64) -> i64 {
 }
 
 fn open_tables(txn: &WriteTransaction) -> Result<(), redb::Error> {
-    txn.open_table(VERSIONS)?;
-    txn.open_table(CHANGES)?;
+    txn.open_table(INDEX)?;
+    txn.open_table(RECORDS)?;
+    txn.open_table(COMPACTED)?;
     txn.open_table(LEASES)?;
     txn.open_table(ATTACHMENTS)?;
     txn.open_table(METADATA)?;
@@ -280,17 +313,22 @@ fn write_overlay(
     metadata: &Metadata,
 ) -> Result<(), redb::Error> {
     let mut buffer = Vec::new();
-    let mut versions = txn.open_table(VERSIONS)?;
-    for (key, history) in &overlay.keys {
-        for (revision, version) in history {
-            version.encode(key, *revision, &mut buffer);
-            versions.insert((&key[..], invert(*revision)), &buffer[..])?;
+    let mut index = txn.open_table(INDEX)?;
+    for (key, places) in &overlay.keys {
+        for place in places {
+            let change = &overlay.changes[*place as usize];
+            change
+                .version
+                .encode_index(key, change.revision, &mut buffer);
+            index.insert((&key[..], invert(change.revision)), &buffer[..])?;
         }
     }
-    let mut changes = txn.open_table(CHANGES)?;
+    let mut records = txn.open_table(RECORDS)?;
     for change in &overlay.changes {
-        encode_change(change, &mut buffer);
-        changes.insert((change.revision, change.sub), &buffer[..])?;
+        change
+            .version
+            .encode_record(&change.key, change.revision, &mut buffer);
+        records.insert((change.revision, change.version.sub), &buffer[..])?;
     }
     let mut leases = txn.open_table(LEASES)?;
     for (id, record) in &overlay.leases {
@@ -312,59 +350,60 @@ fn write_overlay(
     Ok(())
 }
 
+/// Removes what is not visible at `revision` any more because of `changes`.
 fn remove_superseded(
     txn: &WriteTransaction,
     changes: &[Change],
     revision: i64,
-) -> Result<(), redb::Error> {
-    // Only the newest change of each key matters: all older versions of the key go at once.
-    let mut keys = BTreeMap::new();
-    for change in changes {
-        keys.insert(&change.key, change);
-    }
-    let mut versions = txn.open_table(VERSIONS)?;
-    for (key, _) in keys {
-        let mut gone = Vec::new();
+) -> Result<(), MemberError> {
+    let what = "compact";
+    let mut index = txn.open_table(INDEX).map_err(MemberError::engine(what))?;
+    let mut records = txn.open_table(RECORDS).map_err(MemberError::engine(what))?;
+    // All older versions of a key go at once, however many changes it had.
+    let keys: BTreeSet<&Bytes> = changes.iter().map(|change| &change.key).collect();
+    let mut gone = Vec::new();
+    for key in keys {
         let history = (&key[..], invert(revision))..=(&key[..], u64::MAX);
-        for (index, entry) in versions.range(history)?.enumerate() {
-            let (at, value) = entry?;
-            let at = at.value().1;
+        let history = index.range(history).map_err(MemberError::engine(what))?;
+        for (place, entry) in history.enumerate() {
+            let (at, bytes) = entry.map_err(MemberError::engine(what))?;
+            let stored = at.value().1;
+            let version = Version::decode_index(key, revert(stored), bytes.value())?;
             // The newest at `revision` is still visible, unless it is a deletion.
-            let deletion = Version::decode(key, revert(at), value.value())
-                .is_ok_and(|version| version.is_deletion());
-            if index > 0 || deletion {
-                gone.push(at);
+            if place > 0 || version.is_deletion() {
+                gone.push((key, stored, version.sub));
             }
         }
-        for at in gone {
-            versions.remove((&key[..], at))?;
+    }
+    for (key, stored, sub) in gone {
+        index
+            .remove((&key[..], stored))
+            .map_err(MemberError::engine(what))?;
+        if revert(stored) < revision {
+            records
+                .remove((revert(stored), sub))
+                .map_err(MemberError::engine(what))?;
         }
     }
-    let mut table = txn.open_table(CHANGES)?;
-    for change in changes.iter().filter(|change| change.revision < revision) {
-        table.remove((change.revision, change.sub))?;
+    // Deletions at the revision of an earlier compaction are in no index any more.
+    let deletions = changes
+        .iter()
+        .filter(|change| change.version.is_deletion() && change.revision < revision);
+    for change in deletions {
+        records
+            .remove((change.revision, change.version.sub))
+            .map_err(MemberError::engine(what))?;
     }
     Ok(())
 }
 
-fn encode_change(change: &Change, into: &mut Vec<u8>) {
-    into.clear();
-    into.push(u8::from(change.deletion));
-    into.extend_from_slice(&change.key);
-}
-
-fn decode_change((revision, sub): ChangeKey, bytes: &[u8]) -> Result<Change, MemberError> {
-    match bytes.split_first() {
-        Some((kind @ (0 | 1), key)) => Ok(Change {
-            revision,
-            sub,
-            key: Bytes::copy_from_slice(key),
-            deletion: *kind == 1,
-        }),
-        _ => Err(MemberError::Corrupt(format!(
-            "the list of changes is unreadable at revision {revision}"
-        ))),
-    }
+fn decode_change((revision, sub): RecordKey, record: &[u8]) -> Result<Change, MemberError> {
+    let (key, version) = Version::decode_record(revision, sub, record)?;
+    Ok(Change {
+        revision,
+        key,
+        version,
+    })
 }
 
 /// Lets the engine use a [`DiskFile`].

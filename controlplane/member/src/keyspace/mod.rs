@@ -25,6 +25,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use keelson_etcd_api::etcdserverpb as pb;
 use parking_lot::{Mutex, RwLock};
+use prost::Message as _;
 
 pub use self::apply::Event;
 pub use self::auth::{Access, Auth, UserRecord};
@@ -168,12 +169,11 @@ impl Keyspace {
         let mut hasher = crc32fast::Hasher::new();
         let mut record = Vec::new();
         state.walk(&everything, at, |found| {
-            found
-                .version
-                .encode(&found.key, found.revision, &mut record);
-            hasher.update(&found.key);
+            record.clear();
+            // Writing to a Vec does not fail.
+            let _ = found.pair()?.encode(&mut record);
             hasher.update(&record);
-            std::ops::ControlFlow::Continue(())
+            Ok(std::ops::ControlFlow::Continue(()))
         })?;
         Ok((hasher.finalize(), at, compacted))
     }
@@ -250,7 +250,6 @@ impl Keyspace {
             if !wanted(&change.key) || change.revision > state.metadata.revision {
                 continue;
             }
-            let version = state.newest(&change.key, change.revision)?;
             let previous = if change.revision > state.metadata.compact_revision {
                 state.newest(&change.key, change.revision - 1)?
             } else {
@@ -259,13 +258,9 @@ impl Keyspace {
             let previous = previous
                 .filter(|(_, version)| !version.is_deletion())
                 .map(|(at, version)| key_value(change.key.clone(), at, version));
-            let version = version
-                .map(|(_, version)| version)
-                .filter(|_| !change.deletion)
-                .unwrap_or_else(|| version::Version::deleted(change.sub));
             history.events.push(Event {
-                kv: key_value(change.key, change.revision, version),
-                deletion: change.deletion,
+                deletion: change.version.is_deletion(),
+                kv: key_value(change.key, change.revision, change.version),
                 previous,
             });
         }

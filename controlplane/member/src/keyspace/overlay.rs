@@ -10,8 +10,8 @@ use super::version::Version;
 /// Changes since the last flush, newest layer of the keyspace.
 #[derive(Debug, Default)]
 pub(super) struct Overlay {
-    /// Versions of each key, oldest first.
-    pub(super) keys: BTreeMap<Bytes, Vec<(i64, Version)>>,
+    /// Places in `changes` of each key's, oldest first.
+    pub(super) keys: BTreeMap<Bytes, Vec<u32>>,
     /// Every change in order.
     pub(super) changes: Vec<Change>,
     /// Leases granted, changed, or (`None`) gone.
@@ -26,34 +26,37 @@ pub(super) struct Overlay {
 #[derive(Debug, Clone)]
 pub(super) struct Change {
     pub(super) revision: i64,
-    pub(super) sub: u32,
     pub(super) key: Bytes,
-    pub(super) deletion: bool,
+    pub(super) version: Version,
 }
 
-/// Memory of a change beside its key and value: map node, version, change.
-const OVERHEAD: usize = 200;
+/// Memory of a change beside its key and value: map node, change, reference counts.
+const OVERHEAD: usize = 250;
 
 impl Overlay {
     pub(super) fn insert(&mut self, key: Bytes, revision: i64, version: Version) {
         self.bytes += key.len() + version.value.len() + OVERHEAD;
+        let place = u32::try_from(self.changes.len()).unwrap_or(u32::MAX);
         self.changes.push(Change {
             revision,
-            sub: version.sub,
             key: key.clone(),
-            deletion: version.is_deletion(),
+            version,
         });
-        self.keys.entry(key).or_default().push((revision, version));
+        self.keys.entry(key).or_default().push(place);
     }
 
     /// The newest version of `key` at `revision`.
     pub(super) fn newest(&self, key: &[u8], revision: i64) -> Option<(i64, &Version)> {
-        newest_of(self.keys.get(key)?, revision)
+        self.newest_of(self.keys.get(key)?, revision)
     }
-}
 
-/// The newest of `versions` at `revision`.
-pub(super) fn newest_of(versions: &[(i64, Version)], revision: i64) -> Option<(i64, &Version)> {
-    let (revision, version) = versions.iter().rev().find(|(at, _)| *at <= revision)?;
-    Some((*revision, version))
+    /// The newest of the changes at `places`, at `revision`.
+    pub(super) fn newest_of(&self, places: &[u32], revision: i64) -> Option<(i64, &Version)> {
+        let mut changes = places
+            .iter()
+            .rev()
+            .map(|place| &self.changes[*place as usize]);
+        let change = changes.find(|change| change.revision <= revision)?;
+        Some((change.revision, &change.version))
+    }
 }

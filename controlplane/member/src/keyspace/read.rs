@@ -32,15 +32,20 @@ pub(super) fn read(
     }
     let limit = usize::try_from(request.limit).unwrap_or(0);
     let fetch = fetch_limit(request, limit);
+    let with_values = !request.keys_only || request.sort_target == SortTarget::Value as i32;
     let mut kvs = Vec::new();
     let mut count = 0;
     let range = KeyRange::new(&request.key, &request.range_end);
     state.walk(&range, revision, |found| {
         count += 1;
         if !request.count_only && kvs.len() < fetch {
-            kvs.push(key_value(found.key, found.revision, found.version));
+            kvs.push(if with_values {
+                found.pair()?
+            } else {
+                found.pair_without_value()
+            });
         }
-        ControlFlow::Continue(())
+        Ok(ControlFlow::Continue(()))
     })?;
     kvs.retain(|kv| is_selected(request, kv));
     sort(request, &mut kvs);

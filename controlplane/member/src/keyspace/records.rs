@@ -2,7 +2,7 @@
 
 use redb::{ReadableDatabase as _, WriteTransaction};
 
-use super::engine::{ATTACHMENTS, CHANGES, Engine, LEASES, METADATA, VERSIONS, VersionKey};
+use super::engine::{ATTACHMENTS, Engine, INDEX, IndexKey, LEASES, METADATA, RECORDS};
 use super::metadata::Metadata;
 use crate::MemberError;
 
@@ -12,10 +12,10 @@ const LOAD: &str = "load a snapshot";
 /// Tables whose records are in a snapshot; the numbers are in its format.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Table {
-    /// Key to inverted revision and version.
-    Versions = 1,
-    /// Revision and position to change.
-    Changes = 2,
+    /// Key to inverted revision and version without value.
+    Index = 1,
+    /// Revision and position to key and version.
+    Records = 2,
     /// Id to granted and remaining seconds.
     Leases = 3,
     /// Id and key to nothing.
@@ -28,8 +28,8 @@ pub(super) type Record = (Table, Vec<u8>, Vec<u8>);
 impl Table {
     pub(super) fn from_number(number: u8) -> Option<Self> {
         match number {
-            1 => Some(Self::Versions),
-            2 => Some(Self::Changes),
+            1 => Some(Self::Index),
+            2 => Some(Self::Records),
             3 => Some(Self::Leases),
             4 => Some(Self::Attachments),
             _ => None,
@@ -39,8 +39,8 @@ impl Table {
 
 /// Reads every record, table after table, of one moment.
 pub(super) struct RecordReader {
-    versions: redb::Range<'static, VersionKey, &'static [u8]>,
-    changes: redb::Range<'static, (i64, u32), &'static [u8]>,
+    index: redb::Range<'static, IndexKey, &'static [u8]>,
+    records: redb::Range<'static, (i64, u32), &'static [u8]>,
     leases: redb::Range<'static, i64, (i64, i64)>,
     attachments: redb::Range<'static, (i64, &'static [u8]), ()>,
 }
@@ -48,19 +48,19 @@ pub(super) struct RecordReader {
 impl RecordReader {
     /// The next record, `None` after the last.
     pub(super) fn next(&mut self) -> Result<Option<Record>, MemberError> {
-        if let Some(entry) = self.versions.next() {
+        if let Some(entry) = self.index.next() {
             let (key, version) = entry.map_err(MemberError::engine(READ))?;
             let (key, revision) = key.value();
             let mut value = revision.to_le_bytes().to_vec();
             value.extend_from_slice(version.value());
-            return Ok(Some((Table::Versions, key.to_vec(), value)));
+            return Ok(Some((Table::Index, key.to_vec(), value)));
         }
-        if let Some(entry) = self.changes.next() {
+        if let Some(entry) = self.records.next() {
             let (at, change) = entry.map_err(MemberError::engine(READ))?;
             let (revision, sub) = at.value();
             let mut key = revision.to_le_bytes().to_vec();
             key.extend_from_slice(&sub.to_le_bytes());
-            return Ok(Some((Table::Changes, key, change.value().to_vec())));
+            return Ok(Some((Table::Records, key, change.value().to_vec())));
         }
         if let Some(entry) = self.leases.next() {
             let (id, record) = entry.map_err(MemberError::engine(READ))?;
@@ -101,8 +101,8 @@ impl Engine {
         let metadata = Metadata::decode(metadata.value())?;
         let open = || -> Result<RecordReader, redb::Error> {
             Ok(RecordReader {
-                versions: txn.open_table(VERSIONS)?.range::<(&[u8], u64)>(..)?,
-                changes: txn.open_table(CHANGES)?.range::<(i64, u32)>(..)?,
+                index: txn.open_table(INDEX)?.range::<(&[u8], u64)>(..)?,
+                records: txn.open_table(RECORDS)?.range::<(i64, u32)>(..)?,
                 leases: txn.open_table(LEASES)?.range::<i64>(..)?,
                 attachments: txn.open_table(ATTACHMENTS)?.range::<(i64, &[u8])>(..)?,
             })
@@ -132,14 +132,14 @@ fn insert(
     value: &[u8],
 ) -> Result<bool, redb::Error> {
     match table {
-        Table::Versions => {
+        Table::Index => {
             let Some((revision, version)) = value.split_first_chunk() else {
                 return Ok(false);
             };
-            txn.open_table(VERSIONS)?
+            txn.open_table(INDEX)?
                 .insert((key, u64::from_le_bytes(*revision)), version)?;
         }
-        Table::Changes => {
+        Table::Records => {
             let Some((revision, sub)) = key.split_first_chunk() else {
                 return Ok(false);
             };
@@ -147,7 +147,7 @@ fn insert(
                 return Ok(false);
             };
             let at = (i64::from_le_bytes(*revision), u32::from_le_bytes(sub));
-            txn.open_table(CHANGES)?.insert(at, value)?;
+            txn.open_table(RECORDS)?.insert(at, value)?;
         }
         Table::Leases => {
             let (Ok(id), Some((granted, remaining))) = (key.try_into(), value.split_first_chunk())

@@ -4,12 +4,14 @@ use std::ops::{Bound, ControlFlow};
 use std::sync::Arc;
 
 use bytes::Bytes;
+use keelson_etcd_api::mvccpb::KeyValue;
 
 use super::engine::{Base, invert, revert};
 use super::lease::Leases;
 use super::metadata::Metadata;
-use super::overlay::{Change, Overlay, newest_of};
+use super::overlay::{Change, Overlay};
 use super::range::{KeyRange, RangeEnd};
+use super::read::key_value;
 use super::version::Version;
 use crate::MemberError;
 
@@ -25,11 +27,30 @@ pub(super) struct State {
     pub(super) base: Base,
 }
 
-/// A key with its version, as a walk finds it.
-pub(super) struct Found {
+/// A key with its version, as a walk finds it: the value of a flushed one is not read yet.
+pub(super) struct Found<'a> {
     pub(super) key: Bytes,
     pub(super) revision: i64,
-    pub(super) version: Version,
+    version: Version,
+    /// Where the value is, if it is not in memory.
+    base: Option<&'a Base>,
+}
+
+impl Found<'_> {
+    /// With its value.
+    pub(super) fn pair(self) -> Result<KeyValue, MemberError> {
+        let version = match self.base {
+            Some(base) => base.with_value(&self.key, self.revision, self.version)?,
+            None => self.version,
+        };
+        Ok(key_value(self.key, self.revision, version))
+    }
+
+    /// With an empty value.
+    pub(super) fn pair_without_value(mut self) -> KeyValue {
+        self.version.value = Bytes::new();
+        key_value(self.key, self.revision, self.version)
+    }
 }
 
 /// Versions of one key that are stepped over before the engine is asked anew for the next key.
@@ -55,18 +76,20 @@ impl State {
         &self,
         range: &KeyRange,
         revision: i64,
-        mut visit: impl FnMut(Found) -> ControlFlow<()>,
+        mut visit: impl FnMut(Found<'_>) -> Result<ControlFlow<()>, MemberError>,
     ) -> Result<(), MemberError> {
         if range.end == RangeEnd::Single {
             if let Some((at, version)) = self.newest(&range.start, revision)?
                 && !version.is_deletion()
             {
                 let key = range.start.clone();
-                let _ = visit(Found {
+                visit(Found {
                     key,
                     revision: at,
                     version,
-                });
+                    base: None,
+                })
+                .map(drop)?;
             }
             return Ok(());
         }
@@ -76,13 +99,14 @@ impl State {
         let bounds = bounds(range);
         let mut memory = Vec::new();
         for overlay in self.overlays() {
-            memory.push(overlay.keys.range::<Bytes, _>(bounds.clone()).peekable());
+            let keys = overlay.keys.range::<Bytes, _>(bounds.clone());
+            memory.push((overlay, keys.peekable()));
         }
         let mut base = BaseWalk::new(&self.base, range, revision)?;
         loop {
             let smallest = memory
                 .iter_mut()
-                .filter_map(|layer| layer.peek().map(|(key, _)| *key))
+                .filter_map(|(_, keys)| keys.peek().map(|(key, _)| *key))
                 .min()
                 .cloned();
             let key = match (smallest, base.key()) {
@@ -92,17 +116,21 @@ impl State {
                 (Some(memory), Some(base)) => memory.min(base.clone()),
             };
             let mut found = None;
-            for layer in &mut memory {
-                if let Some((_, versions)) = layer.next_if(|(candidate, _)| **candidate == key)
+            for (overlay, keys) in &mut memory {
+                if let Some((_, places)) = keys.next_if(|(candidate, _)| **candidate == key)
                     && found.is_none()
                 {
-                    found =
-                        newest_of(versions, revision).map(|(at, version)| (at, version.clone()));
+                    let newest = overlay.newest_of(places, revision);
+                    found = newest.map(|(at, version)| (at, version.clone()));
                 }
             }
+            let mut stored = None;
             if base.key() == Some(&key) {
                 let below = base.take()?;
-                found = found.or(below);
+                if found.is_none() {
+                    found = below;
+                    stored = Some(&self.base);
+                }
             }
             if let Some((at, version)) = found
                 && !version.is_deletion()
@@ -110,7 +138,8 @@ impl State {
                     key,
                     revision: at,
                     version,
-                })
+                    base: stored,
+                })?
                 .is_break()
             {
                 return Ok(());
@@ -185,7 +214,7 @@ struct BaseWalk<'a> {
     base: &'a Base,
     range: &'a KeyRange,
     revision: i64,
-    entries: redb::Range<'static, super::engine::VersionKey, &'static [u8]>,
+    entries: redb::Range<'static, super::engine::IndexKey, &'static [u8]>,
     next: Option<(Bytes, i64, Version)>,
 }
 
@@ -235,7 +264,7 @@ impl<'a> BaseWalk<'a> {
                 continue; // newer than the revision
             }
             let revision = revert(stored);
-            let version = Version::decode(key, revision, bytes.value())?;
+            let version = Version::decode_index(key, revision, bytes.value())?;
             self.next = Some((Bytes::copy_from_slice(key), revision, version));
             return Ok(());
         }
@@ -247,11 +276,11 @@ fn seek(
     base: &Base,
     range: &KeyRange,
     from: &[u8],
-) -> Result<redb::Range<'static, super::engine::VersionKey, &'static [u8]>, MemberError> {
+) -> Result<redb::Range<'static, super::engine::IndexKey, &'static [u8]>, MemberError> {
     let what = "read a range";
     match &range.end {
-        RangeEnd::Before(end) => base.versions.range((from, 0)..(&end[..], 0)),
-        RangeEnd::Single | RangeEnd::Open => base.versions.range((from, 0)..),
+        RangeEnd::Before(end) => base.index.range((from, 0)..(&end[..], 0)),
+        RangeEnd::Single | RangeEnd::Open => base.index.range((from, 0)..),
     }
     .map_err(MemberError::engine(what))
 }

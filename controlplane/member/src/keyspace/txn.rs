@@ -152,8 +152,8 @@ fn holds(applier: &Applier<'_>, compare: &pb::Compare) -> Result<bool, Failure> 
     } else {
         let range = KeyRange::new(&compare.key, &compare.range_end);
         applier.state.walk(&range, i64::MAX, |found| {
-            pairs.push(key_value(found.key, found.revision, found.version));
-            std::ops::ControlFlow::Continue(())
+            pairs.push(found.pair()?);
+            Ok(std::ops::ControlFlow::Continue(()))
         })?;
         if pairs.is_empty() {
             // Nothing is there: as a single key that is missing.

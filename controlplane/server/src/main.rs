@@ -18,10 +18,6 @@ use clap::Parser as _;
 
 use crate::options::{Command, Options};
 
-/// Half of what a small request costs is memory that comes and goes.
-#[global_allocator]
-static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
-
 fn main() -> std::process::ExitCode {
     let options = Options::parse();
     let filter = tracing_subscriber::EnvFilter::try_new(&options.log_level).unwrap_or_default();

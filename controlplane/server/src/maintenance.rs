@@ -12,6 +12,8 @@ use keelson_member::log::prepare_spare;
 
 use crate::node::{Input, Node};
 
+/// Of the maintenance thread, as `nice` counts.
+const NICE: i32 = 10;
 /// How often the end of a flush is looked for.
 const POLL: Duration = Duration::from_millis(5);
 
@@ -45,11 +47,21 @@ pub fn start(
     std::thread::Builder::new()
         .name("maintenance".into())
         .spawn(move || {
+            be_modest();
             if let Err(error) = run(&keyspace, &*disk, &inputs, &woken) {
                 let _ = inputs.send(Input::Failed(error));
             }
         })?;
     Ok(Handle(wake))
+}
+
+/// Lets the threads that answer requests go first: a flush has time, a client waits. If flushes fall
+/// too far behind for it, requests are refused.
+fn be_modest() {
+    let thread = rustix::thread::gettid();
+    if let Err(error) = rustix::process::setpriority_process(Some(thread), NICE) {
+        tracing::debug!(%error, "the maintenance thread keeps its priority");
+    }
 }
 
 /// Makes everything that is applied durable in the storage engine. Slow: not for async code.

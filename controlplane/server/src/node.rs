@@ -139,6 +139,7 @@ pub fn start(
         options,
         batch: Vec::new(),
         flush_to: 0,
+        is_full: false,
         ticks_left: None,
     };
     std::thread::Builder::new()
@@ -272,6 +273,8 @@ struct Driver {
     /// The keyspace is to be flushed at least up to this log index: a snapshot before a member was
     /// added is of no use to it.
     flush_to: u64,
+    /// The disk is so slow that no more is taken until it has caught up.
+    is_full: bool,
     /// Ticks until this member, which was removed, ends.
     ticks_left: Option<u32>,
 }
@@ -362,7 +365,7 @@ impl Driver {
         authority: Option<Authority>,
         reply: oneshot::Sender<Result<Response, RequestError>>,
     ) {
-        if self.waiters.len() >= MAX_WAITERS {
+        if self.waiters.len() >= MAX_WAITERS || self.is_full {
             let _ = reply.send(Err(RequestError::TooManyRequests));
             return;
         }
@@ -446,7 +449,9 @@ impl Driver {
             .advance(&mut |message| drop(outbox.send(message)))?;
         self.publish_status();
         self.answer(output);
-        if self.flush_to > 0 || self.shared.keyspace.wants_flush() {
+        let (flush, full) = self.shared.keyspace.unflushed();
+        self.is_full = full;
+        if self.flush_to > 0 || flush {
             self.wake_maintenance();
         }
         Ok(())

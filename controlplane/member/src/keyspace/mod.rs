@@ -48,6 +48,9 @@ use crate::{Failure, MemberError, RequestError};
 /// Overlay bytes from which on a flush is worth it.
 const FLUSH_BYTES: usize = 8 * 1024 * 1024;
 
+/// Overlay bytes from which on the disk is too slow for what is wanted of it.
+const MAX_UNFLUSHED_BYTES: usize = 16 * FLUSH_BYTES;
+
 /// The keyspace of one member. Reads may come from any thread; commands and flushes from one.
 pub struct Keyspace {
     state: RwLock<State>,
@@ -278,8 +281,16 @@ impl Keyspace {
 
     /// Whether enough has changed since the last flush.
     pub fn wants_flush(&self) -> bool {
+        self.unflushed().0
+    }
+
+    /// Whether a flush is worth it, and whether so much has changed since the last one that nothing
+    /// more should until it is done.
+    pub fn unflushed(&self) -> (bool, bool) {
         let state = self.state.read();
-        state.flushing.is_none() && state.active.bytes >= FLUSH_BYTES
+        let bytes = state.active.bytes;
+        let worth_it = state.flushing.is_none() && bytes >= FLUSH_BYTES;
+        (worth_it, bytes >= MAX_UNFLUSHED_BYTES)
     }
 
     /// Takes what changed for a flush; `None` if one is under way.

@@ -58,7 +58,7 @@ impl Version {
     ) -> Result<Self, MemberError> {
         let corrupt = || {
             corrupt(
-                format!("the index of key \"{}\"", key.escape_ascii()),
+                &format!("the index of key \"{}\"", key.escape_ascii()),
                 revision,
             )
         };
@@ -91,7 +91,7 @@ impl Version {
         sub: u32,
         bytes: &[u8],
     ) -> Result<(Bytes, Self), MemberError> {
-        let corrupt = || corrupt(format!("record {sub}"), revision);
+        let corrupt = || corrupt(&format!("record {sub}"), revision);
         let body = unseal(bytes, &[], revision, sub).ok_or_else(corrupt)?;
         let (version, rest) = Self::decode_fields(body).ok_or_else(corrupt)?;
         let (length, rest) = rest.split_first_chunk().ok_or_else(corrupt)?;
@@ -140,7 +140,7 @@ fn unseal<'a>(bytes: &'a [u8], key: &[u8], revision: i64, sub: u32) -> Option<&'
     (checksum(key, revision, sub, body).to_le_bytes() == *sum).then_some(body)
 }
 
-fn corrupt(what: String, revision: i64) -> MemberError {
+fn corrupt(what: &str, revision: i64) -> MemberError {
     MemberError::Corrupt(format!("{what} at revision {revision} fails its checksum"))
 }
 

@@ -6,6 +6,7 @@
 #![allow(clippy::unwrap_used)] // A test that can't go on panics.
 
 use std::fmt::Debug;
+use std::time::Duration;
 
 use keelson_etcd_api::etcdserverpb as pb;
 use keelson_state_tests::{Agreement, Cluster, Program, Random, compare, number};
@@ -22,6 +23,9 @@ use tonic::transport::Channel;
 /// Few enough that sorting them keeps equal ones in order in etcd too, which promises no order: its
 /// sort is stable up to a dozen.
 const KEYS: u64 = 10;
+
+/// After how long a server is asked again whether a watch has been told everything.
+const ASK_AGAIN: Duration = Duration::from_millis(20);
 
 #[tokio::test]
 async fn the_same_answers() {
@@ -133,8 +137,38 @@ impl Run {
                 let (a, b) = (a.compact(request).await, b.compact(request).await);
                 self.compare(&request, a, b, |answer| vec![&mut answer.header]);
             }
+            17 => self.watch().await,
             _ => self.lease().await,
         }
+    }
+
+    /// A watch from some revision: everything it is told until it knows all that there is.
+    async fn watch(&mut self) {
+        let create = pb::WatchCreateRequest {
+            key: self.key().into(),
+            range_end: self.range_end().into(),
+            start_revision: match self.random.below(3) {
+                // One that begins later is told of no progress by etcd.
+                0 => self.some_revision().min(self.revision),
+                _ => (self.revision - i64::try_from(self.random.below(30)).unwrap()).max(1),
+            },
+            filters: match self.random.below(4) {
+                0 => vec![0],
+                1 => vec![1],
+                _ => Vec::new(),
+            },
+            prev_kv: self.random.one_in(2),
+            fragment: self.random.one_in(4),
+            watch_id: i64::try_from(self.random.below(3)).unwrap(),
+            ..pb::WatchCreateRequest::default()
+        };
+        let etcd = told(&self.etcd, &create).await;
+        let keelson = told(&self.keelson, &create).await;
+        assert_eq!(
+            etcd, keelson,
+            "etcd left, keelson-state right; seed {}, step {}: {create:?}",
+            self.seed, self.step
+        );
     }
 
     async fn lease(&mut self) {
@@ -421,6 +455,57 @@ fn headers(txn: &mut pb::TxnResponse) -> Vec<&mut Option<pb::ResponseHeader>> {
         }
     }
     all
+}
+
+/// What a watch is told, until it is told that there is no more: how it was created or refused, its
+/// events, and how it was canceled.
+async fn told(channel: &Channel, create: &pb::WatchCreateRequest) -> Vec<String> {
+    let request = |union| pb::WatchRequest {
+        request_union: Some(union),
+    };
+    let progress = || request(RequestUnion::ProgressRequest(pb::WatchProgressRequest {}));
+    let (send, sent) = tokio::sync::mpsc::channel(16);
+    let create = request(RequestUnion::CreateRequest(create.clone()));
+    send.send(create).await.unwrap();
+    let requests = tokio_stream::wrappers::ReceiverStream::new(sent);
+    let mut responses = WatchClient::new(channel.clone())
+        .watch(requests)
+        .await
+        .unwrap()
+        .into_inner();
+    let mut told = Vec::new();
+    loop {
+        let response = tokio::time::timeout(ASK_AGAIN, responses.message()).await;
+        let Ok(response) = response else {
+            // etcd does not answer while a watch is behind, and forgets that it was asked.
+            send.send(progress()).await.unwrap();
+            continue;
+        };
+        let response = response.unwrap().unwrap();
+        let revision = response.header.map_or(0, |header| header.revision);
+        if response.created && !response.canceled {
+            // Only now: etcd may answer this before that.
+            send.send(progress()).await.unwrap();
+        }
+        if response.created || response.canceled {
+            told.push(format!(
+                "watch {} created {} canceled {} {:?} compacted at {}",
+                response.watch_id,
+                response.created,
+                response.canceled,
+                response.cancel_reason,
+                response.compact_revision
+            ));
+        } else if response.events.is_empty() {
+            told.push(format!("nothing more at revision {revision}"));
+            return told;
+        }
+        // How events are cut into responses is each server's choice.
+        told.extend(response.events.iter().map(|event| format!("{event:?}")));
+        if response.canceled {
+            return told;
+        }
+    }
 }
 
 /// Events from a revision on, up to that of the key that marks the end; or how the watch ended.

@@ -9,6 +9,7 @@ use keelson_state_tests::{Cluster, Program};
 use pb::cluster_client::ClusterClient;
 use pb::kv_client::KvClient;
 use pb::maintenance_client::MaintenanceClient;
+use tonic::transport::Channel;
 use tonic::{Code, Status};
 
 /// More than one flush of the keyspace, and more entries than are kept for followers.
@@ -94,6 +95,12 @@ async fn a_learner_serves_only_stale_reads() {
         assert!(Instant::now() < limit, "{}", cluster.log_of(new));
         tokio::time::sleep(Duration::from_millis(50)).await;
     }
+    let mut maintenance = MaintenanceClient::new(cluster.connect(new).await);
+    while !is_learner(&mut maintenance).await {
+        // It has what it was sent, and is about to know what it is.
+        assert!(Instant::now() < limit, "{}", cluster.log_of(new));
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
     let mut learner = KvClient::new(cluster.connect(new).await);
     let fresh = pb::RangeRequest {
         serializable: false,
@@ -109,9 +116,6 @@ async fn a_learner_serves_only_stale_reads() {
         );
         assert_eq!(refusal.code(), Code::Unavailable);
     }
-    let mut maintenance = MaintenanceClient::new(cluster.connect(new).await);
-    let status = maintenance.status(pb::StatusRequest {}).await.unwrap();
-    assert!(status.into_inner().is_learner);
     promote(&cluster, id).await;
     cluster.wait_for(new).await;
 }
@@ -200,6 +204,11 @@ async fn missing_files_are_told() {
         cluster.run(0);
         cluster.wait_for(0).await;
     }
+}
+
+async fn is_learner(client: &mut MaintenanceClient<Channel>) -> bool {
+    let status = client.status(pb::StatusRequest {}).await.unwrap();
+    status.into_inner().is_learner
 }
 
 async fn put(cluster: &Cluster, at: usize, prefix: &str, count: usize) {

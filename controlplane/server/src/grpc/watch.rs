@@ -134,6 +134,8 @@ impl Session {
         let refusal = if let Err(error) = self.permit(&key, &request.range_end) {
             let code = tonic::Code::from_i32(error.code());
             Some(format!("rpc error: code = {code:?} desc = {error}"))
+        } else if request.start_revision < 0 {
+            Some(RequestError::Compacted.to_string())
         } else if range.is_empty() {
             Some("mvcc: watcher range is empty".to_owned())
         } else if request.watch_id != 0 && self.stream.has(request.watch_id) {
@@ -217,7 +219,6 @@ impl Session {
             self.watches.remove(&delivery.watch_id);
             response.canceled = true;
             response.compact_revision = compacted;
-            response.cancel_reason = RequestError::Compacted.to_string();
             return self.send(response).await;
         }
         let Some(options) = self.watches.get_mut(&delivery.watch_id) else {

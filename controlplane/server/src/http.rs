@@ -2,23 +2,28 @@
 
 use axum::Router;
 use axum::http::{StatusCode, header};
+use axum::middleware::from_fn;
 use axum::response::IntoResponse;
 use axum::routing::get;
 
 use crate::grpc::ETCD_VERSION;
-use crate::metrics;
+use crate::metrics::Metrics;
 use crate::node::Node;
 
-/// Adds `/health`, `/version` and `/metrics`.
-pub fn routes(router: Router, node: Node) -> Router {
+/// Adds `/health`, `/version` and `/metrics`, and counts what is called.
+pub fn routes(router: Router, node: Node, metrics: Metrics) -> Router {
     let health = node.clone();
+    let counting = metrics.clone();
     router
         .route("/health", get(move || is_healthy(health.clone())))
         .route("/version", get(version))
         .route(
             "/metrics",
-            get(move || std::future::ready(metrics_page(&node))),
+            get(move || std::future::ready(metrics_page(&metrics, &node))),
         )
+        .layer(from_fn(move |request, next| {
+            counting.clone().count(request, next)
+        }))
 }
 
 async fn is_healthy(node: Node) -> impl IntoResponse {
@@ -56,9 +61,9 @@ async fn version() -> impl IntoResponse {
     )
 }
 
-fn metrics_page(node: &Node) -> impl IntoResponse + use<> {
+fn metrics_page(metrics: &Metrics, node: &Node) -> impl IntoResponse + use<> {
     (
         [(header::CONTENT_TYPE, "text/plain; version=0.0.4")],
-        metrics::page(node),
+        metrics.page(node),
     )
 }

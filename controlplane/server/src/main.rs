@@ -11,6 +11,7 @@ mod options;
 mod peers;
 mod serve;
 mod snapshot;
+mod timed;
 mod tls;
 mod token;
 

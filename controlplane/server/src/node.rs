@@ -20,6 +20,7 @@ use prost::Message as _;
 use tokio::sync::{mpsc, oneshot};
 
 use crate::maintenance;
+use crate::metrics::Metrics;
 
 /// Inputs that are handled before the next sync.
 const INPUTS_AT_ONCE: usize = 4096;
@@ -110,6 +111,7 @@ pub fn start(
     disk: Arc<dyn Disk>,
     options: NodeOptions,
     outbox: mpsc::UnboundedSender<PeerMessage>,
+    metrics: Metrics,
 ) -> std::io::Result<(Node, oneshot::Receiver<MemberError>)> {
     let (inputs, received) = channel();
     let keyspace = Arc::clone(member.keyspace());
@@ -129,6 +131,7 @@ pub fn start(
         member,
         shared: Arc::clone(&shared),
         outbox,
+        metrics,
         maintenance,
         waiters: HashMap::new(),
         changes: HashMap::new(),
@@ -259,6 +262,7 @@ struct Driver {
     member: Member,
     shared: Arc<Shared>,
     outbox: mpsc::UnboundedSender<PeerMessage>,
+    metrics: Metrics,
     maintenance: maintenance::Handle,
     waiters: HashMap<u64, Waiter>,
     changes: HashMap<u64, oneshot::Sender<Result<Vec<MemberInfo>, RequestError>>>,
@@ -366,6 +370,7 @@ impl Driver {
         reply: oneshot::Sender<Result<Response, RequestError>>,
     ) {
         if self.waiters.len() >= MAX_WAITERS || self.is_full {
+            self.metrics.proposals_failed.inc();
             let _ = reply.send(Err(RequestError::TooManyRequests));
             return;
         }
@@ -388,6 +393,7 @@ impl Driver {
             self.held.push(command);
         } else if self.member.propose(command).is_err() {
             // Leadership is being handed over: the client tries again when it hears nothing.
+            self.metrics.proposals_failed.inc();
             tracing::debug!("a proposal was dropped");
         }
     }
@@ -425,6 +431,9 @@ impl Driver {
     }
 
     fn wake_maintenance(&mut self) {
+        self.metrics
+            .proposals_pending
+            .set(i64::try_from(self.waiters.len()).unwrap_or(i64::MAX));
         self.maintenance.wake(maintenance::Wanted {
             spares: self.member.log().missing_spares(),
             flush: self.flush_to > 0,
@@ -517,6 +526,7 @@ impl Driver {
             }
         }
         if status.leader != published.leader {
+            self.metrics.leader_changes.inc();
             tracing::info!(leader = %format_args!("{:x}", status.leader), term = status.term, "leader changed");
         }
         *published = status;

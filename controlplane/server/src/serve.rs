@@ -16,9 +16,11 @@ use tonic::transport::{Server, ServerTlsConfig};
 
 use crate::grpc::{Limits, Passwords, Services};
 use crate::http;
+use crate::metrics::Metrics;
 use crate::node::{self, Input, Node, NodeOptions};
 use crate::options::{self, ClusterState, Listen, Options};
 use crate::peers::{self, Connector, Peers};
+use crate::timed::TimedDisk;
 
 /// Serves a member with the given flags.
 pub fn run(options: &Options) -> anyhow::Result<()> {
@@ -35,7 +37,11 @@ struct Opened {
     identity: Identity,
 }
 
-async fn open(options: &Options, connector: &Connector) -> anyhow::Result<Opened> {
+async fn open(
+    options: &Options,
+    connector: &Connector,
+    metrics: &Metrics,
+) -> anyhow::Result<Opened> {
     let folder = options.member.folder();
     let disk = Folder::open(&folder).map_err(|error| match error.kind() {
         std::io::ErrorKind::WouldBlock => {
@@ -43,7 +49,11 @@ async fn open(options: &Options, connector: &Connector) -> anyhow::Result<Opened
         }
         _ => anyhow::anyhow!("cannot open {}: {error}", folder.display()),
     })?;
-    let disk: Arc<dyn Disk> = Arc::new(disk);
+    let disk: Arc<dyn Disk> = Arc::new(TimedDisk::new(
+        Arc::new(disk),
+        metrics.log_syncs.clone(),
+        metrics.engine_syncs.clone(),
+    ));
     let stored = Identity::load(&*disk).with_context(|| format!("in {}", folder.display()))?;
     let (identity, start) = match stored {
         Some(identity) => (identity, Start::Continue),
@@ -96,7 +106,8 @@ async fn serve(options: &Options) -> anyhow::Result<()> {
         "--peer-cert-file",
     )?;
     let connector = Connector::new(options.tls.peers().client()?);
-    let opened = open(options, &connector).await?;
+    let metrics = Metrics::new()?;
+    let opened = open(options, &connector, &metrics).await?;
     let identity = opened.identity;
 
     let (outbox, sent) = mpsc::unbounded_channel();
@@ -107,7 +118,13 @@ async fn serve(options: &Options) -> anyhow::Result<()> {
         id_prefix: id_prefix >> 32,
     };
     let disk = Arc::clone(&opened.disk);
-    let (node, failure) = node::start(opened.member, opened.disk, node_options, outbox)?;
+    let (node, failure) = node::start(
+        opened.member,
+        opened.disk,
+        node_options,
+        outbox,
+        metrics.clone(),
+    )?;
     let peers = Peers::new(identity.cluster_id, identity.member_id, connector);
     tokio::spawn(Arc::clone(&peers).run(node.clone(), sent));
     let services = Services {
@@ -134,7 +151,7 @@ async fn serve(options: &Options) -> anyhow::Result<()> {
             .set_service_status("", tonic_health::ServingStatus::Serving)
             .await;
         let routes = services.clone().routes().add_service(health_service);
-        let with_http = http::routes(routes.into_axum_router(), node.clone());
+        let with_http = http::routes(routes.into_axum_router(), node.clone(), metrics.clone());
         listen(listen_on, client_tls.as_ref(), Routes::from(with_http)).await?;
     }
     tracing::info!(

@@ -464,12 +464,11 @@ async fn told(channel: &Channel, create: &pb::WatchCreateRequest) -> Vec<String>
         request_union: Some(union),
     };
     let progress = || request(RequestUnion::ProgressRequest(pb::WatchProgressRequest {}));
-    let (send, sent) = tokio::sync::mpsc::channel(16);
+    let (requests, waiting) = tokio::sync::mpsc::channel(16);
     let create = request(RequestUnion::CreateRequest(create.clone()));
-    send.send(create).await.unwrap();
-    let requests = tokio_stream::wrappers::ReceiverStream::new(sent);
+    requests.send(create).await.unwrap();
     let mut responses = WatchClient::new(channel.clone())
-        .watch(requests)
+        .watch(tokio_stream::wrappers::ReceiverStream::new(waiting))
         .await
         .unwrap()
         .into_inner();
@@ -478,14 +477,14 @@ async fn told(channel: &Channel, create: &pb::WatchCreateRequest) -> Vec<String>
         let response = tokio::time::timeout(ASK_AGAIN, responses.message()).await;
         let Ok(response) = response else {
             // etcd does not answer while a watch is behind, and forgets that it was asked.
-            send.send(progress()).await.unwrap();
+            requests.send(progress()).await.unwrap();
             continue;
         };
         let response = response.unwrap().unwrap();
         let revision = response.header.map_or(0, |header| header.revision);
         if response.created && !response.canceled {
             // Only now: etcd may answer this before that.
-            send.send(progress()).await.unwrap();
+            requests.send(progress()).await.unwrap();
         }
         if response.created || response.canceled {
             told.push(format!(

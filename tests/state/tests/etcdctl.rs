@@ -218,6 +218,38 @@ async fn locks_and_elections() {
     assert_eq!(gone.message(), "election: not leader");
 }
 
+/// What etcd's dashboards ask for is there, under its names.
+#[tokio::test]
+async fn metrics_have_etcds_names() {
+    let cluster = Cluster::start(Program::KeelsonState, 1, &[]).await;
+    run(&cluster, &["put", "key", "value"]);
+    run(&cluster, &["put", "key", "value"]);
+    let fetched = Command::new("curl")
+        .args(["-sf", &format!("{}/metrics", cluster.client_url(0))])
+        .output()
+        .unwrap();
+    let page = check(&fetched, "curl", &["/metrics"]);
+    for line in [
+        "etcd_server_has_leader 1",
+        "etcd_server_leader_changes_seen_total 1",
+        "etcd_server_proposals_pending 0",
+        "etcd_server_proposals_failed_total 0",
+        "etcd_debugging_mvcc_current_revision 3",
+        "grpc_server_started_total{grpc_method=\"Put\",grpc_service=\"etcdserverpb.KV\",grpc_type=\"unary\"} 2",
+        "grpc_server_handled_total{grpc_code=\"OK\",grpc_method=\"Put\",grpc_service=\"etcdserverpb.KV\",grpc_type=\"unary\"} 2",
+    ] {
+        assert!(page.lines().any(|other| other == line), "{line}:\n{page}");
+    }
+    for name in [
+        "etcd_disk_wal_fsync_duration_seconds_bucket",
+        "etcd_disk_backend_commit_duration_seconds_bucket",
+        "etcd_mvcc_db_total_size_in_bytes",
+        "process_resident_memory_bytes",
+    ] {
+        assert!(page.contains(name), "{name}:\n{page}");
+    }
+}
+
 /// Users with etcd's own commands: who may do what, and what root alone may.
 #[tokio::test]
 async fn users_and_roles() {

@@ -19,8 +19,6 @@ use crate::{Failure, MemberError, RequestError};
 const QUEUE_DELIVERIES: usize = 1024;
 /// Their events' bytes.
 const QUEUE_BYTES: usize = 4 * 1024 * 1024;
-/// Changes of history that are looked at in one step of catching up.
-const CATCH_UP_CHANGES: usize = 1000;
 
 /// Every watch of a member.
 pub struct Watches {
@@ -327,11 +325,7 @@ impl WatchStream {
         options: &WatchOptions,
     ) -> Result<Vec<Delivery>, MemberError> {
         let wanted = |key: &[u8]| options.range.contains(key);
-        let history = match self
-            .watches
-            .keyspace
-            .history(next, CATCH_UP_CHANGES, wanted)
-        {
+        let history = match self.watches.keyspace.history(next, wanted) {
             Ok(history) => history,
             Err(Failure::Request(RequestError::Compacted)) => {
                 let (revision, compacted) = self.watches.keyspace.revisions();

@@ -50,11 +50,12 @@ impl Cluster {
                 None => urls.collect(),
             }
         };
+        let mut client_urls: Vec<String> = urls(2 * count);
         let mut cluster = Self {
             program,
             folder: tempfile::tempdir().unwrap(),
-            client_urls: urls(count),
-            peer_urls: urls(count),
+            peer_urls: client_urls.split_off(count),
+            client_urls,
             members: Vec::new(),
             flags: flags.iter().map(|&flag| flag.to_owned()).collect(),
             tls,
@@ -72,8 +73,10 @@ impl Cluster {
     /// Makes room for one more member, which the cluster has to be told of before it runs: its
     /// number and its peer URL.
     pub fn make_room(&mut self) -> (usize, String) {
-        self.client_urls.extend(free_urls(1));
-        self.peer_urls.extend(free_urls(1));
+        // At once, or the second could be the first.
+        let mut urls = free_urls(2);
+        self.client_urls.extend(urls.pop());
+        self.peer_urls.extend(urls.pop());
         self.members.push(None);
         let at = self.members.len() - 1;
         (at, self.peer_urls[at].clone())
@@ -145,6 +148,15 @@ impl Cluster {
             tokio::time::sleep(Duration::from_millis(50)).await;
         }
         self.log_of(at)
+    }
+
+    /// Memory that a member has, in bytes.
+    pub fn resident_bytes(&self, at: usize) -> u64 {
+        let process = self.members[at].as_ref().unwrap().id();
+        let status = std::fs::read_to_string(format!("/proc/{process}/status")).unwrap();
+        let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"));
+        let kib = line.unwrap().trim().trim_end_matches(" kB");
+        kib.parse::<u64>().unwrap() * 1024
     }
 
     /// What a member logged.

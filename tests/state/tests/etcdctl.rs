@@ -2,8 +2,9 @@
 
 #![allow(clippy::unwrap_used)] // A test that can't go on panics.
 
+use std::io::{BufRead as _, BufReader, Write as _};
 use std::path::Path;
-use std::process::{Command, Output};
+use std::process::{Command, Output, Stdio};
 use std::time::Duration;
 
 use keelson_etcd_api::etcdserverpb as pb;
@@ -216,6 +217,40 @@ async fn locks_and_elections() {
     election.resign(resign).await.unwrap();
     let gone = election.proclaim(proclaim).await.unwrap_err();
     assert_eq!(gone.message(), "election: not leader");
+}
+
+/// Transactions and watches, as etcd's client writes and prints them.
+#[tokio::test]
+async fn transactions_and_watches() {
+    let cluster = Cluster::start(Program::KeelsonState, 1, &[]).await;
+    run(&cluster, &["put", "key", "one"]);
+    let mut txn = Command::new(etcdctl())
+        .args(["--endpoints", cluster.client_url(0), "txn"])
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut input = txn.stdin.take().unwrap();
+    input
+        .write_all(b"value(\"key\") = \"one\"\n\nput key two\n\nget key\n\n")
+        .unwrap();
+    drop(input);
+    let said = txn.wait_with_output().unwrap();
+    assert_eq!(String::from_utf8_lossy(&said.stdout), "SUCCESS\n\nOK\n");
+    run(&cluster, &["del", "key"]);
+
+    let mut watch = Command::new(etcdctl())
+        .args(["--endpoints", cluster.client_url(0), "watch", "key"])
+        .args(["--rev", "2", "--prev-kv"])
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let lines = BufReader::new(watch.stdout.take().unwrap()).lines();
+    let lines: Vec<String> = lines.take(13).map(Result::unwrap).collect();
+    watch.kill().unwrap();
+    watch.wait().unwrap();
+    let told = lines.join("|");
+    assert_eq!(told, "PUT|key|one|PUT|key|one|key|two|DELETE|key|two|key|");
 }
 
 /// What etcd's dashboards ask for is there, under its names.

@@ -16,6 +16,7 @@ use redb::{
 use super::lease::{Lease, LeaseRecord, Leases};
 use super::metadata::Metadata;
 use super::overlay::{Change, Overlay};
+use super::state::Budget;
 use super::version::Version;
 use crate::MemberError;
 use crate::disk::{Disk, DiskFile};
@@ -262,20 +263,28 @@ impl Base {
         Ok(whole)
     }
 
-    /// Changes from `revision` on, up to `limit`, in order.
-    pub(super) fn changes(&self, revision: i64, limit: usize) -> Result<Vec<Change>, MemberError> {
+    /// Adds changes from `revision` on, in order, whole revisions until the budget is spent; whether
+    /// these are all.
+    pub(super) fn changes(
+        &self,
+        revision: i64,
+        budget: &mut Budget,
+        changes: &mut Vec<Change>,
+    ) -> Result<bool, MemberError> {
         let what = "read changes";
-        let mut changes = Vec::new();
         let range = self
             .records
             .range((revision, 0)..)
             .map_err(MemberError::engine(what))?;
-        for entry in range.take(limit) {
+        for entry in range {
             let (at, record) = entry.map_err(MemberError::engine(what))?;
-            let (at, record) = (at.value(), record.value());
-            changes.push(decode_change(at, record)?);
+            let change = decode_change(at.value(), record.value())?;
+            if !budget.allows(changes, &change) {
+                return Ok(false);
+            }
+            changes.push(change);
         }
-        Ok(changes)
+        Ok(true)
     }
 }
 

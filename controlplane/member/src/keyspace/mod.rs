@@ -40,7 +40,7 @@ use self::apply::Applier;
 use self::engine::Engine;
 use self::overlay::Overlay;
 use self::read::key_value;
-use self::state::State;
+use self::state::{Budget, State};
 use crate::command::{Authority, Command, Response};
 use crate::disk::{Disk, DiskFile};
 use crate::{Failure, MemberError, RequestError};
@@ -50,6 +50,12 @@ const FLUSH_BYTES: usize = 8 * 1024 * 1024;
 
 /// Overlay bytes from which on the disk is too slow for what is wanted of it.
 const MAX_UNFLUSHED_BYTES: usize = 16 * FLUSH_BYTES;
+
+/// Of history that is read at once.
+const HISTORY_AT_ONCE: Budget = Budget {
+    changes: 1000,
+    bytes: 1024 * 1024,
+};
 
 /// The keyspace of one member. Reads may come from any thread; commands and flushes from one.
 pub struct Keyspace {
@@ -226,24 +232,21 @@ impl Keyspace {
             .collect()
     }
 
-    /// Events of keys that `wanted` wants, from `revision` on, out of about `limit` changes.
+    /// Events of keys that `wanted` wants, from `revision` on, out of some of the changes since: what
+    /// is held in memory at once is limited.
     pub fn history(
         &self,
         revision: i64,
-        limit: usize,
         wanted: impl Fn(&[u8]) -> bool,
     ) -> Result<History, Failure> {
         let state = self.state.read();
         if revision < state.metadata.compact_revision {
             return Err(RequestError::Compacted.into());
         }
-        let changes = state.changes(revision, limit)?;
-        let reached = if changes.len() < limit {
-            state.metadata.revision
-        } else {
-            changes
-                .last()
-                .map_or(state.metadata.revision, |change| change.revision)
+        let (changes, whole) = state.changes(revision, HISTORY_AT_ONCE)?;
+        let reached = match changes.last() {
+            Some(last) if !whole => last.revision,
+            _ => state.metadata.revision,
         };
         let mut history = History {
             events: Vec::new(),

@@ -27,6 +27,31 @@ pub(super) struct State {
     pub(super) base: Base,
 }
 
+/// How many changes are wanted at once.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Budget {
+    pub(super) changes: usize,
+    /// Of their keys and values.
+    pub(super) bytes: usize,
+}
+
+impl Budget {
+    /// Whether `next` is wanted after `changes`, and takes it off: the rest of a revision always is.
+    pub(super) fn allows(&mut self, changes: &[Change], next: &Change) -> bool {
+        let spent = self.changes == 0 || self.bytes == 0;
+        let begins = changes
+            .last()
+            .is_none_or(|last| last.revision < next.revision);
+        if spent && begins {
+            return false;
+        }
+        let bytes = next.key.len() + next.version.value.len();
+        self.changes = self.changes.saturating_sub(1);
+        self.bytes = self.bytes.saturating_sub(bytes);
+        true
+    }
+}
+
 /// A key with its version, as a walk finds it: the value of a flushed one is not read yet.
 pub(super) struct Found<'a> {
     pub(super) key: Bytes,
@@ -147,41 +172,30 @@ impl State {
         }
     }
 
-    /// Changes from `revision` on, in order: up to about `limit`, but whole revisions.
-    pub(super) fn changes(&self, revision: i64, limit: usize) -> Result<Vec<Change>, MemberError> {
-        let mut changes = self.base.changes(revision, limit)?;
-        if changes.len() == limit {
-            // The last revision may be cut: take the rest of it.
-            let last = changes.last().map_or(revision, |change| change.revision);
-            changes.retain(|change| change.revision < last);
-            let mut rest = limit;
-            let whole = loop {
-                let from = self.base.changes(last, rest)?;
-                if from.len() < rest || from.last().is_some_and(|change| change.revision > last) {
-                    break from;
-                }
-                rest *= 2;
-            };
-            changes.extend(whole.into_iter().filter(|change| change.revision == last));
-            return Ok(changes);
+    /// Changes from `revision` on, in order, whole revisions until a budget is spent; and whether
+    /// these are all.
+    pub(super) fn changes(
+        &self,
+        revision: i64,
+        mut budget: Budget,
+    ) -> Result<(Vec<Change>, bool), MemberError> {
+        let mut changes = Vec::new();
+        let whole = self.base.changes(revision, &mut budget, &mut changes)?;
+        if !whole {
+            return Ok((changes, false));
         }
         for overlay in self.overlays().rev() {
             let from = overlay
                 .changes
                 .partition_point(|change| change.revision < revision);
             for change in &overlay.changes[from..] {
-                let enough = changes.len() >= limit;
-                if enough
-                    && changes
-                        .last()
-                        .is_some_and(|last| last.revision < change.revision)
-                {
-                    return Ok(changes);
+                if !budget.allows(&changes, change) {
+                    return Ok((changes, false));
                 }
                 changes.push(change.clone());
             }
         }
-        Ok(changes)
+        Ok((changes, true))
     }
 
     /// The oldest revision that is in memory only.

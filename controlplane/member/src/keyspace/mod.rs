@@ -130,6 +130,15 @@ impl Keyspace {
         self.state.read().metadata.clone()
     }
 
+    /// Whether a member has no vote.
+    pub fn is_learner(&self, id: u64) -> bool {
+        let state = self.state.read();
+        let members = &state.metadata.members;
+        members
+            .iter()
+            .any(|member| member.id == id && member.is_learner)
+    }
+
     /// The current revision.
     pub fn revision(&self) -> i64 {
         self.state.read().metadata.revision

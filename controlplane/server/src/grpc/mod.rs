@@ -100,7 +100,8 @@ impl Services {
 
     /// A learner answers only what needs no vote.
     fn refuse_learner(&self) -> Result<(), Status> {
-        if self.node.status().is_learner {
+        // As of what can be read, which is ahead of what the member's thread last told.
+        if self.node.keyspace().is_learner(self.member_id) {
             return Err(refused(&RequestError::NotForLearners));
         }
         Ok(())

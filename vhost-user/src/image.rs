@@ -5,7 +5,7 @@ use std::io::{self, Seek, SeekFrom};
 use std::os::fd::AsFd;
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -63,7 +63,7 @@ pub struct Image {
     file: File,
     read_only: bool,
     direct: Option<DirectAlignment>,
-    bytes: u64,
+    bytes: AtomicU64,
     block_sizes: BlockSizes,
     lost_writes: AtomicBool,
 }
@@ -102,7 +102,7 @@ impl Image {
             file,
             read_only: options.read_only,
             direct,
-            bytes,
+            bytes: AtomicU64::new(bytes),
             block_sizes,
             lost_writes: AtomicBool::new(false),
         })
@@ -123,14 +123,22 @@ impl Image {
         self.direct
     }
 
-    /// The image's size when it was opened, in bytes.
+    /// The image's size when it was last measured, in bytes.
     pub fn bytes(&self) -> u64 {
-        self.bytes
+        self.bytes.load(Ordering::Acquire)
+    }
+
+    /// Measures the image again. It may have grown; one that has shrunk keeps the size that the
+    /// guest was promised, and what is missing fails.
+    pub fn remeasure(&self) -> io::Result<u64> {
+        let bytes = (&self.file).seek(SeekFrom::End(0))?;
+        let before = self.bytes.fetch_max(bytes, Ordering::AcqRel);
+        Ok(before.max(bytes))
     }
 
     /// What the guest sees, in sectors of 512 bytes.
     pub fn capacity_sectors(&self) -> u64 {
-        self.bytes.div_ceil(SECTOR_SIZE)
+        self.bytes().div_ceil(SECTOR_SIZE)
     }
 
     /// Block sizes to tell the guest.

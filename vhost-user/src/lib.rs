@@ -24,6 +24,7 @@ pub mod error;
 pub mod guest_memory;
 pub mod image;
 pub mod in_flight;
+pub mod layer;
 pub mod metrics;
 pub mod queue_worker;
 pub mod request;

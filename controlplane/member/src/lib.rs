@@ -10,6 +10,7 @@ pub mod lessor;
 pub mod log;
 mod logger;
 mod member;
+pub mod replica;
 pub mod watch;
 
 pub use raft::eraftpb::Message as PeerMessage;

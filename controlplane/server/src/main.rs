@@ -1,6 +1,7 @@
 //! `keelson-state`: a member of a replicated state store that speaks etcd v3's API.
 
 mod check;
+mod driver;
 mod grpc;
 mod http;
 mod identity;

@@ -1,5 +1,4 @@
-//! The thread that does what requests must not wait for: flushes, removal of compacted versions,
-//! files for the log.
+//! The thread that does what requests must not wait for.
 
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender, SyncSender, sync_channel};
@@ -8,9 +7,10 @@ use std::time::Duration;
 use keelson_member::MemberError;
 use keelson_member::disk::Disk;
 use keelson_member::keyspace::Keyspace;
-use keelson_member::log::prepare_spare;
+use keelson_member::replica::{Input, Maintenance, Wanted};
 
-use crate::node::{Input, Node};
+use crate::driver::Told;
+use crate::node::Node;
 
 /// Of the maintenance thread, as `nice` counts.
 const NICE: i32 = 10;
@@ -19,15 +19,6 @@ const POLL: Duration = Duration::from_millis(5);
 
 /// Wakes the thread.
 pub struct Handle(SyncSender<Wanted>);
-
-/// What is to be done, beside what the thread finds itself.
-#[derive(Debug, Clone, Copy)]
-pub struct Wanted {
-    /// Files that the log lacks.
-    pub spares: usize,
-    /// Whether to flush, however little that is.
-    pub flush: bool,
-}
 
 impl Handle {
     /// There may be something to do.
@@ -41,7 +32,7 @@ impl Handle {
 pub fn start(
     keyspace: Arc<Keyspace>,
     disk: Arc<dyn Disk>,
-    inputs: Sender<Input>,
+    inputs: Sender<Told>,
 ) -> std::io::Result<Handle> {
     let (wake, woken) = sync_channel(1);
     std::thread::Builder::new()
@@ -49,7 +40,7 @@ pub fn start(
         .spawn(move || {
             be_modest();
             if let Err(error) = run(&keyspace, &*disk, &inputs, &woken) {
-                let _ = inputs.send(Input::Failed(error));
+                let _ = inputs.send(Told::Input(Input::Failed(error)));
             }
         })?;
     Ok(Handle(wake))
@@ -82,31 +73,15 @@ pub fn flush_now(node: &Node) -> Result<(), MemberError> {
 fn run(
     keyspace: &Keyspace,
     disk: &dyn Disk,
-    inputs: &Sender<Input>,
+    inputs: &Sender<Told>,
     woken: &Receiver<Wanted>,
 ) -> Result<(), MemberError> {
-    let mut prepared = 0_u64;
-    let mut cleared = 0;
+    let mut maintenance = Maintenance::new(std::process::id());
     while let Ok(wanted) = woken.recv() {
-        let (_, compacted) = keyspace.revisions();
-        let clear = compacted > cleared;
-        let flush =
-            wanted.flush || keyspace.wants_flush() || (clear && keyspace.has_unflushed(compacted));
-        if flush
-            && let Some(flush) = keyspace.begin_flush()
-            && let Some(metadata) = keyspace.flush(flush)?
-        {
-            let _ = inputs.send(Input::Flushed(Box::new(metadata)));
-        }
-        for _ in 0..wanted.spares {
-            prepared += 1;
-            let number = (u64::from(std::process::id()) << 32) | prepared;
-            let name = prepare_spare(disk, number)?;
-            let _ = inputs.send(Input::Spare(name));
-        }
-        if clear {
-            while keyspace.clear_compacted()? {}
-            cleared = compacted;
+        for job in maintenance.plan(wanted, keyspace) {
+            if let Some(done) = maintenance.run(job, keyspace, disk)? {
+                let _ = inputs.send(Told::Input(done));
+            }
         }
     }
     Ok(())

@@ -17,7 +17,7 @@ use tonic::transport::{Server, ServerTlsConfig};
 use crate::grpc::{Limits, Passwords, Services};
 use crate::http;
 use crate::metrics::Metrics;
-use crate::node::{self, Input, Node, NodeOptions};
+use crate::node::{self, Node, NodeOptions};
 use crate::options::{self, ClusterState, Listen, Options};
 use crate::peers::{self, Connector, Peers};
 use crate::timed::TimedDisk;
@@ -111,11 +111,10 @@ async fn serve(options: &Options) -> anyhow::Result<()> {
     let identity = opened.identity;
 
     let (outbox, sent) = mpsc::unbounded_channel();
-    let (id_prefix, _) = uuid::Uuid::new_v4().as_u64_pair();
     let node_options = NodeOptions {
         tick: options.tick(),
         election_ticks: options.election_ticks()?,
-        id_prefix: id_prefix >> 32,
+        id_prefix: uuid::Uuid::new_v4().as_fields().0,
     };
     let disk = Arc::clone(&opened.disk);
     let (node, failure) = node::start(
@@ -175,7 +174,7 @@ async fn serve(options: &Options) -> anyhow::Result<()> {
             Err(_) => anyhow::bail!("the member's thread ended"),
         },
         () = stopped() => {
-            node.tell(Input::Stop);
+            node.stop();
             Ok(())
         }
     }

@@ -2,13 +2,14 @@
 
 use keelson_etcd_api::etcdserverpb as pb;
 use keelson_member::keyspace::Member as MemberInfo;
+use keelson_member::replica::Progress;
+use keelson_member::replica::membership::{check_adding_voter, check_removing_voter};
 use keelson_member::{ChangeKind, MembershipChange, RequestError};
 use pb::cluster_server::Cluster;
 use tonic::{Request, Response, Status};
 
 use super::{Services, refused};
 use crate::identity;
-use crate::node::Progress;
 
 #[tonic::async_trait]
 impl Cluster for Services {
@@ -27,7 +28,8 @@ impl Cluster for Services {
                 return Err(refused(&RequestError::TooManyLearners));
             }
         } else {
-            self.check_votes_after_adding(&members).await?;
+            let active = self.progress(0).await?.active;
+            check_adding_voter(&members, &active).map_err(|error| refused(&error))?;
         }
         let member = MemberInfo {
             id: identity::new_member_id(),
@@ -51,7 +53,9 @@ impl Cluster for Services {
         self.linearize().await?;
         let member = self.known(request.into_inner().id)?;
         if !member.is_learner {
-            self.check_votes_after_removing(&member).await?;
+            let active = self.progress(0).await?.active;
+            let members = self.node.keyspace().metadata().members;
+            check_removing_voter(&members, member.id, &active).map_err(|error| refused(&error))?;
         }
         Ok(Response::new(pb::MemberRemoveResponse {
             members: self.change(ChangeKind::Remove, member).await?,
@@ -118,43 +122,6 @@ impl Services {
             .ok_or_else(|| refused(&RequestError::MemberNotFound))
     }
 
-    /// A voter that is added has not started: the others have to be enough without it, and there.
-    /// As etcd, one member may always become two.
-    async fn check_votes_after_adding(&self, members: &[MemberInfo]) -> Result<(), Status> {
-        let voters: Vec<_> = members.iter().filter(|member| !member.is_learner).collect();
-        let started = count_started(&voters);
-        if voters.len() > 1 || started != 1 {
-            let quorum = voters.len().div_ceil(2) + 1;
-            if started < quorum {
-                return Err(refused(&RequestError::NotEnoughStarted));
-            }
-        }
-        let active = self.progress(0).await?.active;
-        if !voters.iter().all(|voter| active.contains(&voter.id)) {
-            return Err(refused(&RequestError::Unhealthy));
-        }
-        Ok(())
-    }
-
-    /// What is left has to be able to go on. A member that is down may always go.
-    async fn check_votes_after_removing(&self, member: &MemberInfo) -> Result<(), Status> {
-        let members = self.node.keyspace().metadata().members;
-        let left: Vec<_> = members
-            .iter()
-            .filter(|other| !other.is_learner && other.id != member.id)
-            .collect();
-        let quorum = left.len() / 2 + 1;
-        if count_started(&left) < quorum {
-            return Err(refused(&RequestError::NotEnoughStarted));
-        }
-        let active = self.progress(0).await?.active;
-        let active_left = left.iter().filter(|other| active.contains(&other.id));
-        if active.contains(&member.id) && active_left.count() < quorum {
-            return Err(refused(&RequestError::Unhealthy));
-        }
-        Ok(())
-    }
-
     async fn progress(&self, id: u64) -> Result<Progress, Status> {
         match self.node.progress(id).await {
             Err(RequestError::NotLeader) => self.peers.progress(&self.node, id).await,
@@ -187,12 +154,6 @@ fn check_urls(urls: &[String]) -> Result<(), Status> {
         return Err(refused(&RequestError::BadPeerUrls));
     }
     Ok(())
-}
-
-/// A member that has started has said its name.
-fn count_started(members: &[&MemberInfo]) -> usize {
-    let started = members.iter().filter(|member| !member.name.is_empty());
-    started.count()
 }
 
 fn described(member: MemberInfo) -> pb::Member {

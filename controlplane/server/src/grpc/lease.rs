@@ -90,7 +90,7 @@ impl Lease for Services {
                 .check_lease_keys(&authority, request.id)
                 .map_err(|error| refused(&error))?;
         }
-        let remaining = match self.node.lease_remaining(request.id) {
+        let remaining = match self.node.lease_remaining(request.id).await {
             Err(RequestError::NotLeader) => {
                 self.peers.lease_remaining(&self.node, request.id).await
             }
@@ -142,12 +142,9 @@ pub fn new_id() -> i64 {
 impl Services {
     /// Gives a lease its full time again: its seconds, 0 if there is no such lease.
     async fn renew(&self, id: i64) -> Result<i64, RequestError> {
-        match self.node.renew_lease(id) {
+        match self.node.renew_lease(id).await {
             Err(RequestError::NotLeader) => self.peers.renew_lease(&self.node, id).await,
-            // A leader that was cut off must not renew what another one lets end.
-            Ok(Some(ttl)) => self.node.read_barrier().await.map(|()| ttl),
-            Ok(None) => Ok(0),
-            Err(error) => Err(error),
+            renewed => Ok(renewed?.unwrap_or(0)),
         }
     }
 }

@@ -5,6 +5,7 @@ use std::time::Duration;
 use keelson_etcd_api::etcdserverpb as pb;
 use keelson_member::command::{AlarmChange, Operation};
 use keelson_member::keyspace::Alarm;
+use keelson_member::replica::Input;
 use keelson_member::{MemberError, RequestError};
 use pb::alarm_request::AlarmAction;
 use pb::maintenance_server::Maintenance;
@@ -15,7 +16,6 @@ use tonic::{Request, Response, Status};
 use super::credentials::Credentials;
 use super::{ETCD_VERSION, Services, failed, refused};
 use crate::maintenance::flush_now;
-use crate::node::Input;
 use crate::snapshot::BackupReader;
 
 /// Parts of a backup that wait for the client.

@@ -13,6 +13,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
+use keelson_member::replica::{Input, Progress};
 use keelson_member::{MemberError, PeerMessage, RequestError, encode_message, is_snapshot};
 use parking_lot::Mutex;
 use tokio::sync::mpsc;
@@ -23,7 +24,7 @@ use tonic::{Code, Status};
 pub use self::connector::Connector;
 pub use self::service::service;
 
-use crate::node::{Input, Node, Progress};
+use crate::node::Node;
 
 /// What tonic generates from `proto/peer.proto`.
 #[allow(missing_docs, unused_qualifications, clippy::pedantic)]

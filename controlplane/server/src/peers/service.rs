@@ -5,13 +5,14 @@ use std::sync::Arc;
 use futures::StreamExt as _;
 use keelson_member::decode_message;
 use keelson_member::disk::Disk;
+use keelson_member::replica::Input;
 use tokio::sync::Semaphore;
 use tonic::{Request, Response, Status, Streaming};
 
 use super::proto::peer_server::{Peer, PeerServer};
 use super::{LARGEST_PIECE, check_cluster, garbage, proto, snapshot};
 use crate::grpc::refused;
-use crate::node::{Input, Node};
+use crate::node::Node;
 
 /// The service for other members.
 pub struct PeerService {
@@ -111,9 +112,6 @@ impl Peer for PeerService {
         let renewed = self
             .node
             .renew_lease(request.into_inner().id)
-            .map_err(|error| refused(&error))?;
-        self.node
-            .read_barrier()
             .await
             .map_err(|error| refused(&error))?;
         Ok(Response::new(proto::RenewLeaseResponse {
@@ -128,6 +126,7 @@ impl Peer for PeerService {
         let remaining = self
             .node
             .lease_remaining(request.into_inner().id)
+            .await
             .map_err(|error| refused(&error))?;
         Ok(Response::new(proto::LeaseRemainingResponse {
             remaining_ms: remaining

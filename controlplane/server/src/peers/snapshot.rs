@@ -7,6 +7,7 @@ use anyhow::Context as _;
 use bytes::Bytes;
 use keelson_member::disk::Disk;
 use keelson_member::keyspace::{SnapshotWriter, StagedSnapshot};
+use keelson_member::replica::Input;
 use keelson_member::{PeerMessage, decode_message, encode_message};
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
@@ -15,7 +16,7 @@ use tonic::{Status, Streaming};
 
 use super::proto::peer_client::PeerClient;
 use super::{LARGEST_PIECE, proto};
-use crate::node::{Input, Node};
+use crate::node::Node;
 
 /// Pieces on the way between the disk and the connection.
 const PIECES: usize = 8;

@@ -7,6 +7,7 @@ mod error;
 mod identity;
 pub mod keyspace;
 pub mod lessor;
+mod limits;
 pub mod log;
 mod logger;
 mod member;
@@ -17,6 +18,7 @@ pub use raft::eraftpb::Message as PeerMessage;
 
 pub use self::error::{Failure, MemberError, RequestError};
 pub use self::identity::Identity;
+pub use self::limits::Limits;
 pub use self::member::{
     ChangeKind, ConsensusStatus, Member, MemberOptions, MembershipChange, Output, Start,
 };

@@ -20,10 +20,8 @@ use crate::keyspace::{
 };
 use crate::log::{Log, Owner, Position, snapshot_of};
 use crate::logger;
-use crate::{MemberError, RequestError};
+use crate::{Limits, MemberError, RequestError};
 
-/// Log entries that are kept for followers that are behind, beyond what the keyspace needs.
-const KEPT_ENTRIES: u64 = 5000;
 /// Bytes of entries in one message.
 const MESSAGE_BYTES: u64 = 512 * 1024;
 /// Messages to one follower that are not answered yet.
@@ -44,6 +42,8 @@ pub struct MemberOptions {
     pub seed: u64,
     /// Memory for the storage engine's cache, in bytes.
     pub cache_bytes: usize,
+    /// At which sizes something new begins.
+    pub limits: Limits,
 }
 
 /// Where a member begins.
@@ -140,7 +140,12 @@ impl Member {
     /// Opens the member that `disk` holds, or makes a new one.
     pub fn open(disk: &Arc<dyn Disk>, options: &MemberOptions) -> Result<Self, MemberError> {
         remove_incoming(&**disk)?;
-        let keyspace = Keyspace::open(&**disk, options.cache_bytes, first_metadata(options))?;
+        let keyspace = Keyspace::open(
+            &**disk,
+            options.cache_bytes,
+            first_metadata(options),
+            options.limits,
+        )?;
         let may_be_new = !matches!(options.start, Start::Continue);
         let metadata = keyspace.metadata();
         if metadata.cluster_id != options.cluster_id {
@@ -165,6 +170,7 @@ impl Member {
             applied,
             conf_state.clone(),
             may_be_new,
+            options.limits,
         )?;
         let config = Config {
             id: options.id,
@@ -359,11 +365,12 @@ impl Member {
         };
         let configuration = metadata.consensus.clone().unwrap_or_default();
         let needed = self.needed_by_followers();
+        let kept = self.keyspace.limits().kept_entries;
         let log = self.node.mut_store();
         log.offer_snapshot(at, configuration.into());
         let release = match needed {
-            _ if log.is_long() => at.index.saturating_sub(KEPT_ENTRIES),
-            Some(needed) => needed.min(at.index.saturating_sub(KEPT_ENTRIES)),
+            _ if log.is_long() => at.index.saturating_sub(kept),
+            Some(needed) => needed.min(at.index.saturating_sub(kept)),
             None => at.index.saturating_sub(1),
         };
         log.release(release)

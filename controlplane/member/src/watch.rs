@@ -15,9 +15,7 @@ use parking_lot::Mutex;
 use crate::keyspace::{Event, History, KeyRange, Keyspace, RangeEnd};
 use crate::{Failure, MemberError, RequestError};
 
-/// Deliveries that wait in one stream before its watches fall behind.
-const QUEUE_DELIVERIES: usize = 1024;
-/// Their events' bytes.
+/// Bytes of events that wait in one stream before its watches fall behind.
 const QUEUE_BYTES: usize = 4 * 1024 * 1024;
 
 /// Every watch of a member.
@@ -63,8 +61,10 @@ pub struct WatchStream {
 struct Hub {
     /// Everything up to it is delivered to synced watches.
     revision: i64,
+    /// Deliveries that wait in one stream before its watches fall behind.
+    queued_deliveries: usize,
     next_stream: u64,
-    streams: HashMap<u64, Stream>,
+    streams: BTreeMap<u64, Stream>,
     /// Synced watches of one key.
     exact: HashMap<Bytes, Vec<WatchKey>>,
     /// Synced watches of ranges.
@@ -78,7 +78,7 @@ struct Stream {
     wake: Wake,
     queue: VecDeque<Delivery>,
     queued_bytes: usize,
-    watches: HashMap<i64, Watch>,
+    watches: BTreeMap<i64, Watch>,
 }
 
 struct Watch {
@@ -93,6 +93,7 @@ impl Watches {
     pub fn new(keyspace: Arc<Keyspace>) -> Arc<Self> {
         let hub = Hub {
             revision: keyspace.revision(),
+            queued_deliveries: keyspace.limits().queued_deliveries,
             ..Hub::default()
         };
         Arc::new(Self {
@@ -110,7 +111,7 @@ impl Watches {
             wake,
             queue: VecDeque::new(),
             queued_bytes: 0,
-            watches: HashMap::new(),
+            watches: BTreeMap::new(),
         };
         hub.streams.insert(id, stream);
         WatchStream {
@@ -199,7 +200,7 @@ impl Hub {
         if events.is_empty() {
             return;
         }
-        if stream.queue.len() >= QUEUE_DELIVERIES || stream.queued_bytes >= QUEUE_BYTES {
+        if stream.queue.len() >= self.queued_deliveries || stream.queued_bytes >= QUEUE_BYTES {
             watch.synced = false;
             watch.next = first;
             let range = watch.options.range.clone();

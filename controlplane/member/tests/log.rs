@@ -6,9 +6,9 @@ use std::fs;
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use keelson_member::MemberError;
 use keelson_member::disk::{BLOCK, Disk, Folder};
 use keelson_member::log::{Log, Owner, Position};
+use keelson_member::{Limits, MemberError};
 use proptest::prelude::*;
 use raft::Storage as _;
 use raft::eraftpb::{ConfState, Entry, HardState};
@@ -21,7 +21,14 @@ const OWNER: Owner = Owner {
 
 fn open(folder: &TempDir, applied: Position) -> Result<Log, MemberError> {
     let disk: Arc<dyn Disk> = Arc::new(Folder::open(folder.path()).unwrap());
-    Log::open(disk, OWNER, applied, ConfState::default(), true)
+    Log::open(
+        disk,
+        OWNER,
+        applied,
+        ConfState::default(),
+        true,
+        Limits::default(),
+    )
 }
 
 fn entry(index: u64, term: u64, length: usize) -> Entry {

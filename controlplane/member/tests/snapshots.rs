@@ -5,10 +5,10 @@
 use std::sync::Arc;
 
 use keelson_etcd_api::etcdserverpb as pb;
-use keelson_member::MemberError;
 use keelson_member::command::{Command, Operation};
 use keelson_member::disk::{Disk, Folder};
 use keelson_member::keyspace::{FORMAT, Keyspace, Metadata, SnapshotWriter};
+use keelson_member::{Limits, MemberError};
 use proptest::prelude::*;
 use tempfile::TempDir;
 
@@ -25,7 +25,7 @@ fn empty(disk: &dyn Disk) -> Keyspace {
         compact_revision: -1,
         ..Metadata::default()
     };
-    Keyspace::open(disk, 1 << 20, Some(first)).unwrap()
+    Keyspace::open(disk, 1 << 20, Some(first), Limits::default()).unwrap()
 }
 
 /// A keyspace with history, leases and attachments, as a stream; and its hash.
@@ -83,7 +83,7 @@ fn load(bytes: &[u8], cut: usize) -> Result<(u32, usize), MemberError> {
     let hash = keyspace.hash(0).unwrap().0;
     // It is what is opened from now on.
     drop(keyspace);
-    let keyspace = Keyspace::open(&*disk, 1 << 20, None)?;
+    let keyspace = Keyspace::open(&*disk, 1 << 20, None, Limits::default())?;
     assert_eq!(keyspace.hash(0).unwrap().0, hash);
     Ok((hash, keys.len()))
 }

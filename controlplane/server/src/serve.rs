@@ -67,6 +67,7 @@ async fn open(
         election_ticks: options.election_ticks()? as usize,
         seed,
         cache_bytes: options.cache_mib * 1024 * 1024,
+        limits: keelson_member::Limits::default(),
     };
     let member =
         Member::open(&disk, &member_options).with_context(|| format!("in {}", folder.display()))?;

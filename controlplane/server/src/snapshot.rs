@@ -11,7 +11,7 @@ use std::sync::Arc;
 use anyhow::Context as _;
 use keelson_member::disk::{Disk, Folder};
 use keelson_member::keyspace::{SnapshotReader, SnapshotWriter, StagedSnapshot};
-use keelson_member::{Identity, Member, MemberError, MemberOptions, Start};
+use keelson_member::{Identity, Limits, Member, MemberError, MemberOptions, Start};
 use sha2::{Digest as _, Sha256};
 
 use crate::options::{MemberFlags, Output, SnapshotCommand};
@@ -153,6 +153,7 @@ fn restore(
         election_ticks: 10,
         seed: 1,
         cache_bytes: 1 << 20,
+        limits: Limits::default(),
     };
     // Its log begins here.
     drop(Member::open(&disk, &options)?);

@@ -1,6 +1,7 @@
 //! What the log may hold: any commands, applied one after the other. Each is answered or refused.
 #![no_main]
 
+use keelson_member::Limits;
 use keelson_member::command::Command;
 use keelson_member::disk::Folder;
 use keelson_member::keyspace::{FORMAT, Keyspace, Metadata};
@@ -23,7 +24,7 @@ fuzz_target!(|commands: Vec<Vec<u8>>| {
         compact_revision: -1,
         ..Metadata::default()
     };
-    let keyspace = Keyspace::open(&disk, 1 << 20, Some(first)).expect("a new keyspace");
+    let keyspace = Keyspace::open(&disk, 1 << 20, Some(first), Limits::default()).expect("a new keyspace");
     for command in commands {
         let mut batch = keyspace.batch();
         batch.apply(command).expect("the member is not broken").ok();
@@ -35,6 +36,6 @@ fuzz_target!(|commands: Vec<Vec<u8>>| {
     while keyspace.clear_compacted().expect("it is cleared") {}
     let (hash, ..) = keyspace.hash(0).expect("everything is read");
     drop(keyspace);
-    let keyspace = Keyspace::open(&disk, 1 << 20, None).expect("it opens again");
+    let keyspace = Keyspace::open(&disk, 1 << 20, None, Limits::default()).expect("it opens again");
     assert_eq!(keyspace.hash(0).expect("everything is read").0, hash);
 });

@@ -4,6 +4,7 @@
 
 use std::sync::Arc;
 
+use keelson_member::Limits;
 use keelson_member::disk::{Disk, Folder};
 use keelson_member::keyspace::{Keyspace, SnapshotWriter};
 use libfuzzer_sys::fuzz_target;
@@ -31,7 +32,7 @@ fuzz_target!(|bodies: Vec<Vec<u8>>| {
     if staged.restore(&*disk, &metadata).is_err() {
         return;
     }
-    if let Ok(keyspace) = Keyspace::open(&*disk, 1 << 20, None) {
+    if let Ok(keyspace) = Keyspace::open(&*disk, 1 << 20, None, Limits::default()) {
         let _ = keyspace.hash(0);
         let _ = keyspace.history(0, |_| true);
         let _ = keyspace.clear_compacted();

@@ -39,8 +39,6 @@ pub(super) const METADATA: TableDefinition<'_, (), &[u8]> = TableDefinition::new
 
 /// Name of the engine's file.
 pub const ENGINE_FILE: &str = "keyspace.redb";
-/// Removals of one engine transaction, while compacting.
-const COMPACTION_BATCH: usize = 2000;
 const WRITE: &str = "write a flush";
 
 /// The open engine.
@@ -158,9 +156,14 @@ impl Engine {
         self.flush(&Overlay::default(), metadata)
     }
 
-    /// Looks at up to [`COMPACTION_BATCH`] records up to `revision`, and removes what they supersede.
+    /// Looks at up to `batch` records up to `revision`, and removes what they supersede.
     /// Returns whether there may be more.
-    pub(super) fn compact(&self, base: &Base, revision: i64) -> Result<bool, MemberError> {
+    pub(super) fn compact(
+        &self,
+        base: &Base,
+        revision: i64,
+        batch: usize,
+    ) -> Result<bool, MemberError> {
         let what = "compact";
         let txn = self.begin()?;
         let from = {
@@ -178,12 +181,12 @@ impl Engine {
             .range(from..=(revision, u32::MAX))
             .map_err(MemberError::engine(what))?;
         let mut changes = Vec::new();
-        for entry in records.take(COMPACTION_BATCH) {
+        for entry in records.take(batch) {
             let (at, record) = entry.map_err(MemberError::engine(what))?;
             let (at, record) = (at.value(), record.value());
             changes.push(decode_change(at, record)?);
         }
-        let more = changes.len() == COMPACTION_BATCH;
+        let more = changes.len() == batch;
         remove_superseded(&txn, &changes, revision)?;
         // Records at the revision itself are looked at again: watches may start there, so that its
         // deletions stay until then.

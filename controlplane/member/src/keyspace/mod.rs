@@ -43,19 +43,10 @@ use self::read::key_value;
 use self::state::{Budget, State};
 use crate::command::{Authority, Command, Response};
 use crate::disk::{Disk, DiskFile};
-use crate::{Failure, MemberError, RequestError};
+use crate::{Failure, Limits, MemberError, RequestError};
 
-/// Overlay bytes from which on a flush is worth it.
-const FLUSH_BYTES: usize = 8 * 1024 * 1024;
-
-/// Overlay bytes from which on the disk is too slow for what is wanted of it.
-const MAX_UNFLUSHED_BYTES: usize = 16 * FLUSH_BYTES;
-
-/// Of history that is read at once.
-const HISTORY_AT_ONCE: Budget = Budget {
-    changes: 1000,
-    bytes: 1024 * 1024,
-};
+/// Multiple of [`Limits::flush_bytes`] from which on the disk is too slow for what is wanted of it.
+const UNFLUSHED: usize = 16;
 
 /// The keyspace of one member. Reads may come from any thread; commands and flushes from one.
 pub struct Keyspace {
@@ -65,6 +56,7 @@ pub struct Keyspace {
     file: RwLock<Arc<dyn DiskFile>>,
     /// Known without the lock, for every request asks.
     auth_enabled: AtomicBool,
+    limits: Limits,
 }
 
 /// Committed entries being applied, seen by readers all at once.
@@ -97,6 +89,7 @@ impl Keyspace {
         disk: &dyn Disk,
         cache_bytes: usize,
         first: Option<Metadata>,
+        limits: Limits,
     ) -> Result<Self, MemberError> {
         if first.is_none() && disk.open(ENGINE_FILE, false).is_err() {
             return Err(MemberError::Corrupt(format!("{ENGINE_FILE} is missing")));
@@ -122,7 +115,13 @@ impl Keyspace {
             state: RwLock::new(state),
             file: RwLock::new(engine.file()),
             engine: Mutex::new(engine),
+            limits,
         })
+    }
+
+    /// At which sizes something new begins.
+    pub fn limits(&self) -> &Limits {
+        &self.limits
     }
 
     /// The state beside keys and leases.
@@ -252,7 +251,11 @@ impl Keyspace {
         if revision < state.metadata.compact_revision {
             return Err(RequestError::Compacted.into());
         }
-        let (changes, whole) = state.changes(revision, HISTORY_AT_ONCE)?;
+        let at_once = Budget {
+            changes: self.limits.history_changes,
+            bytes: self.limits.history_bytes,
+        };
+        let (changes, whole) = state.changes(revision, at_once)?;
         let reached = match changes.last() {
             Some(last) if !whole => last.revision,
             _ => state.metadata.revision,
@@ -301,8 +304,8 @@ impl Keyspace {
     pub fn unflushed(&self) -> (bool, bool) {
         let state = self.state.read();
         let bytes = state.active.bytes;
-        let worth_it = state.flushing.is_none() && bytes >= FLUSH_BYTES;
-        (worth_it, bytes >= MAX_UNFLUSHED_BYTES)
+        let worth_it = state.flushing.is_none() && bytes >= self.limits.flush_bytes;
+        (worth_it, bytes >= UNFLUSHED * self.limits.flush_bytes)
     }
 
     /// Takes what changed for a flush; `None` if one is under way.
@@ -338,7 +341,7 @@ impl Keyspace {
 
     /// Reads what was last flushed.
     pub fn snapshot(&self) -> Result<SnapshotReader, MemberError> {
-        SnapshotReader::new(&self.engine.lock())
+        SnapshotReader::new(&self.engine.lock(), self.limits.chunk_bytes)
     }
 
     /// Replaces everything by a snapshot, durably.
@@ -381,7 +384,7 @@ impl Keyspace {
         if revision <= 0 {
             return Ok(false);
         }
-        let more = engine.compact(&engine.base()?, revision)?;
+        let more = engine.compact(&engine.base()?, revision, self.limits.compaction_batch)?;
         let base = engine.base()?;
         self.state.write().base = base;
         Ok(more)

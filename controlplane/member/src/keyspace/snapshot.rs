@@ -18,8 +18,6 @@ const MAGIC: &[u8; 8] = b"KEELSNAP";
 const FORMAT: u64 = 1;
 /// length, checksum
 const CHUNK_HEADER: usize = 4 + 4;
-/// Bodies grow to this before the next one begins.
-const CHUNK_BYTES: usize = 256 * 1024;
 /// Largest body that is taken: one record of the largest request.
 const MAX_CHUNK_BYTES: usize = 64 * 1024 * 1024;
 /// table, length of key, length of value
@@ -41,10 +39,12 @@ pub struct SnapshotReader {
     chunks: u64,
     count: u64,
     ended: bool,
+    /// Bodies grow to this before the next one begins.
+    chunk_bytes: usize,
 }
 
 impl SnapshotReader {
-    pub(super) fn new(engine: &Engine) -> Result<Self, MemberError> {
+    pub(super) fn new(engine: &Engine, chunk_bytes: usize) -> Result<Self, MemberError> {
         let (metadata, records) = engine.records()?;
         Ok(Self {
             metadata,
@@ -52,6 +52,7 @@ impl SnapshotReader {
             chunks: 0,
             count: 0,
             ended: false,
+            chunk_bytes,
         })
     }
 
@@ -73,7 +74,7 @@ impl SnapshotReader {
             chunk.extend_from_slice(&self.metadata.encode());
         } else {
             chunk.push(KIND_RECORDS);
-            while chunk.len() < CHUNK_BYTES {
+            while chunk.len() < self.chunk_bytes {
                 let Some((table, key, value)) = self.records.next()? else {
                     break;
                 };

@@ -14,22 +14,17 @@ pub use self::segment::Owner;
 
 use self::frame::ENTRY_HEADER;
 use self::segment::{Header, Segment};
-use crate::MemberError;
 use crate::disk::{AlignedBytes, Disk};
+use crate::{Limits, MemberError};
 
-/// Size of a segment in bytes, but for one whose only frame is larger.
-const SEGMENT_BYTES: u64 = 16 * 1024 * 1024;
 /// Prepared files that are kept for the next segments.
 const SPARE_SEGMENTS: usize = 3;
-/// Segments that are kept for followers that are behind: 1 GiB.
-const MAX_SEGMENTS: usize = 64;
-/// Entries that are also in memory, in bytes: what followers that keep up are sent.
-const CACHE_BYTES: usize = 4 * 1024 * 1024;
 
 /// The log of one member.
 pub struct Log {
     disk: Arc<dyn Disk>,
     owner: Owner,
+    limits: Limits,
     /// In order; the last one is written to.
     segments: VecDeque<Segment>,
     /// Names of prepared files.
@@ -76,10 +71,12 @@ impl Log {
         applied: Position,
         conf_state: ConfState,
         may_be_new: bool,
+        limits: Limits,
     ) -> Result<Self, MemberError> {
         let mut log = Self {
             disk,
             owner,
+            limits,
             segments: VecDeque::new(),
             spares: Vec::new(),
             next_number: 1,
@@ -125,7 +122,7 @@ impl Log {
             .iter()
             .map(|entry| entry.data.len() + ENTRY_HEADER)
             .sum();
-        if !segment.has_room(estimate + 2 * frame::BLOCK, SEGMENT_BYTES) {
+        if !segment.has_room(estimate + 2 * frame::BLOCK, self.limits.segment_bytes) {
             sequence += 1;
             self.start_segment(sequence)?;
         }
@@ -201,7 +198,7 @@ impl Log {
 
     /// Whether more entries are kept than followers may expect.
     pub fn is_long(&self) -> bool {
-        self.segments.len() > MAX_SEGMENTS
+        self.segments.len() > self.limits.segments
     }
 
     /// Notes a hard state that needs no sync: a commit index.
@@ -419,7 +416,7 @@ impl Log {
     }
 
     fn shrink_cache(&mut self) {
-        while self.cached_bytes > CACHE_BYTES && self.cache.len() > 1 {
+        while self.cached_bytes > self.limits.log_cache_bytes && self.cache.len() > 1 {
             if let Some(entry) = self.cache.pop_front() {
                 self.cached_bytes -= entry.data.len();
             }
@@ -433,7 +430,7 @@ impl Log {
                 .rename(&spare, &name)
                 .map_err(MemberError::disk(format!("rename {spare} to {name}")))?;
         } else {
-            segment::prepare(&*self.disk, &name, SEGMENT_BYTES)?;
+            segment::prepare(&*self.disk, &name, self.limits.segment_bytes)?;
         }
         let file = self
             .disk
@@ -502,9 +499,9 @@ impl Log {
 }
 
 /// Creates a prepared file for [`Log::add_spare`]. Slow: may run beside the log.
-pub fn prepare_spare(disk: &dyn Disk, number: u64) -> Result<String, MemberError> {
+pub fn prepare_spare(disk: &dyn Disk, number: u64, limits: &Limits) -> Result<String, MemberError> {
     let name = format!("spare-new-{number:016x}");
-    segment::prepare(disk, &name, SEGMENT_BYTES)?;
+    segment::prepare(disk, &name, limits.segment_bytes)?;
     Ok(name)
 }
 

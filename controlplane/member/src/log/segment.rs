@@ -55,7 +55,8 @@ pub(super) fn prepare(disk: &dyn Disk, name: &str, size: u64) -> Result<(), Memb
         .open_for_blocks(name, true)
         .map_err(MemberError::disk(what()))?;
     let mut memory = AlignedBytes::default();
-    let zeros = memory.copy_of(&vec![0; 1 << 20]);
+    let at_once = usize::try_from(size).unwrap_or(1 << 20).min(1 << 20);
+    let zeros = memory.copy_of(&vec![0; at_once]);
     let mut offset = 0;
     while offset < size {
         file.write_at(zeros, offset)

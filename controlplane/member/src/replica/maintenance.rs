@@ -78,7 +78,11 @@ impl Maintenance {
                 let flushed = keyspace.flush(*flush)?;
                 Ok(flushed.map(|metadata| Input::Flushed(Box::new(metadata))))
             }
-            Job::PrepareSpare(number) => Ok(Some(Input::Spare(prepare_spare(disk, number)?))),
+            Job::PrepareSpare(number) => Ok(Some(Input::Spare(prepare_spare(
+                disk,
+                number,
+                keyspace.limits(),
+            )?))),
             Job::ClearCompacted(revision) => {
                 while keyspace.clear_compacted()? {}
                 self.cleared = revision;

@@ -58,6 +58,12 @@ pub enum Error {
         /// What the kernel said.
         source: io::Error,
     },
+    /// A layered image can't be used.
+    #[error(transparent)]
+    Overlay(#[from] crate::overlay::OverlayError),
+    /// A key can't be used.
+    #[error(transparent)]
+    Key(#[from] crate::sector_cipher::KeyError),
     /// io_uring can't be used by this process.
     #[error("io_uring is unavailable: {reason}")]
     UringUnavailable {
@@ -92,7 +98,9 @@ impl Error {
             | Self::NotAnImage { .. }
             | Self::EmptyImage { .. }
             | Self::NoDirectIo { .. }
-            | Self::LockImage { .. } => 3,
+            | Self::LockImage { .. }
+            | Self::Overlay(_)
+            | Self::Key(_) => 3,
             Self::ImageInUse { .. } => 4,
             Self::UringUnavailable { .. } => 5,
             Self::BindSocket { .. } => 6,

@@ -7,10 +7,15 @@ use std::time::Duration;
 
 use serde::de::DeserializeOwned;
 
-use crate::api::{Acknowledged, ErrorBody, Event, MAX_LINE, Request, Response, Status};
+use crate::api::{
+    Acknowledged, ErrorBody, Event, MAX_LINE, Request, Response, SnapshotRequest, SnapshotTaken,
+    Status,
+};
 
 /// How long a request may take before the client gives up. The server answers from memory.
 const TIMEOUT: Duration = Duration::from_secs(5);
+/// How long a snapshot may take, or a pause: a disk's requests are finished before.
+const LONG_TIMEOUT: Duration = Duration::from_mins(30);
 
 /// Why a request to a VMM failed.
 #[derive(Debug, thiserror::Error)]
@@ -79,29 +84,44 @@ impl VmmClient {
 
     /// What the guest does now.
     pub fn status(&mut self) -> Result<Status, ClientError> {
-        self.call(Request::Status)
+        self.call(&Request::Status)
     }
 
     /// Presses the ACPI power button.
     pub fn power_button(&mut self) -> Result<(), ClientError> {
-        self.call::<Acknowledged>(Request::PowerButton).map(drop)
+        self.call::<Acknowledged>(&Request::PowerButton).map(drop)
     }
 
     /// Resets the guest at once.
     pub fn reset(&mut self) -> Result<(), ClientError> {
-        self.call::<Acknowledged>(Request::Reset).map(drop)
+        self.call::<Acknowledged>(&Request::Reset).map(drop)
     }
 
     /// Ends the guest at once.
     pub fn kill(&mut self) -> Result<(), ClientError> {
-        self.call::<Acknowledged>(Request::Kill).map(drop)
+        self.call::<Acknowledged>(&Request::Kill).map(drop)
+    }
+
+    /// Pauses the guest, its disks' requests finished.
+    pub fn pause(&mut self) -> Result<(), ClientError> {
+        self.call_long::<Acknowledged>(&Request::Pause).map(drop)
+    }
+
+    /// Lets a paused guest go on.
+    pub fn resume(&mut self) -> Result<(), ClientError> {
+        self.call_long::<Acknowledged>(&Request::Resume).map(drop)
+    }
+
+    /// Takes a snapshot; returns when it is on the disk.
+    pub fn snapshot(&mut self, request: SnapshotRequest) -> Result<SnapshotTaken, ClientError> {
+        self.call_long(&Request::Snapshot(request))
     }
 
     /// Turns the connection into an iterator of events, which ends when the VMM does.
     ///
     /// Without a timeout: an idle guest has no events.
     pub fn subscribe(mut self) -> Result<Events, ClientError> {
-        self.call::<Acknowledged>(Request::Subscribe)?;
+        self.call::<Acknowledged>(&Request::Subscribe)?;
         match self.stream.get_ref().set_read_timeout(None) {
             Ok(()) => Ok(Events {
                 path: self.path,
@@ -114,12 +134,24 @@ impl VmmClient {
         }
     }
 
-    fn call<T: DeserializeOwned>(&mut self, request: Request) -> Result<T, ClientError> {
+    fn call_long<T: DeserializeOwned>(&mut self, request: &Request) -> Result<T, ClientError> {
+        let limit = |limit| self.stream.get_ref().set_read_timeout(Some(limit));
+        limit(LONG_TIMEOUT).map_err(|source| ClientError::Io {
+            path: self.path.clone(),
+            source,
+        })?;
+        let answer = self.call(request);
+        // If it fails, so does the next call.
+        let _ = self.stream.get_ref().set_read_timeout(Some(TIMEOUT));
+        answer
+    }
+
+    fn call<T: DeserializeOwned>(&mut self, request: &Request) -> Result<T, ClientError> {
         let io = |source| ClientError::Io {
             path: self.path.clone(),
             source,
         };
-        let mut line = serde_json::to_vec(&request).map_err(|e| io(e.into()))?;
+        let mut line = serde_json::to_vec(request).map_err(|e| io(e.into()))?;
         line.push(b'\n');
         self.stream.get_mut().write_all(&line).map_err(io)?;
         match read_line(&mut self.stream, &self.path)? {

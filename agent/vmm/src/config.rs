@@ -94,7 +94,7 @@ pub struct GuestConfig {
 }
 
 /// The guest's memory.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct MemoryConfig {
     /// The size in MiB, [`MIN_MEMORY_MIB`] to [`MAX_MEMORY_MIB`]; with hugepages a multiple of

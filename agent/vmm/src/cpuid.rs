@@ -4,6 +4,7 @@ use kvm_bindings::{CpuId, KVM_MAX_CPUID_ENTRIES, kvm_cpuid_entry2};
 use kvm_ioctls::{Cap, Kvm};
 
 use crate::error::VmmError;
+use crate::snapshot::SnapshotError;
 
 /// CPUID.1:EBX, the initial APIC id.
 const LEAF1_EBX_APIC_ID_SHIFT: u32 = 24;
@@ -16,6 +17,8 @@ const LEAF1_ECX_TSC_DEADLINE: u32 = 1 << 24;
 /// list lacks it on some hosts.
 const LEAF1_ECX_HYPERVISOR: u32 = 1 << 31;
 const LEAF1_EDX_HTT: u32 = 1 << 28;
+/// OSXSAVE, which the guest's own CR4 switches, and what [`template`] sets.
+const LEAF1_ECX_VMM: u32 = 1 << 27 | LEAF1_ECX_HYPERVISOR | LEAF1_ECX_TSC_DEADLINE;
 
 /// The type field of leaves 4 and 0x8000001d, which is 0 after the last cache.
 const CACHE_TYPE_BITS: u32 = 5;
@@ -44,6 +47,49 @@ pub fn template(kvm: &Kvm) -> Result<CpuId, VmmError> {
         }
     }
     Ok(cpuid)
+}
+
+/// Checks that this host has what the CPUID of a guest from another one promises.
+pub fn check_host(kvm: &Kvm, guest: &[kvm_cpuid_entry2]) -> Result<(), SnapshotError> {
+    let host = template(kvm).map_err(|e| SnapshotError::Host(e.to_string()))?;
+    let missing = |leaf: u32, index: u32, register: &str, bits: u32| {
+        SnapshotError::Host(format!(
+            "its processor lacks features that the guest uses: CPUID leaf {leaf:#x}.{index}, \
+             {register} bits {bits:#x}"
+        ))
+    };
+    for entry in guest {
+        let same = |e: &&kvm_cpuid_entry2| (e.function, e.index) == (entry.function, entry.index);
+        let host = host.as_slice().iter().find(same).copied();
+        let host = host.unwrap_or_default();
+        // The registers of features; the others hold numbers, or what this process sets.
+        let features = match (entry.function, entry.index) {
+            (1, _) => [0, 0, entry.ecx & !LEAF1_ECX_VMM, entry.edx & !LEAF1_EDX_HTT],
+            (7, 0 | 1) => [
+                if entry.index == 1 { entry.eax } else { 0 },
+                entry.ebx,
+                entry.ecx,
+                entry.edx,
+            ],
+            (0x8000_0001, _) => [0, 0, entry.ecx, entry.edx],
+            (KVM_FEATURES, _) => [entry.eax, 0, 0, 0],
+            _ => continue,
+        };
+        let lacks = features
+            .into_iter()
+            .zip([host.eax, host.ebx, host.ecx, host.edx])
+            .zip(["EAX", "EBX", "ECX", "EDX"])
+            .find(|((wanted, has), _)| wanted & !has != 0);
+        if let Some(((wanted, has), register)) = lacks {
+            return Err(missing(
+                entry.function,
+                entry.index,
+                register,
+                wanted & !has,
+            ));
+        }
+    }
+    Ok(())
 }
 
 /// The CPUID of vCPU `index` of `count`: one socket of `count` cores with one thread each, whose

@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use crate::boot::BootError;
 use crate::config::ConfigError;
 use crate::memory::MemoryError;
+use crate::snapshot::SnapshotError;
 use crate::vcpu::VcpuError;
 use crate::virtio::block::BackendError;
 use crate::virtio::net::TapError;
@@ -72,6 +73,9 @@ pub enum VmmError {
         /// What the kernel said.
         source: io::Error,
     },
+    /// A snapshot can't be taken or restored.
+    #[error(transparent)]
+    Snapshot(#[from] SnapshotError),
     /// An operating system resource can't be had.
     #[error("can't {step}: {source}")]
     Os {
@@ -84,11 +88,11 @@ pub enum VmmError {
 
 impl VmmError {
     /// The exit code of the process for this error: 1 runtime failure, 2 bad configuration, 3
-    /// kernel or initrd, 4 `/dev/kvm`, 5 disk backend or TAP.
+    /// kernel, initrd or snapshot, 4 `/dev/kvm`, 5 disk backend or TAP.
     pub const fn exit_code(&self) -> u8 {
         match self {
             Self::Config(_) => 2,
-            Self::Boot(_) => 3,
+            Self::Boot(_) | Self::Snapshot(_) => 3,
             Self::KvmMissing | Self::KvmPermission | Self::KvmUnusable(_) => 4,
             Self::Disk(_) | Self::Tap(_) => 5,
             Self::Kvm { .. }

@@ -4,21 +4,22 @@ use std::fs;
 use std::io;
 use std::os::unix::fs::FileTypeExt;
 use std::os::unix::net::{UnixListener, UnixStream};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use crate::api::{
-    ApiServer, ApiThread, Control, ControlSender, Event, ExitReason, ExitStatus, GuestState,
-    SharedState,
+    Acknowledged, AfterSnapshot, ApiServer, ApiThread, Control, ControlSender, Event, ExitReason,
+    ExitStatus, GuestState, Reply, SharedState, SnapshotKind, SnapshotRequest, SnapshotTaken,
 };
 use crate::config::{GuestConfig, InterfaceConfig, OnReboot};
 use crate::console::{ConsoleLog, ConsoleOutput, ConsoleServer};
 use crate::error::VmmError;
-use crate::machine::{HostResources, Machine, Reporters, open_kvm};
+use crate::machine::{HostResources, Kind, Machine, Order, Reporters, open_kvm};
 use crate::signals;
+use crate::snapshot::Snapshot;
 use crate::vcpu::{VcpuEnd, install_kick_signal};
 use crate::virtio::block::DiskEvent;
 use crate::virtio::net::Tap;
@@ -37,12 +38,35 @@ enum BootEnd {
     Final(ExitStatus),
 }
 
-/// Runs the guest of `config` until it ends, serving its API on `api_socket`.
+/// A guest to run.
+#[derive(Debug)]
+pub struct Launch {
+    /// Its configuration.
+    pub config: GuestConfig,
+    /// Where to serve its API.
+    pub api_socket: PathBuf,
+    /// The snapshot that it goes on from, instead of booting its kernel.
+    pub restore: Option<Restore>,
+}
+
+/// How a snapshot is restored.
+#[derive(Debug)]
+pub struct Restore {
+    /// The snapshot's directory.
+    pub directory: PathBuf,
+    /// Read all memory first and compare it with its checksums.
+    pub verify: bool,
+    /// Note the pages that the guest writes, so that the next snapshot can be differential.
+    pub track_dirty_pages: bool,
+}
+
+/// Runs a guest until it ends.
 ///
 /// Blocks the calling thread, which owns the guest; SIGTERM and SIGINT of the process end it.
-pub fn run(config: &GuestConfig, api_socket: &Path) -> Result<ExitStatus, VmmError> {
+pub fn run(launch: &Launch) -> Result<ExitStatus, VmmError> {
+    let (config, api_socket) = (&launch.config, &launch.api_socket);
     config.validate()?;
-    let kvm = open_kvm()?;
+    let kvm = Arc::new(open_kvm()?);
     let wake =
         EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).map_err(VmmError::os("create an eventfd"))?;
     let (vcpus, size) = (config.vcpus, config.memory.size_mib);
@@ -70,6 +94,7 @@ pub fn run(config: &GuestConfig, api_socket: &Path) -> Result<ExitStatus, VmmErr
         let reporters = reporters(&messages, &shared);
         Guest {
             host,
+            launch,
             config,
             shared: &shared,
             reporters,
@@ -137,6 +162,7 @@ fn open_taps(config: &GuestConfig) -> Result<Vec<Arc<Tap>>, VmmError> {
 
 struct Guest<'a> {
     host: HostResources,
+    launch: &'a Launch,
     config: &'a GuestConfig,
     shared: &'a SharedState,
     reporters: Reporters,
@@ -148,9 +174,12 @@ struct Guest<'a> {
 impl Guest<'_> {
     /// Boots until the guest ends.
     fn live(&self) -> Result<ExitStatus, VmmError> {
+        let mut machine = match &self.launch.restore {
+            Some(restore) => self.restore(restore)?,
+            None => self.boot()?,
+        };
         loop {
-            let machine = self.boot()?;
-            let end = self.wait(&machine);
+            let end = self.wait(&mut machine);
             drop(machine);
             // What the old vCPUs still sent is about a machine that is gone.
             self.discard_vcpu_messages();
@@ -159,9 +188,22 @@ impl Guest<'_> {
                 BootEnd::Again => {
                     self.shared.emit(Event::Reboot);
                     self.shared.set_state(GuestState::Starting);
+                    machine = self.boot()?;
                 }
             }
         }
+    }
+
+    fn restore(&self, restore: &Restore) -> Result<Machine, VmmError> {
+        let snapshot = Snapshot::open(&restore.directory)?;
+        if restore.verify {
+            snapshot.verify()?;
+        }
+        let track = restore.track_dirty_pages;
+        let machine = Machine::restore(&self.host, self.config, &snapshot, track, &self.reporters)?;
+        self.api.attach(machine.serial());
+        self.shared.booted();
+        Ok(machine)
     }
 
     fn boot(&self) -> Result<Machine, VmmError> {
@@ -171,7 +213,8 @@ impl Guest<'_> {
         Ok(machine)
     }
 
-    fn wait(&self, machine: &Machine) -> BootEnd {
+    fn wait(&self, machine: &mut Machine) -> BootEnd {
+        let mut paused = false;
         let exit = |reason, message: &str| {
             BootEnd::Final(ExitStatus {
                 reason,
@@ -185,6 +228,13 @@ impl Guest<'_> {
             };
             match message {
                 Message::Control(Control::PowerButton) => self.press_power_button(machine),
+                Message::Control(Control::Pause(reply)) => self.pause(machine, &mut paused, reply),
+                Message::Control(Control::Resume(reply)) => {
+                    self.resume(machine, &mut paused, reply);
+                }
+                Message::Control(Control::Snapshot(request, reply)) => {
+                    self.snapshot(machine, &mut paused, &request, reply);
+                }
                 Message::Control(Control::Reset) => return BootEnd::Again,
                 Message::Control(Control::Kill) => {
                     self.shared.set_state(GuestState::Stopping);
@@ -213,6 +263,65 @@ impl Guest<'_> {
         }
     }
 
+    fn pause(&self, machine: &Machine, paused: &mut bool, reply: Reply) {
+        if !*paused && let Err(e) = machine.pause() {
+            return reply.refuse("pause_failed", e.to_string());
+        }
+        *paused = true;
+        self.shared.set_state(GuestState::Paused);
+        acknowledge(reply);
+    }
+
+    fn resume(&self, machine: &Machine, paused: &mut bool, reply: Reply) {
+        if !*paused {
+            return reply.refuse("not_paused", "the guest is not paused");
+        }
+        machine.resume();
+        *paused = false;
+        self.shared.set_state(GuestState::Running);
+        acknowledge(reply);
+    }
+
+    fn snapshot(
+        &self,
+        machine: &mut Machine,
+        paused: &mut bool,
+        request: &SnapshotRequest,
+        reply: Reply,
+    ) {
+        let order = Order {
+            directory: &request.directory,
+            kind: match request.kind {
+                SnapshotKind::Full => Kind::Full,
+                SnapshotKind::Differential => Kind::Differential,
+            },
+            paused: *paused,
+            resume: request.then == AfterSnapshot::Resume,
+        };
+        match machine.snapshot(self.config, &order) {
+            Ok(taken) => {
+                if !order.resume && !*paused {
+                    *paused = true;
+                    self.shared.set_state(GuestState::Paused);
+                }
+                tracing::info!(
+                    directory = %request.directory.display(),
+                    memory_bytes = taken.memory_bytes,
+                    paused_us = micros(taken.paused),
+                    "took a snapshot"
+                );
+                reply.send(Ok(serde_json::json!(SnapshotTaken {
+                    memory_bytes: taken.memory_bytes,
+                    paused_us: micros(taken.paused),
+                })));
+            }
+            Err(e) => {
+                tracing::warn!("the snapshot failed: {e}");
+                reply.refuse("snapshot_failed", e.to_string());
+            }
+        }
+    }
+
     fn discard_vcpu_messages(&self) {
         let kept: Vec<Message> = self
             .inbox
@@ -223,6 +332,14 @@ impl Guest<'_> {
             let _ = self.messages.send(message);
         }
     }
+}
+
+fn acknowledge(reply: Reply) {
+    reply.send(Ok(serde_json::json!(Acknowledged {})));
+}
+
+fn micros(duration: std::time::Duration) -> u64 {
+    u64::try_from(duration.as_micros()).unwrap_or(u64::MAX)
 }
 
 /// Listens on a Unix socket, replacing one that nobody listens on any more.

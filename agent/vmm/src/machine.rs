@@ -2,9 +2,12 @@
 //!
 //! A reboot drops the machine and builds another one, so nothing of the old boot is left.
 
+mod snapshot;
+
 use std::sync::{Arc, Mutex};
 
 use kvm_ioctls::{Cap, Kvm, VmFd};
+use vm_memory::{Bytes, GuestAddress};
 
 use crate::boot::{self, acpi::AcpiConfig, layout};
 use crate::config::GuestConfig;
@@ -12,10 +15,10 @@ use crate::console::ConsoleOutput;
 use crate::cpuid;
 use crate::devices::legacy::Clock;
 use crate::devices::power::Power;
-use crate::devices::serial::SerialPort;
+use crate::devices::serial::{SerialPort, SerialState};
 use crate::error::VmmError;
 use crate::interrupts::InterruptRouter;
-use crate::memory::{self, GuestMemory};
+use crate::memory::{self, GuestMemory, Ram};
 use crate::pci::PciBus;
 use crate::platform::Platform;
 use crate::vcpu::{EndReporter, ExitHandler, Vcpu, VcpuThreads};
@@ -23,6 +26,9 @@ use crate::virtio::block::{Block, DiskEvent, DiskLink, DiskWatcher};
 use crate::virtio::net::{Net, Tap};
 use crate::virtio::rng::Rng;
 use crate::virtio::{VirtioDevice, VirtioPci};
+
+use snapshot::Base;
+pub use snapshot::{Kind, Order};
 
 /// PCI class codes: mass storage, Ethernet, and a device that fits no class.
 const CLASS_STORAGE: u32 = 0x01_8000;
@@ -41,19 +47,24 @@ const REQUIRED: [(Cap, &str); 6] = [
     (Cap::ImmediateExit, "KVM_CAP_IMMEDIATE_EXIT"),
 ];
 
-/// A running machine. Dropping it stops the vCPUs and the devices.
+/// A machine. Dropping it stops the vCPUs and the devices.
 pub struct Machine {
     // Fields are dropped in this order: vCPUs first, then the devices, memory last.
-    _vcpus: VcpuThreads,
+    vcpus: VcpuThreads,
     _disk_watcher: Option<DiskWatcher>,
     platform: Arc<Platform>,
-    _memory: GuestMemory,
+    functions: Vec<Arc<Mutex<VirtioPci>>>,
+    kvm: Arc<Kvm>,
+    vm: Arc<VmFd>,
+    has_disks: bool,
+    base: Option<Base>,
+    memory: GuestMemory,
 }
 
 /// What of the host outlives a reboot of the guest.
 pub struct HostResources {
     /// `/dev/kvm`.
-    pub kvm: Kvm,
+    pub kvm: Arc<Kvm>,
     /// The TAPs, in the order of the configuration's interfaces.
     pub taps: Vec<Arc<Tap>>,
     /// Where the guest's output goes.
@@ -99,51 +110,22 @@ impl Machine {
         config: &GuestConfig,
         reporters: &Reporters,
     ) -> Result<Self, VmmError> {
-        let vm = host
-            .kvm
-            .create_vm()
-            .map_err(VmmError::kvm("create a virtual machine"))?;
-        let vm = Arc::new(vm);
         let memory = memory::allocate(&config.memory)?;
-        memory::register(&vm, &memory)?;
-        create_interrupt_controllers(&vm)?;
-        let router = Arc::new(InterruptRouter::new(Arc::clone(&vm))?);
-
-        let platform = Arc::new(Platform {
-            serial: SerialPort::new(&router, &host.console)?,
-            power: Power::new(&router)?,
-            pci: PciBus::new(),
-            clock: Mutex::new(Clock::default()),
-        });
-        let mut slots = SlotBuilder {
-            bus: &platform.pci,
-            next: 1,
-            vm: &vm,
-            router,
-            memory: &memory,
-        };
-        let disks = slots.add_all(host, config)?;
-
+        let board = Board::assemble(host, config, memory, false, None)?;
         let acpi = AcpiConfig {
             vcpus: config.vcpus,
         };
-        let entry = boot::load(&memory, &config.kernel, acpi)?;
+        let entry = boot::load(&board.memory, &config.kernel, acpi)?;
+        write_generation_id(&board.memory)?;
         let template = cpuid::template(&host.kvm)?;
         let mut vcpus = Vec::with_capacity(usize::from(config.vcpus));
         for index in 0..config.vcpus {
             let cpuid = cpuid::for_vcpu(&template, index, config.vcpus);
-            vcpus.push(Vcpu::new(&vm, index, &cpuid, entry)?);
+            vcpus.push(Vcpu::new(&board.vm, index, &cpuid, entry)?);
         }
-        let disk_watcher = watch_disks(disks, reporters)?;
-        let handler: Arc<dyn ExitHandler> = Arc::clone(&platform) as _;
-        let threads = VcpuThreads::start(vcpus, &handler, &reporters.end)
-            .map_err(VmmError::os("start the vCPU threads"))?;
-        Ok(Self {
-            _vcpus: threads,
-            _disk_watcher: disk_watcher,
-            platform,
-            _memory: memory,
-        })
+        let machine = board.finish(host, vcpus, reporters, None)?;
+        machine.vcpus.resume();
+        Ok(machine)
     }
 
     /// COM1, for the console's input.
@@ -155,6 +137,105 @@ impl Machine {
     pub fn press_power_button(&self) -> std::io::Result<()> {
         self.platform.power.press_button()
     }
+}
+
+/// A machine without vCPUs.
+struct Board {
+    vm: Arc<VmFd>,
+    memory: GuestMemory,
+    platform: Arc<Platform>,
+    functions: Vec<Arc<Mutex<VirtioPci>>>,
+    disks: Vec<Arc<DiskLink>>,
+}
+
+impl Board {
+    /// Builds it around `memory`; with `log`, the pages that are written are noted.
+    fn assemble(
+        host: &HostResources,
+        config: &GuestConfig,
+        memory: GuestMemory,
+        log: bool,
+        serial: Option<&SerialState>,
+    ) -> Result<Self, VmmError> {
+        let vm = host
+            .kvm
+            .create_vm()
+            .map_err(VmmError::kvm("create a virtual machine"))?;
+        let vm = Arc::new(vm);
+        memory::register(&vm, &memory, log)?;
+        create_interrupt_controllers(&vm)?;
+        let router = Arc::new(InterruptRouter::new(Arc::clone(&vm))?);
+        let platform = Arc::new(Platform {
+            serial: SerialPort::new(&router, &host.console, serial)?,
+            power: Power::new(&router)?,
+            pci: PciBus::new(),
+            clock: Mutex::new(Clock::default()),
+        });
+        let mut slots = SlotBuilder {
+            bus: &platform.pci,
+            next: 1,
+            vm: &vm,
+            router,
+            memory: &memory,
+            functions: Vec::new(),
+        };
+        let disks = slots.add_all(host, config)?;
+        let functions = slots.functions;
+        Ok(Self {
+            vm,
+            memory,
+            platform,
+            functions,
+            disks,
+        })
+    }
+
+    /// Adds the vCPUs, which don't run yet.
+    fn finish(
+        self,
+        host: &HostResources,
+        vcpus: Vec<Vcpu>,
+        reporters: &Reporters,
+        base: Option<Base>,
+    ) -> Result<Machine, VmmError> {
+        let has_disks = !self.disks.is_empty();
+        let disk_watcher = watch_disks(self.disks, reporters)?;
+        let handler: Arc<dyn ExitHandler> = Arc::clone(&self.platform) as _;
+        let vcpus = VcpuThreads::start(vcpus, &handler, &reporters.end)
+            .map_err(VmmError::os("start the vCPU threads"))?;
+        Ok(Machine {
+            vcpus,
+            _disk_watcher: disk_watcher,
+            platform: self.platform,
+            functions: self.functions,
+            kvm: Arc::clone(&host.kvm),
+            vm: self.vm,
+            has_disks,
+            base,
+            memory: self.memory,
+        })
+    }
+}
+
+/// Gives the guest a new generation ID, by which it knows that it isn't another one.
+fn write_generation_id(memory: &Ram) -> Result<(), VmmError> {
+    let mut id = [0; 16];
+    random(&mut id)?;
+    memory
+        .write_slice(&id, GuestAddress(layout::GENERATION_ID))
+        .map_err(|e| VmmError::os("write the generation ID")(std::io::Error::other(e)))
+}
+
+/// Fills `bytes`; the host's generator is seeded long before guests run.
+fn random(bytes: &mut [u8]) -> Result<(), VmmError> {
+    // SAFETY: the pointer and length are those of `bytes`.
+    let filled = unsafe { libc::getrandom(bytes.as_mut_ptr().cast(), bytes.len(), 0) };
+    if usize::try_from(filled) == Ok(bytes.len()) {
+        return Ok(());
+    }
+    Err(VmmError::os("get random bytes")(
+        std::io::Error::last_os_error(),
+    ))
 }
 
 fn create_interrupt_controllers(vm: &VmFd) -> Result<(), VmmError> {
@@ -189,6 +270,7 @@ struct SlotBuilder<'a> {
     vm: &'a Arc<VmFd>,
     router: Arc<InterruptRouter>,
     memory: &'a GuestMemory,
+    functions: Vec<Arc<Mutex<VirtioPci>>>,
 }
 
 impl SlotBuilder<'_> {
@@ -221,9 +303,11 @@ impl SlotBuilder<'_> {
         let base = PCI_WINDOW + self.next * VirtioPci::BAR_BYTES;
         let parts = (self.vm, &self.router, self.memory);
         let function = VirtioPci::new(name.to_owned(), device, class, base, parts)?;
+        let function = Arc::new(Mutex::new(function));
         // The configuration limits the devices to the slots that there are.
-        if self.bus.add(Arc::new(Mutex::new(function))).is_some() {
+        if self.bus.add(Arc::clone(&function) as _).is_some() {
             self.next += 1;
+            self.functions.push(function);
         }
         Ok(())
     }

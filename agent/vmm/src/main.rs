@@ -1,27 +1,54 @@
-//! `keelson-vmm`: runs one guest.
+//! `keelson-vmm`: runs one guest, and looks after snapshots.
+
+mod tool;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::Parser;
+use keelson_vmm::VmmError;
 use keelson_vmm::api::ExitReason;
 use keelson_vmm::config::GuestConfig;
+use keelson_vmm::guest::{Launch, Restore};
+use keelson_vmm::snapshot::Snapshot;
 use tracing_subscriber::EnvFilter;
 
 /// Runs one guest on /dev/kvm.
 ///
 /// Exit codes: 0 the guest shut down or was killed by request, 1 runtime failure, 2 bad
-/// configuration or usage, 3 kernel or initrd can't be loaded, 4 no /dev/kvm or no permission,
-/// 5 disk backend or TAP can't be connected. The last line on stderr says why.
+/// configuration or usage, 3 kernel, initrd or snapshot can't be loaded, 4 no /dev/kvm or no
+/// permission, 5 disk backend or TAP can't be connected. The last line on stderr says why.
 #[derive(Parser)]
-#[command(version)]
+#[command(
+    version,
+    args_conflicts_with_subcommands = true,
+    subcommand_negates_reqs = true
+)]
 struct Arguments {
-    /// The guest's configuration, a JSON file.
-    #[arg(long, value_name = "GUEST.json")]
-    config: PathBuf,
+    #[command(flatten)]
+    run: RunArguments,
+    #[command(subcommand)]
+    tool: Option<tool::Tool>,
+}
+
+#[derive(clap::Args)]
+struct RunArguments {
+    /// The guest's configuration, a JSON file. With --restore it may be left out; a clone's has a
+    /// name, sockets, TAPs and addresses of its own, and the snapshot's hardware.
+    #[arg(long, value_name = "GUEST.json", required_unless_present = "restore")]
+    config: Option<PathBuf>,
     /// The Unix socket on which to serve the guest's API.
-    #[arg(long, value_name = "PATH")]
-    api_socket: PathBuf,
+    #[arg(long, value_name = "PATH", required = true)]
+    api_socket: Option<PathBuf>,
+    /// Go on from the snapshot in this directory instead of booting the kernel.
+    #[arg(long, value_name = "DIRECTORY")]
+    restore: Option<PathBuf>,
+    /// Compare the snapshot's memory with its checksums first, which reads all of it.
+    #[arg(long, requires = "restore")]
+    verify: bool,
+    /// Note what a restored guest writes, so that its first snapshot can be differential.
+    #[arg(long, requires = "restore")]
+    track_dirty_pages: bool,
     /// What to log to stderr: `warn`, or `keelson_vmm=debug`, as RUST_LOG.
     #[arg(long, value_name = "FILTER", default_value = "info")]
     log_level: String,
@@ -29,6 +56,13 @@ struct Arguments {
 
 fn main() -> ExitCode {
     let arguments = Arguments::parse();
+    if let Some(tool) = arguments.tool {
+        return match tool.run() {
+            Ok(()) => ExitCode::SUCCESS,
+            Err(e) => fail(e.exit_code(), &e.to_string()),
+        };
+    }
+    let arguments = arguments.run;
     let filter = match EnvFilter::try_new(&arguments.log_level) {
         Ok(filter) => filter,
         Err(e) => return fail(2, &format!("--log-level {}: {e}", arguments.log_level)),
@@ -37,17 +71,32 @@ fn main() -> ExitCode {
         .with_env_filter(filter)
         .with_writer(std::io::stderr)
         .init();
-    let config = match GuestConfig::load(&arguments.config) {
-        Ok(config) => config,
-        Err(e) => return fail(2, &e.to_string()),
-    };
-    match keelson_vmm::guest::run(&config, &arguments.api_socket) {
+    let result = launch(arguments).and_then(|launch| keelson_vmm::guest::run(&launch));
+    match result {
         Ok(exit) => {
             let failed = matches!(exit.reason, ExitReason::TripleFault | ExitReason::Error);
             fail(u8::from(failed), &exit.message)
         }
         Err(e) => fail(e.exit_code(), &e.to_string()),
     }
+}
+
+fn launch(arguments: RunArguments) -> Result<Launch, VmmError> {
+    let config = match (&arguments.config, &arguments.restore) {
+        (Some(config), _) => GuestConfig::load(config)?,
+        (None, Some(directory)) => Snapshot::open(directory)?.state().config()?,
+        // The arguments' parser asks for one of them.
+        (None, None) => GuestConfig::load(std::path::Path::new(""))?,
+    };
+    Ok(Launch {
+        config,
+        api_socket: arguments.api_socket.unwrap_or_default(),
+        restore: arguments.restore.map(|directory| Restore {
+            directory,
+            verify: arguments.verify,
+            track_dirty_pages: arguments.track_dirty_pages,
+        }),
+    })
 }
 
 /// Says why the process ends, and with which code.

@@ -1,12 +1,15 @@
-//! Guest memory: one shared memfd, so that vhost-user backends can map it.
+//! Guest memory: one shared memfd, so that vhost-user backends can map it; or, for a restored guest
+//! without such backends, a private mapping of the snapshot's file, of which only what is touched is
+//! read.
 
 use std::fs::File;
 use std::io;
 use std::os::fd::FromRawFd;
 use std::sync::Arc;
 
-use kvm_bindings::kvm_userspace_memory_region;
+use kvm_bindings::{KVM_MEM_LOG_DIRTY_PAGES, kvm_userspace_memory_region};
 use kvm_ioctls::VmFd;
+use vm_memory::bitmap::AtomicBitmap;
 use vm_memory::{
     FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion,
     GuestRegionMmap, MmapRegion,
@@ -15,8 +18,13 @@ use vm_memory::{
 use crate::boot::layout;
 use crate::config::{HugepageSize, MemoryConfig};
 
-/// The guest's physical address space as mapped into this process.
-pub type GuestMemory = Arc<GuestMemoryMmap>;
+/// The guest's physical address space as mapped into this process. Its bitmap has the pages that
+/// this process wrote, which KVM's dirty log lacks.
+pub type Ram = GuestMemoryMmap<AtomicBitmap>;
+/// The address space as devices share it.
+pub type GuestMemory = Arc<Ram>;
+/// Bytes of a page of the dirty log.
+pub const PAGE: u64 = 4096;
 
 /// Why guest memory can't be had.
 #[derive(Debug, thiserror::Error)]
@@ -63,44 +71,54 @@ pub enum MemoryError {
 
 /// Allocates the guest's memory, all zero.
 pub fn allocate(config: &MemoryConfig) -> Result<GuestMemory, MemoryError> {
+    // Without MAP_NORESERVE, so that a mapping of hugepages fails here and not by SIGBUS when the
+    // guest touches a page that the pool doesn't have.
+    map(config, create_memfd(config)?, libc::MAP_SHARED)
+}
+
+/// Maps a file of the memory's size so that writes stay this process's own, and pages are read
+/// when they are touched.
+pub fn map_private(config: &MemoryConfig, file: File) -> Result<GuestMemory, MemoryError> {
+    map(config, file, libc::MAP_PRIVATE | libc::MAP_NORESERVE)
+}
+
+fn map(config: &MemoryConfig, file: File, flags: i32) -> Result<GuestMemory, MemoryError> {
     let size_mib = config.size_mib;
-    let size = size_mib << 20;
-    let file = Arc::new(create_memfd(config)?);
-    let map = |message: String| match config.hugepages {
+    let file = Arc::new(file);
+    let failed = |message: String| match config.hugepages {
         Some(page) => MemoryError::Hugepages { size_mib, page },
         None => MemoryError::Map { size_mib, message },
     };
     let mut regions = Vec::new();
     let mut offset = 0;
-    for (base, length) in layout::ram_ranges(size) {
-        let length_usize = usize::try_from(length).map_err(|e| map(e.to_string()))?;
-        // Without MAP_NORESERVE, so that a mapping of hugepages fails here and not by SIGBUS when
-        // the guest touches a page that the pool doesn't have.
+    for (base, length) in layout::ram_ranges(size_mib << 20) {
+        let length_usize = usize::try_from(length).map_err(|e| failed(e.to_string()))?;
         let mapping = MmapRegion::build(
             Some(FileOffset::from_arc(Arc::clone(&file), offset)),
             length_usize,
             libc::PROT_READ | libc::PROT_WRITE,
-            libc::MAP_SHARED,
+            flags,
         )
-        .map_err(|e| map(e.to_string()))?;
+        .map_err(|e| failed(e.to_string()))?;
         let region = GuestRegionMmap::new(mapping, GuestAddress(base))
-            .ok_or_else(|| map("the range leaves the address space".to_owned()))?;
+            .ok_or_else(|| failed("the range leaves the address space".to_owned()))?;
         regions.push(region);
         offset += length;
     }
     GuestMemoryMmap::from_regions(regions)
         .map(Arc::new)
-        .map_err(|e| map(e.to_string()))
+        .map_err(|e| failed(e.to_string()))
 }
 
-/// Gives the memory to the virtual machine, one slot a region.
-pub fn register(vm: &VmFd, memory: &GuestMemoryMmap) -> Result<(), MemoryError> {
+/// Gives the memory to the virtual machine, one slot a region; with `log`, KVM notes which pages
+/// the guest writes. May be called again to change that.
+pub fn register(vm: &VmFd, memory: &Ram, log: bool) -> Result<(), MemoryError> {
     for (slot, region) in (0u32..).zip(memory.iter()) {
         let address = region.start_addr().0;
         let length = region.len();
         let slot = kvm_userspace_memory_region {
             slot,
-            flags: 0,
+            flags: if log { KVM_MEM_LOG_DIRTY_PAGES } else { 0 },
             guest_phys_addr: address,
             memory_size: length,
             userspace_addr: region.as_ptr() as u64,
@@ -114,6 +132,23 @@ pub fn register(vm: &VmFd, memory: &GuestMemoryMmap) -> Result<(), MemoryError> 
         })?;
     }
     Ok(())
+}
+
+/// Takes and clears what the guest and this process wrote: a bitmap of pages for each region.
+/// The memory must be registered with its log.
+pub fn take_dirty(vm: &VmFd, memory: &Ram) -> Result<Vec<Vec<u64>>, kvm_ioctls::Error> {
+    let mut bitmaps = Vec::new();
+    for (slot, region) in (0u32..).zip(memory.iter()) {
+        let mapping: &MmapRegion<AtomicBitmap> = region;
+        let mut pages = vm.get_dirty_log(slot, mapping.size())?;
+        let own = mapping.bitmap().get_and_reset();
+        pages.resize(pages.len().max(own.len()), 0);
+        for (word, own) in pages.iter_mut().zip(own) {
+            *word |= own;
+        }
+        bitmaps.push(pages);
+    }
+    Ok(bitmaps)
 }
 
 fn create_memfd(config: &MemoryConfig) -> Result<File, MemoryError> {

@@ -9,9 +9,11 @@ use kvm_ioctls::{VcpuExit, VcpuFd, VmFd};
 use crate::boot::{Entry, configure_segments_and_paging, layout};
 
 mod exits;
+mod state;
 mod threads;
 
 pub use exits::{ExitHandler, VcpuEnd};
+pub use state::{VcpuState, msr_indexes};
 pub use threads::{EndReporter, VcpuThreads, install_kick_signal};
 
 const MSR_IA32_MISC_ENABLE: u32 = 0x1a0;
@@ -38,15 +40,50 @@ pub struct VcpuError {
     source: kvm_ioctls::Error,
 }
 
+/// More parts than any access has: the largest repeats a string instruction over a page.
+const MAX_PARTS: usize = 1 << 14;
+
+/// What KVM came back with.
+enum Entered {
+    /// An exit, which is handled.
+    Exit,
+    /// A signal, or the wish to exit at once.
+    Interrupted,
+    /// The guest's end.
+    End(VcpuEnd),
+}
+
 /// One virtual CPU.
 pub struct Vcpu {
     index: u8,
     fd: VcpuFd,
+    /// As it was set: some KVMs answer with what the processor has besides.
+    cpuid: CpuId,
 }
 
 impl Vcpu {
     /// Creates vCPU `index`; the first starts at `entry`, the others wait for INIT and SIPI.
     pub fn new(vm: &VmFd, index: u8, cpuid: &CpuId, entry: Entry) -> Result<Self, VcpuError> {
+        let vcpu = Self::create(vm, index, cpuid)?;
+        vcpu.set_msrs();
+        vcpu.set_local_interrupts()
+            .map_err(vcpu.failed("set the local APIC"))?;
+        if index == 0 {
+            vcpu.set_registers(entry)
+                .map_err(vcpu.failed("set the registers"))?;
+            vcpu.set_fpu().map_err(vcpu.failed("set the FPU"))?;
+            let state = kvm_mp_state {
+                mp_state: KVM_MP_STATE_RUNNABLE,
+            };
+            vcpu.fd
+                .set_mp_state(state)
+                .map_err(vcpu.failed("set the run state"))?;
+        }
+        Ok(vcpu)
+    }
+
+    /// Creates vCPU `index` in its reset state, for [`Self::restore`].
+    pub fn create(vm: &VmFd, index: u8, cpuid: &CpuId) -> Result<Self, VcpuError> {
         let failed = |step| {
             move |source| VcpuError {
                 index,
@@ -57,23 +94,12 @@ impl Vcpu {
         let fd = vm
             .create_vcpu(u64::from(index))
             .map_err(failed("create the file descriptor"))?;
-        let vcpu = Self { index, fd };
-        vcpu.fd.set_cpuid2(cpuid).map_err(failed("set the CPUID"))?;
-        vcpu.set_msrs();
-        vcpu.set_local_interrupts()
-            .map_err(failed("set the local APIC"))?;
-        if index == 0 {
-            vcpu.set_registers(entry)
-                .map_err(failed("set the registers"))?;
-            vcpu.set_fpu().map_err(failed("set the FPU"))?;
-            let state = kvm_mp_state {
-                mp_state: KVM_MP_STATE_RUNNABLE,
-            };
-            vcpu.fd
-                .set_mp_state(state)
-                .map_err(failed("set the run state"))?;
-        }
-        Ok(vcpu)
+        fd.set_cpuid2(cpuid).map_err(failed("set the CPUID"))?;
+        Ok(Self {
+            index,
+            fd,
+            cpuid: cpuid.clone(),
+        })
     }
 
     /// This vCPU's index, which is its APIC id.
@@ -141,33 +167,45 @@ impl Vcpu {
     /// Runs the guest until `handler` or KVM ends it, or until the thread is told to stop.
     fn run(&mut self, handler: &dyn ExitHandler, stop: &dyn Fn() -> bool) -> VcpuEnd {
         while !stop() {
-            let end = match self.fd.run() {
-                Ok(VcpuExit::IoOut(port, data)) => handler.io_write(port, data),
-                Ok(VcpuExit::IoIn(port, data)) => {
-                    handler.io_read(port, data);
-                    None
-                }
-                Ok(VcpuExit::MmioRead(address, data)) => {
-                    handler.mmio_read(address, data);
-                    None
-                }
-                Ok(VcpuExit::MmioWrite(address, data)) => {
-                    handler.mmio_write(address, data);
-                    None
-                }
-                Ok(exit) => exits::unusual(&exit),
-                Err(e) => match e.errno() {
-                    // EINTR: the kick signal. EAGAIN: an AP that is still waiting for its SIPI.
-                    libc::EINTR | libc::EAGAIN => None,
-                    _ => Some(VcpuEnd::Error(format!("KVM_RUN failed: {e}"))),
-                },
-            };
-            if let Some(end) = end {
+            if let Entered::End(end) = self.enter(handler) {
                 return self.with_registers(end);
             }
         }
-        tracing::debug!("{} is stopped", self.place());
-        VcpuEnd::Stopped
+        // KVM takes a read's answer, and leaves the instruction, only when it is entered again; an
+        // access that it splits in parts comes in several exits.
+        self.fd.set_kvm_immediate_exit(1);
+        let end = (0..MAX_PARTS).find_map(|_| match self.enter(handler) {
+            Entered::Exit => None,
+            Entered::Interrupted => Some(VcpuEnd::Stopped),
+            Entered::End(end) => Some(self.with_registers(end)),
+        });
+        self.fd.set_kvm_immediate_exit(0);
+        end.unwrap_or_else(|| VcpuEnd::Error("KVM doesn't leave an access".to_owned()))
+    }
+
+    fn enter(&mut self, handler: &dyn ExitHandler) -> Entered {
+        let end = match self.fd.run() {
+            Ok(VcpuExit::IoOut(port, data)) => handler.io_write(port, data),
+            Ok(VcpuExit::IoIn(port, data)) => {
+                handler.io_read(port, data);
+                None
+            }
+            Ok(VcpuExit::MmioRead(address, data)) => {
+                handler.mmio_read(address, data);
+                None
+            }
+            Ok(VcpuExit::MmioWrite(address, data)) => {
+                handler.mmio_write(address, data);
+                None
+            }
+            Ok(exit) => exits::unusual(&exit),
+            Err(e) => match e.errno() {
+                // EINTR: the kick signal. EAGAIN: an AP that is still waiting for its SIPI.
+                libc::EINTR | libc::EAGAIN => return Entered::Interrupted,
+                _ => Some(VcpuEnd::Error(format!("KVM_RUN failed: {e}"))),
+            },
+        };
+        end.map_or(Entered::Exit, Entered::End)
     }
 
     /// Where the guest is, for messages.

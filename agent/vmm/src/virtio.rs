@@ -4,6 +4,7 @@ pub mod block;
 mod capabilities;
 mod common_config;
 pub mod net;
+mod persist;
 mod queue;
 pub mod rng;
 mod transport;
@@ -16,6 +17,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 use crate::memory::GuestMemory;
 
+pub use persist::FunctionState;
 pub use queue::QueueLayout;
 pub use transport::VirtioPci;
 pub use used_ring::UsedRing;
@@ -46,6 +48,20 @@ pub trait VirtioDevice: Send {
     fn activate(&mut self, activation: Activation) -> Result<(), ActivationError>;
     /// Stop to serve the queues; when this returns no buffer of the guest is touched any more.
     fn reset(&mut self);
+    /// Stops to serve the queues as [`Self::reset`] does, with nothing lost: [`Self::activate`]
+    /// with the same queues goes on. On an error the device still serves them.
+    fn pause(&mut self) -> Result<(), String> {
+        self.reset();
+        Ok(())
+    }
+    /// What of the device itself a snapshot keeps.
+    fn save(&self) -> Vec<u8> {
+        Vec::new()
+    }
+    /// Takes what [`Self::save`] gave, or says why this device can't go on from there.
+    fn restore(&mut self, _state: &[u8]) -> Result<(), String> {
+        Ok(())
+    }
     /// Whether the device wants [`Self::notify`] instead of the queues' kick events.
     fn handles_notifications(&self) -> bool {
         false
@@ -76,6 +92,8 @@ pub struct Activation {
     pub queues: Vec<ActiveQueue>,
     /// How to say that the device is broken.
     pub health: DeviceHealth,
+    /// The queues were served before: go on behind their used rings.
+    pub resumed: bool,
 }
 
 /// A queue that the driver enabled.

@@ -134,6 +134,20 @@ impl Tables {
         })
     }
 
+    /// Where the VM generation ID is: the package `ADDR` of the device `VGEN`, low half first.
+    pub fn generation_id(&self) -> Result<u64, Error> {
+        const PACKAGE: u8 = 0x12;
+        const LONG: u8 = 0x0c;
+        let missing = Error::AcpiTable(*b"DSDT");
+        let dsdt = self.dsdt()?;
+        let device = find(dsdt, b"VGEN").ok_or(missing)?;
+        let name = find(&dsdt[device..], b"ADDR").ok_or(missing)?;
+        match dsdt.get(device + name + 4..device + name + 12) {
+            Some(package @ [PACKAGE, _, 2, LONG, ..]) => Ok(u64::from(u32_at(package, 4))),
+            _ => Err(missing),
+        }
+    }
+
     /// The sleep type of `\_S5`, whose first element is a small integer.
     fn soft_off_type(&self) -> Result<u8, Error> {
         const PACKAGE: u8 = 0x12;

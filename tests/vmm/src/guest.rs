@@ -1,11 +1,13 @@
 //! `keelson-vmm` with one guest.
 
+use std::ffi::OsString;
 use std::fs::{self, File};
-use std::io::Read;
+use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 
+use keelson_vmm::api::GuestState;
 use keelson_vmm::client::VmmClient;
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::{Value, json};
@@ -19,6 +21,7 @@ use crate::waiting::wait_until;
 pub struct GuestBuilder {
     directory: TempDir,
     config: Value,
+    arguments: Vec<OsString>,
 }
 
 impl GuestBuilder {
@@ -49,7 +52,11 @@ impl GuestBuilder {
             "disks": [],
             "interfaces": [],
         });
-        Self { directory, config }
+        Self {
+            directory,
+            config,
+            arguments: Vec::new(),
+        }
     }
 
     /// The test's own directory, which lives as long as the guest.
@@ -104,6 +111,15 @@ impl GuestBuilder {
         self
     }
 
+    /// Goes on from a snapshot instead of booting, with further arguments.
+    #[must_use]
+    pub fn restore(mut self, snapshot: &Path, arguments: &[&str]) -> Self {
+        self.arguments.push("--restore".into());
+        self.arguments.push(snapshot.into());
+        self.arguments.extend(arguments.iter().map(OsString::from));
+        self
+    }
+
     /// Starts the VMM.
     ///
     /// # Panics
@@ -117,6 +133,7 @@ impl GuestBuilder {
             .arg(&config)
             .arg("--api-socket")
             .arg(self.directory.path().join("api.sock"))
+            .args(&self.arguments)
             .stdin(Stdio::null())
             .stdout(Stdio::null())
             .stderr(errors)
@@ -183,6 +200,15 @@ impl Guest {
         wait_until("console socket", || UnixStream::connect(&path).ok())
     }
 
+    /// Types a line on the console.
+    ///
+    /// # Panics
+    /// If the console isn't there.
+    pub fn type_line(&self, line: &str) {
+        let written = writeln!(self.console(), "{line}");
+        written.expect("the console takes input");
+    }
+
     /// The console's log so far.
     pub fn log(&self) -> String {
         read_text(&self.directory.path().join("console.log"))
@@ -205,6 +231,22 @@ impl Guest {
             );
             line
         })
+    }
+
+    /// Waits until the guest runs.
+    ///
+    /// # Panics
+    /// If it doesn't, or has ended.
+    pub fn wait_for_running(&mut self) {
+        wait_until("running guest", || {
+            assert!(
+                self.is_running(),
+                "{}",
+                read_text(&self.directory.path().join("stderr"))
+            );
+            let status = self.client().status().ok()?;
+            (status.state == GuestState::Running).then_some(())
+        });
     }
 
     /// The process's id.

@@ -5,8 +5,8 @@ mod server;
 mod shared;
 
 pub use protocol::{
-    Acknowledged, ErrorBody, Event, ExitReason, ExitStatus, GuestState, MAX_LINE, Request,
-    Response, Status,
+    Acknowledged, AfterSnapshot, ErrorBody, Event, ExitReason, ExitStatus, GuestState, MAX_LINE,
+    Request, Response, SnapshotKind, SnapshotRequest, SnapshotTaken, Status,
 };
 pub(crate) use server::{ApiServer, ApiThread};
-pub(crate) use shared::{Control, ControlSender, SharedState};
+pub(crate) use shared::{Answer, Control, ControlSender, Reply, SharedState};

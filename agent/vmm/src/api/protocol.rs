@@ -3,13 +3,15 @@
 //! Each request line gets one response line, in order. After `subscribe` the connection also
 //! carries one line per event.
 
+use std::path::PathBuf;
+
 use serde::{Deserialize, Serialize};
 
 /// The longest line in either direction, in bytes with its newline.
 pub const MAX_LINE: usize = 16 * 1024;
 
 /// A request line: `{"request":"status"}`.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "request", rename_all = "snake_case", deny_unknown_fields)]
 pub enum Request {
     /// What the guest does now. Answered with [`Status`].
@@ -20,8 +22,59 @@ pub enum Request {
     Reset,
     /// End the guest at once.
     Kill,
+    /// Stop the vCPUs and the devices until [`Request::Resume`].
+    Pause,
+    /// Let a paused guest go on.
+    Resume,
+    /// Take a snapshot. Answered with [`SnapshotTaken`], when it is on the disk.
+    Snapshot(SnapshotRequest),
     /// Send every later [`Event`] on this connection.
     Subscribe,
+}
+
+/// What snapshot to take.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct SnapshotRequest {
+    /// The directory to take it to, as the VMM's process sees it: empty, or not there yet.
+    pub directory: PathBuf,
+    /// What of the guest's memory it has.
+    #[serde(default)]
+    pub kind: SnapshotKind,
+    /// What a running guest does after it. A paused one stays paused.
+    #[serde(default)]
+    pub then: AfterSnapshot,
+}
+
+/// What of the guest's memory a snapshot has.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum SnapshotKind {
+    /// All of it.
+    #[default]
+    Full,
+    /// What changed since the snapshot before, which it needs to be restored.
+    Differential,
+}
+
+/// What a running guest does after a snapshot.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum AfterSnapshot {
+    /// It goes on.
+    #[default]
+    Resume,
+    /// It stays paused, with its disks as they are in the snapshot.
+    Pause,
+}
+
+/// The answer to [`Request::Snapshot`].
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SnapshotTaken {
+    /// Bytes of memory that it has.
+    pub memory_bytes: u64,
+    /// How long the guest stood still, in microseconds; up to now if it stays paused.
+    pub paused_us: u64,
 }
 
 /// A response line: `{"ok":{…}}` or `{"error":{…}}`.
@@ -37,7 +90,8 @@ pub enum Response<T> {
 /// Why a request was refused.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ErrorBody {
-    /// A stable word for programs: `bad_request`, `not_running`, `too_many_clients`.
+    /// A stable word for programs: `bad_request`, `not_running`, `too_many_clients`,
+    /// `not_paused`, `pause_failed`, `snapshot_failed`.
     pub kind: String,
     /// One sentence for people.
     pub message: String,
@@ -55,6 +109,8 @@ pub enum GuestState {
     Starting,
     /// The vCPUs run.
     Running,
+    /// The vCPUs and the devices stand still.
+    Paused,
     /// The power button was pressed or the guest is being ended.
     Stopping,
     /// The guest ended as it or somebody asked; the process is about to exit.

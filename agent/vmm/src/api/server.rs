@@ -11,8 +11,8 @@ use std::time::Duration;
 use serde::Serialize;
 
 use super::{
-    Acknowledged, Control, ControlSender, ErrorBody, GuestState, MAX_LINE, Request, Response,
-    SharedState,
+    Acknowledged, Answer, Control, ControlSender, ErrorBody, GuestState, MAX_LINE, Reply, Request,
+    Response, SharedState,
 };
 use crate::console::ConsoleServer;
 use crate::devices::serial::SerialPort;
@@ -31,12 +31,16 @@ pub(crate) struct ApiServer {
     console: ConsoleServer,
     control: ControlSender,
     commands: Receiver<Command>,
+    answers: Sender<Command>,
     clients: Vec<Client>,
+    next_client: u64,
 }
 
 /// What the thread is told by the one that owns the guest.
 enum Command {
     Attach(SerialPort),
+    /// The answer for the client with this number.
+    Answer(u64, Answer),
     Finish,
 }
 
@@ -84,7 +88,9 @@ impl ApiServer {
             console,
             control,
             commands,
+            answers: sender.clone(),
             clients: Vec::new(),
+            next_client: 0,
         };
         let thread = std::thread::Builder::new()
             .name("api".into())
@@ -110,8 +116,13 @@ impl ApiServer {
             let finish = self.run_commands();
             self.console.run();
             self.accept();
+            let guest = GuestAccess {
+                shared: &self.shared,
+                control: &self.control,
+                answers: &self.answers,
+            };
             for client in &mut self.clients {
-                client.read(&self.shared, &self.control);
+                client.read(&guest);
             }
             for event in self.shared.take_events() {
                 for client in self.clients.iter_mut().filter(|client| client.subscribed) {
@@ -144,10 +155,28 @@ impl ApiServer {
         while let Ok(command) = self.commands.try_recv() {
             match command {
                 Command::Attach(serial) => self.console.attach(serial),
+                Command::Answer(number, answer) => self.deliver(number, answer),
                 Command::Finish => return true,
             }
         }
         false
+    }
+
+    /// Gives a client the answer that it waits for, and takes its next requests.
+    fn deliver(&mut self, number: u64, answer: Answer) {
+        let Some(client) = self.clients.iter_mut().find(|c| c.number == number) else {
+            return;
+        };
+        client.waits = false;
+        match answer {
+            Ok(value) => client.send(&Response::Ok(value)),
+            Err(body) => client.send(&Response::<Acknowledged>::Error(body)),
+        }
+        client.answer_lines(&GuestAccess {
+            shared: &self.shared,
+            control: &self.control,
+            answers: &self.answers,
+        });
     }
 
     fn accept(&mut self) {
@@ -155,7 +184,8 @@ impl ApiServer {
             if stream.set_nonblocking(true).is_err() {
                 continue;
             }
-            let mut client = Client::new(stream);
+            self.next_client += 1;
+            let mut client = Client::new(stream, self.next_client);
             if self.clients.len() >= MAX_CLIENTS {
                 client.refuse(
                     "too_many_clients",
@@ -169,8 +199,18 @@ impl ApiServer {
     }
 }
 
+/// What a request can be about.
+struct GuestAccess<'a> {
+    shared: &'a Arc<SharedState>,
+    control: &'a ControlSender,
+    answers: &'a Sender<Command>,
+}
+
 struct Client {
     stream: UnixStream,
+    number: u64,
+    /// For the answer of a request that takes a while.
+    waits: bool,
     input: Vec<u8>,
     output: Vec<u8>,
     subscribed: bool,
@@ -178,9 +218,11 @@ struct Client {
 }
 
 impl Client {
-    const fn new(stream: UnixStream) -> Self {
+    const fn new(stream: UnixStream, number: u64) -> Self {
         Self {
             stream,
+            number,
+            waits: false,
             input: Vec::new(),
             output: Vec::new(),
             subscribed: false,
@@ -188,14 +230,14 @@ impl Client {
         }
     }
 
-    fn read(&mut self, shared: &SharedState, control: &ControlSender) {
+    fn read(&mut self, guest: &GuestAccess<'_>) {
         let mut chunk = [0; 4096];
         loop {
             match self.stream.read(&mut chunk) {
                 Ok(0) => self.gone = true,
                 Ok(length) => {
                     self.input.extend_from_slice(&chunk[..length]);
-                    self.answer_lines(shared, control);
+                    self.answer_lines(guest);
                 }
                 Err(e) if e.kind() == io::ErrorKind::Interrupted => continue,
                 Err(e) if e.kind() == io::ErrorKind::WouldBlock => return,
@@ -207,11 +249,13 @@ impl Client {
         }
     }
 
-    fn answer_lines(&mut self, shared: &SharedState, control: &ControlSender) {
-        while let Some(end) = self.input.iter().position(|byte| *byte == b'\n') {
+    fn answer_lines(&mut self, guest: &GuestAccess<'_>) {
+        while !self.waits
+            && let Some(end) = self.input.iter().position(|byte| *byte == b'\n')
+        {
             let line: Vec<u8> = self.input.drain(..=end).collect();
             match serde_json::from_slice(&line) {
-                Ok(request) => self.answer(request, shared, control),
+                Ok(request) => self.answer(request, guest),
                 Err(e) => self.refuse("bad_request", format!("no request: {e}")),
             }
         }
@@ -225,7 +269,10 @@ impl Client {
         }
     }
 
-    fn answer(&mut self, request: Request, shared: &SharedState, control: &ControlSender) {
+    fn answer(&mut self, request: Request, guest: &GuestAccess<'_>) {
+        let GuestAccess {
+            shared, control, ..
+        } = guest;
         let order = match request {
             Request::Status => return self.send(&Response::Ok(shared.status())),
             Request::Subscribe => {
@@ -235,16 +282,35 @@ impl Client {
             Request::PowerButton => Control::PowerButton,
             Request::Reset => Control::Reset,
             Request::Kill => Control::Kill,
+            Request::Pause => Control::Pause(self.reply(guest)),
+            Request::Resume => Control::Resume(self.reply(guest)),
+            Request::Snapshot(request) => Control::Snapshot(request, self.reply(guest)),
         };
         let ended = matches!(
             shared.status().state,
             GuestState::Stopped | GuestState::Failed
         );
+        let waits = self.waits;
         if ended || !control(order) {
-            self.refuse("not_running", "the guest has ended".to_owned());
-        } else {
+            // The reply of a request that waits says so itself, when it is dropped.
+            if !waits {
+                self.refuse("not_running", "the guest has ended".to_owned());
+            }
+        } else if !waits {
             self.send(&Response::Ok(Acknowledged {}));
         }
+    }
+
+    /// Lets the answer of the request come later; until then no further one is looked at.
+    fn reply(&mut self, guest: &GuestAccess<'_>) -> Reply {
+        self.waits = true;
+        let (answers, shared) = (guest.answers.clone(), Arc::clone(guest.shared));
+        let number = self.number;
+        Reply::new(move |answer| {
+            // The thread may have ended, with all its clients.
+            let _ = answers.send(Command::Answer(number, answer));
+            let _ = shared.wake_event().write(1);
+        })
     }
 
     fn refuse(&mut self, kind: &str, message: String) {

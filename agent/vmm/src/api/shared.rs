@@ -5,13 +5,13 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use vmm_sys_util::eventfd::EventFd;
 
-use super::{Event, ExitStatus, GuestState, Status};
+use super::{ErrorBody, Event, ExitStatus, GuestState, SnapshotRequest, Status};
 
 /// Events that wait for the API thread; the oldest go first if it is that far behind.
 const MAX_EVENTS: usize = 1024;
 
 /// A request that the thread which owns the guest must do.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug)]
 pub(crate) enum Control {
     /// Press the power button.
     PowerButton,
@@ -19,6 +19,54 @@ pub(crate) enum Control {
     Reset,
     /// End the guest.
     Kill,
+    /// Pause it.
+    Pause(Reply),
+    /// Let it go on.
+    Resume(Reply),
+    /// Take a snapshot.
+    Snapshot(SnapshotRequest, Reply),
+}
+
+/// Where the answer of a request goes that takes a while. Dropped, it says that the guest has ended.
+pub(crate) struct Reply(Option<Box<dyn FnOnce(Answer) + Send>>);
+
+/// What a request is answered with.
+pub(crate) type Answer = Result<serde_json::Value, ErrorBody>;
+
+impl Reply {
+    pub(crate) fn new(send: impl FnOnce(Answer) + Send + 'static) -> Self {
+        Self(Some(Box::new(send)))
+    }
+
+    pub(crate) fn send(mut self, answer: Answer) {
+        if let Some(send) = self.0.take() {
+            send(answer);
+        }
+    }
+
+    pub(crate) fn refuse(self, kind: &str, message: impl Into<String>) {
+        self.send(Err(ErrorBody {
+            kind: kind.to_owned(),
+            message: message.into(),
+        }));
+    }
+}
+
+impl Drop for Reply {
+    fn drop(&mut self) {
+        if let Some(send) = self.0.take() {
+            send(Err(ErrorBody {
+                kind: "not_running".to_owned(),
+                message: "the guest has ended".to_owned(),
+            }));
+        }
+    }
+}
+
+impl std::fmt::Debug for Reply {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Reply")
+    }
 }
 
 /// Where requests go; returns whether they were taken.

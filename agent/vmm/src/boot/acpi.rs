@@ -19,9 +19,10 @@ use acpi_tables::rsdp::Rsdp;
 use acpi_tables::sdt::Sdt;
 use acpi_tables::xsdt::XSDT;
 use acpi_tables::{Aml, AmlSink};
-use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
+use vm_memory::{Bytes, GuestAddress};
 
 use super::{BootError, layout};
+use crate::memory::Ram;
 
 const OEM_ID: [u8; 6] = *b"KEELSN";
 const OEM_TABLE_ID: [u8; 8] = *b"KEELSON ";
@@ -38,7 +39,7 @@ pub struct AcpiConfig {
 }
 
 /// Writes all tables and returns the RSDP's guest-physical address.
-pub(super) fn write_tables(memory: &GuestMemoryMmap, config: AcpiConfig) -> Result<u64, BootError> {
+pub(super) fn write_tables(memory: &Ram, config: AcpiConfig) -> Result<u64, BootError> {
     let mut tables = TableWriter {
         memory,
         next: layout::ACPI + RSDP_BYTES.next_multiple_of(16),
@@ -60,7 +61,7 @@ pub(super) fn write_tables(memory: &GuestMemoryMmap, config: AcpiConfig) -> Resu
 
 /// Appends tables to the ACPI area.
 struct TableWriter<'a> {
-    memory: &'a GuestMemoryMmap,
+    memory: &'a Ram,
     next: u64,
 }
 
@@ -142,6 +143,7 @@ fn dsdt() -> Sdt {
             &Motherboard,
             &Com1,
             &PowerButton,
+            &GenerationId,
             &EventDevice,
         ],
     )
@@ -250,6 +252,31 @@ impl Aml for PowerButton {
     }
 }
 
+/// The VM generation ID: its address, by which a guest that was cloned notices that it was
+/// ("Virtual Machine Generation ID", Microsoft, 2012; drivers/virt/vmgenid.c of Linux).
+struct GenerationId;
+
+impl Aml for GenerationId {
+    fn to_aml_bytes(&self, sink: &mut dyn AmlSink) {
+        let address = u32_of(layout::GENERATION_ID);
+        Device::new(
+            "VGEN".into(),
+            vec![
+                &Name::new("_HID".into(), &"KEEL0001"),
+                // The standard's name, and the one that fits the length of ACPI's ids.
+                &Name::new(
+                    "_CID".into(),
+                    &Package::new(vec![&"VM_Gen_Counter", &"VMGENCTR"]),
+                ),
+                &Name::new("_DDN".into(), &"VM_Gen_Counter"),
+                &Name::new("_UID".into(), &ZERO),
+                &Name::new("ADDR".into(), &Package::new(vec![&address, &ZERO])),
+            ],
+        )
+        .to_aml_bytes(sink);
+    }
+}
+
 /// The generic event device (ACPI 5.6.9): one interrupt, and a port that says which events.
 struct EventDevice;
 
@@ -258,6 +285,7 @@ impl Aml for EventDevice {
         let port = layout::PORT_EVENTS;
         let interrupt = Interrupt::new(true, true, false, false, layout::GSI_EVENTS);
         let power_button = layout::EVENT_POWER_BUTTON;
+        let generation = layout::EVENT_GENERATION;
         Device::new(
             "GED_".into(),
             vec![
@@ -282,6 +310,11 @@ impl Aml for EventDevice {
                         &If::new(
                             &Equal::new(&Local(1), &power_button),
                             vec![&Notify::new(&Path::new("\\_SB_.PWRB"), &0x80u8)],
+                        ),
+                        &And::new(&Local(1), &Local(0), &generation),
+                        &If::new(
+                            &Equal::new(&Local(1), &generation),
+                            vec![&Notify::new(&Path::new("\\_SB_.VGEN"), &0x80u8)],
                         ),
                     ],
                 ),

@@ -2,10 +2,11 @@
 
 use std::path::Path;
 
-use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
+use vm_memory::{Bytes, GuestAddress};
 
 use super::kernel::{LoadedKernel, first_region_end};
 use super::{BootError, open};
+use crate::memory::Ram;
 
 const PAGE: u64 = 4096;
 
@@ -20,7 +21,7 @@ pub(super) struct LoadedInitrd {
 
 /// Loads the initrd at `path` as high as the kernel takes it.
 pub(super) fn load(
-    memory: &GuestMemoryMmap,
+    memory: &Ram,
     path: &Path,
     kernel: &LoadedKernel,
 ) -> Result<LoadedInitrd, BootError> {

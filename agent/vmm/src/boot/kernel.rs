@@ -9,9 +9,10 @@ use linux_loader::elf::{EM_X86_64, Elf64_Ehdr};
 use linux_loader::loader::bzimage::BzImage;
 use linux_loader::loader::elf::Elf;
 use linux_loader::loader::{KernelLoader, KernelLoaderResult};
-use vm_memory::{ByteValued, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
+use vm_memory::{ByteValued, GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
 
 use super::{BootError, layout, open};
+use crate::memory::Ram;
 
 /// `HdrS`, at offset 0x202 of a bzImage.
 const SETUP_MAGIC: u32 = 0x5372_6448;
@@ -39,7 +40,7 @@ pub(super) struct LoadedKernel {
 }
 
 /// Loads the image at `path`.
-pub(super) fn load(memory: &GuestMemoryMmap, path: &Path) -> Result<LoadedKernel, BootError> {
+pub(super) fn load(memory: &Ram, path: &Path) -> Result<LoadedKernel, BootError> {
     let (mut file, length) = open("kernel", path)?;
     if length > MAX_KERNEL_BYTES {
         let reason = format!("{length} bytes are more than the limit of {MAX_KERNEL_BYTES}");
@@ -55,11 +56,7 @@ pub(super) fn load(memory: &GuestMemoryMmap, path: &Path) -> Result<LoadedKernel
     }
 }
 
-fn load_elf(
-    memory: &GuestMemoryMmap,
-    path: &Path,
-    mut file: File,
-) -> Result<LoadedKernel, BootError> {
+fn load_elf(memory: &Ram, path: &Path, mut file: File) -> Result<LoadedKernel, BootError> {
     let mut header = Elf64_Ehdr::default();
     read_at(&mut file, 0, header.as_mut_slice())
         .map_err(|_| invalid(path, "the ELF header is truncated"))?;
@@ -94,7 +91,7 @@ fn load_elf(
 }
 
 fn load_bzimage(
-    memory: &GuestMemoryMmap,
+    memory: &Ram,
     path: &Path,
     mut file: File,
     length: u64,
@@ -141,7 +138,7 @@ fn load_bzimage(
 
 /// Refuses a kernel that ends above the RAM that starts at 0.
 fn checked_end(
-    memory: &GuestMemoryMmap,
+    memory: &Ram,
     path: &Path,
     result: &KernelLoaderResult,
     end: u64,
@@ -161,15 +158,11 @@ fn checked_end(
 }
 
 /// The end of the RAM that starts at address 0.
-pub(super) fn first_region_end(memory: &GuestMemoryMmap) -> u64 {
+pub(super) fn first_region_end(memory: &Ram) -> u64 {
     memory.iter().next().map_or(0, GuestMemoryRegion::len)
 }
 
-fn load_error(
-    memory: &GuestMemoryMmap,
-    path: &Path,
-    error: &linux_loader::loader::Error,
-) -> BootError {
+fn load_error(memory: &Ram, path: &Path, error: &linux_loader::loader::Error) -> BootError {
     let mib = first_region_end(memory) >> 20;
     invalid(
         path,

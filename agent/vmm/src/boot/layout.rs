@@ -27,6 +27,8 @@ pub const COMMAND_LINE: u64 = 0x2_0000;
 pub const ACPI: u64 = 0xe_0000;
 /// End of the ACPI tables' space.
 pub const ACPI_END: u64 = 0xf_0000;
+/// The VM generation ID, 16 bytes, in memory that the guest leaves alone.
+pub const GENERATION_ID: u64 = ACPI_END;
 /// The real-mode reset vector f000:fff0.
 pub const RESET_VECTOR: u64 = 0xf_fff0;
 /// Where extended memory starts.
@@ -88,3 +90,5 @@ pub const IO_APIC_PINS: u32 = 24;
 pub const SLEEP_TYPE_S5: u8 = 5;
 /// The power button's bit of [`PORT_EVENTS`].
 pub const EVENT_POWER_BUTTON: u8 = 1;
+/// The bit of [`PORT_EVENTS`] that says that [`GENERATION_ID`] has changed.
+pub const EVENT_GENERATION: u8 = 2;

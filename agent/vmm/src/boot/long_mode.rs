@@ -2,9 +2,10 @@
 //! 4 GiB identity-mapped by 2 MiB pages.
 
 use kvm_bindings::{kvm_segment, kvm_sregs};
-use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
+use vm_memory::{Bytes, GuestAddress};
 
 use super::{BootError, layout};
+use crate::memory::Ram;
 
 const PAGE: u64 = 4096;
 const HUGE_PAGE: u64 = 2 << 20;
@@ -82,7 +83,7 @@ impl Descriptor {
 }
 
 /// Writes the GDT and the page tables.
-pub(super) fn write_tables(memory: &GuestMemoryMmap) -> Result<(), BootError> {
+pub(super) fn write_tables(memory: &Ram) -> Result<(), BootError> {
     let gdt = [
         0,
         0,
@@ -99,7 +100,7 @@ pub(super) fn write_tables(memory: &GuestMemoryMmap) -> Result<(), BootError> {
     write_page_tables(memory).map_err(BootError::layout("page tables"))
 }
 
-fn write_page_tables(memory: &GuestMemoryMmap) -> Result<(), vm_memory::GuestMemoryError> {
+fn write_page_tables(memory: &Ram) -> Result<(), vm_memory::GuestMemoryError> {
     let table = PRESENT | WRITABLE | USER;
     let pdpt = layout::PML4 + PAGE;
     let directories = pdpt + PAGE;

@@ -14,9 +14,8 @@ use std::fs::File;
 use std::io;
 use std::path::{Path, PathBuf};
 
-use vm_memory::GuestMemoryMmap;
-
 use crate::config::KernelConfig;
+use crate::memory::Ram;
 
 pub use long_mode::configure_segments_and_paging;
 
@@ -81,7 +80,7 @@ pub struct Entry {
 
 /// Loads kernel, initrd, command line, ACPI tables, page tables and zero page.
 pub fn load(
-    memory: &GuestMemoryMmap,
+    memory: &Ram,
     config: &KernelConfig,
     acpi: acpi::AcpiConfig,
 ) -> Result<Entry, BootError> {

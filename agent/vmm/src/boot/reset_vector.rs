@@ -4,12 +4,13 @@
 //! (`efi_reboot_required` in drivers/firmware/efi/reboot.c), and without EFI falls back to a jump
 //! to the PC's reset vector in real mode.
 
-use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
+use vm_memory::{Bytes, GuestAddress};
 
 use super::{BootError, layout};
+use crate::memory::Ram;
 
 /// Writes code that asks for a reset.
-pub(super) fn write(memory: &GuestMemoryMmap) -> Result<(), BootError> {
+pub(super) fn write(memory: &Ram) -> Result<(), BootError> {
     let [port_low, port_high] = layout::PORT_RESET.to_le_bytes();
     #[rustfmt::skip]
     let code = [

@@ -2,11 +2,12 @@
 
 use linux_loader::bootparam::{boot_e820_entry, boot_params};
 use linux_loader::configurator::{BootConfigurator, BootParams, linux::LinuxBootConfigurator};
-use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
 
 use super::initrd::LoadedInitrd;
 use super::kernel::LoadedKernel;
 use super::{BootError, layout};
+use crate::memory::Ram;
 
 /// A boot loader without an assigned id.
 const LOADER_UNDEFINED: u8 = 0xff;
@@ -15,7 +16,7 @@ const E820_RESERVED: u32 = 2;
 
 /// Writes the zero page and the command line.
 pub(super) fn write(
-    memory: &GuestMemoryMmap,
+    memory: &Ram,
     kernel: &LoadedKernel,
     initrd: Option<LoadedInitrd>,
     command_line: &str,
@@ -52,7 +53,7 @@ pub(super) fn write(
 }
 
 /// The memory map: RAM with holes for the legacy area, and what of the address space is ours.
-fn e820(memory: &GuestMemoryMmap) -> Vec<(u64, u64, u32)> {
+fn e820(memory: &Ram) -> Vec<(u64, u64, u32)> {
     let mut map = vec![
         (0, layout::LOW_RAM_END, E820_RAM),
         (layout::ACPI, layout::HIGH_RAM - layout::ACPI, E820_RESERVED),
@@ -70,7 +71,7 @@ fn e820(memory: &GuestMemoryMmap) -> Vec<(u64, u64, u32)> {
     map
 }
 
-fn write_command_line(memory: &GuestMemoryMmap, command_line: &str) -> Result<(), BootError> {
+fn write_command_line(memory: &Ram, command_line: &str) -> Result<(), BootError> {
     let mut bytes = command_line.as_bytes().to_vec();
     bytes.push(0);
     memory

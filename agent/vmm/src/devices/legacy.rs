@@ -17,6 +17,11 @@ impl Clock {
         self.index = index & 0x7f;
     }
 
+    /// The selected register.
+    pub const fn selected(&self) -> u8 {
+        self.index
+    }
+
     /// Reads the selected register (port 0x71).
     pub fn read(&self) -> u8 {
         let seconds = SystemTime::now()

@@ -39,9 +39,18 @@ impl Power {
 
     /// Presses the power button.
     pub fn press_button(&self) -> io::Result<()> {
-        self.pending_events
-            .fetch_or(layout::EVENT_POWER_BUTTON, Ordering::AcqRel);
+        self.raise(layout::EVENT_POWER_BUTTON)
+    }
+
+    /// Raises events (`layout::EVENT_…`), of which there may be none.
+    pub fn raise(&self, events: u8) -> io::Result<()> {
+        self.pending_events.fetch_or(events, Ordering::AcqRel);
         self.interrupt.write(1)
+    }
+
+    /// The pending events, which stay so.
+    pub fn pending_events(&self) -> u8 {
+        self.pending_events.load(Ordering::Acquire)
     }
 
     /// Reads the pending events, which clears them.

@@ -82,6 +82,30 @@ impl PciBus {
         })
     }
 
+    /// The address register of port 0xcf8.
+    pub fn config_address(&self) -> u32 {
+        *self
+            .config_address
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Takes a restored address register, and where the restored functions' BARs are.
+    pub fn restore(&self, config_address: u32) {
+        *self
+            .config_address
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner) = config_address;
+        let slots = self.slots.read().unwrap_or_else(PoisonError::into_inner);
+        let mut windows = self.windows.write().unwrap_or_else(PoisonError::into_inner);
+        for (window, function) in windows.iter_mut().zip(&*slots) {
+            *window = function
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner)
+                .window();
+        }
+    }
+
     /// A read of the ECAM, at `offset` from its start.
     pub fn ecam_read(&self, offset: u64, data: &mut [u8]) {
         let (slot, register) = ecam_target(offset);

@@ -123,6 +123,11 @@ impl ConfigSpace {
         }
     }
 
+    /// All registers.
+    pub const fn bytes(&self) -> &[u8] {
+        &self.bytes
+    }
+
     /// The 16-bit register at `offset`.
     pub fn read_u16(&self, offset: u16) -> u16 {
         let mut bytes = [0; 2];

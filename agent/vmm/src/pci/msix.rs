@@ -9,6 +9,7 @@ use std::io;
 use std::os::fd::AsRawFd;
 use std::sync::Arc;
 
+use serde::{Deserialize, Serialize};
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::error::VmmError;
@@ -37,6 +38,13 @@ pub struct Msix {
     sources: Vec<Source>,
     /// Enabled, and the function not masked.
     delivering: bool,
+}
+
+/// A function's vectors as they are saved.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MsixState {
+    entries: Vec<[u8; ENTRY_BYTES]>,
+    vectors: Vec<u16>,
 }
 
 #[derive(Debug)]
@@ -107,6 +115,29 @@ impl Msix {
             // Says EAGAIN if nothing is pending.
             let _ = source.event.read();
         }
+    }
+
+    /// The table, and each source's vector.
+    pub fn save(&self) -> MsixState {
+        MsixState {
+            entries: self.entries.clone(),
+            vectors: self.sources.iter().map(|source| source.vector).collect(),
+        }
+    }
+
+    /// Takes what [`Self::save`] gave and the message control register, and connects the sources.
+    pub fn restore(&mut self, state: &MsixState, control: u16) -> Result<(), String> {
+        if state.entries.len() != self.entries.len() || state.vectors.len() != self.sources.len() {
+            return Err("it has another number of interrupt vectors".to_owned());
+        }
+        for (entry, saved) in (0u64..).zip(&state.entries) {
+            self.table_write(entry * ENTRY_BYTES as u64, saved);
+        }
+        for (index, vector) in state.vectors.iter().enumerate() {
+            self.set_vector(index, *vector);
+        }
+        self.set_control(control);
+        Ok(())
     }
 
     /// Reads the table, which has [`Self::vectors`] entries.

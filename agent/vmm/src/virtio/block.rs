@@ -70,4 +70,19 @@ impl VirtioDevice for Block {
     fn reset(&mut self) {
         self.link.deactivate();
     }
+
+    fn pause(&mut self) -> Result<(), String> {
+        self.link.pause()
+    }
+
+    fn save(&self) -> Vec<u8> {
+        self.link.config_space().to_vec()
+    }
+
+    fn restore(&mut self, state: &[u8]) -> Result<(), String> {
+        if state == self.link.config_space() {
+            return Ok(());
+        }
+        Err("its backend serves a disk of another size or kind than the snapshot's".to_owned())
+    }
 }

@@ -1,5 +1,7 @@
 //! The common configuration structure of a virtio PCI device (virtio 1.2, 4.1.4.3).
 
+use serde::{Deserialize, Serialize};
+
 use super::QueueLayout;
 
 /// Bytes of the structure with the fields that this device has.
@@ -40,6 +42,16 @@ pub(super) struct CommonConfig {
     pub(super) queues: Vec<QueueConfig>,
 }
 
+/// The registers as they are saved.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct CommonState {
+    pub(super) driver_features: u64,
+    device_feature_select: u32,
+    driver_feature_select: u32,
+    queue_select: u16,
+    queues: Vec<(QueueLayout, bool)>,
+}
+
 /// Registers that are kept elsewhere.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Registers {
@@ -75,6 +87,49 @@ impl CommonConfig {
     pub(super) fn reset(&mut self) {
         let sizes: Vec<u16> = self.queues.iter().map(|queue| queue.max_size).collect();
         *self = Self::new(self.device_features, &sizes);
+    }
+
+    /// The registers as they are saved.
+    pub(super) fn save(&self) -> CommonState {
+        CommonState {
+            driver_features: self.driver_features,
+            device_feature_select: self.device_feature_select,
+            driver_feature_select: self.driver_feature_select,
+            queue_select: self.queue_select,
+            queues: self.queues.iter().map(|q| (q.layout, q.enabled)).collect(),
+        }
+    }
+
+    /// Takes what [`Self::save`] gave.
+    pub(super) fn restore(&mut self, state: &CommonState) -> Result<(), String> {
+        if state.queues.len() != self.queues.len() {
+            return Err(format!(
+                "it has {} queues, not {}",
+                self.queues.len(),
+                state.queues.len()
+            ));
+        }
+        if state.driver_features & !self.device_features != 0 {
+            return Err(format!(
+                "it lacks features that the guest's driver uses: {:#x}",
+                state.driver_features & !self.device_features
+            ));
+        }
+        for (queue, (layout, enabled)) in self.queues.iter_mut().zip(&state.queues) {
+            if layout.size > queue.max_size {
+                return Err(format!(
+                    "its queues have {} entries, not {}",
+                    queue.max_size, layout.size
+                ));
+            }
+            queue.layout = *layout;
+            queue.enabled = *enabled;
+        }
+        self.driver_features = state.driver_features;
+        self.device_feature_select = state.device_feature_select;
+        self.driver_feature_select = state.driver_feature_select;
+        self.queue_select = state.queue_select;
+        Ok(())
     }
 
     /// The queue that the next queue registers are about.

@@ -1,7 +1,10 @@
 //! A virtqueue's place in guest memory, as the driver configures it.
 
+use serde::{Deserialize, Serialize};
 use virtio_queue::{Queue, QueueT};
-use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
+
+use crate::memory::Ram;
 
 /// Why a queue is not usable.
 #[derive(Debug, thiserror::Error)]
@@ -14,7 +17,7 @@ pub struct QueueError {
 }
 
 /// A split virtqueue (virtio 1.2, 2.7).
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct QueueLayout {
     /// Entries, a power of two.
     pub size: u16,
@@ -29,12 +32,7 @@ pub struct QueueLayout {
 impl QueueLayout {
     /// Checks that the rings are aligned and in RAM, each within one region, and returns a queue
     /// that continues where its used ring stands.
-    pub fn open(
-        &self,
-        index: u16,
-        memory: &GuestMemoryMmap,
-        event_idx: bool,
-    ) -> Result<Queue, QueueError> {
+    pub fn open(&self, index: u16, memory: &Ram, event_idx: bool) -> Result<Queue, QueueError> {
         let error = |reason: String| QueueError { index, reason };
         self.check(memory).map_err(error)?;
         let mut queue = Queue::new(self.size).map_err(|e| error(e.to_string()))?;
@@ -53,7 +51,7 @@ impl QueueLayout {
     }
 
     /// Checks size, alignment and place.
-    pub fn check(&self, memory: &GuestMemoryMmap) -> Result<(), String> {
+    pub fn check(&self, memory: &Ram) -> Result<(), String> {
         if !self.size.is_power_of_two() {
             return Err(format!("its size {} is not a power of two", self.size));
         }
@@ -76,7 +74,7 @@ impl QueueLayout {
     }
 
     /// The used ring's index: 0 in a queue that a driver just set up.
-    pub fn used_index(&self, memory: &GuestMemoryMmap) -> Result<u16, String> {
+    pub fn used_index(&self, memory: &Ram) -> Result<u16, String> {
         let address = GuestAddress(self.used)
             .0
             .checked_add(2)

@@ -51,20 +51,20 @@ const CONFIG_SOURCE: usize = 0;
 
 /// One virtio device as a PCI function.
 pub struct VirtioPci {
-    name: String,
-    config: ConfigSpace,
-    capabilities: capabilities::Offsets,
-    common: CommonConfig,
-    msix: Msix,
-    device: Box<dyn VirtioDevice>,
+    pub(super) name: String,
+    pub(super) config: ConfigSpace,
+    pub(super) capabilities: capabilities::Offsets,
+    pub(super) common: CommonConfig,
+    pub(super) msix: Msix,
+    pub(super) device: Box<dyn VirtioDevice>,
     vm: Arc<VmFd>,
     memory: GuestMemory,
     /// Shared with the device's threads, which may set `DEVICE_NEEDS_RESET`.
-    status: Arc<AtomicU8>,
+    pub(super) status: Arc<AtomicU8>,
     config_event: Arc<EventFd>,
-    kicks: Vec<EventFd>,
-    calls: Vec<EventFd>,
-    active: bool,
+    pub(super) kicks: Vec<EventFd>,
+    pub(super) calls: Vec<EventFd>,
+    pub(super) active: bool,
     /// Where the kick events are registered with KVM.
     doorbells: Option<u64>,
 }
@@ -169,14 +169,14 @@ impl VirtioPci {
         let ready = STATUS_DRIVER_OK | STATUS_FEATURES_OK;
         if status & ready == ready && !self.active {
             self.active = true;
-            if let Err(e) = self.activate() {
+            if let Err(e) = self.activate(false) {
                 tracing::warn!("{}: the device can't start: {e}", self.name);
                 self.health().needs_reset();
             }
         }
     }
 
-    fn activate(&mut self) -> Result<(), ActivationError> {
+    pub(super) fn activate(&mut self, resumed: bool) -> Result<(), ActivationError> {
         let mut queues = Vec::new();
         for (index, queue) in (0u16..).zip(&self.common.queues) {
             if !queue.enabled {
@@ -203,6 +203,7 @@ impl VirtioPci {
             features: self.common.driver_features,
             queues,
             health: self.health(),
+            resumed,
         })?;
         self.update_doorbells();
         Ok(())

@@ -7,7 +7,9 @@ use std::num::Wrapping;
 use std::sync::atomic::{Ordering, fence};
 
 use virtio_queue::{Queue, QueueT};
-use vm_memory::{Bytes, GuestAddress, GuestMemoryError, GuestMemoryMmap};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryError};
+
+use crate::memory::Ram;
 
 /// `VIRTQ_AVAIL_F_NO_INTERRUPT` (virtio 1.2, 2.7.7).
 const NO_INTERRUPT: u16 = 1;
@@ -42,11 +44,7 @@ impl UsedRing {
     }
 
     /// Gives chains back to the driver, all at once: (head, bytes written).
-    pub fn publish(
-        &mut self,
-        memory: &GuestMemoryMmap,
-        chains: &[(u16, u32)],
-    ) -> Result<(), GuestMemoryError> {
+    pub fn publish(&mut self, memory: &Ram, chains: &[(u16, u32)]) -> Result<(), GuestMemoryError> {
         for (head, written) in chains {
             let slot = u64::from(self.index.0 % self.size);
             let entry = GuestAddress(self.used + RING_HEADER + 8 * slot);
@@ -63,11 +61,7 @@ impl UsedRing {
 
     /// Whether the driver wants an interrupt for what was published since the index `before`
     /// (virtio 1.2, 2.7.7.2).
-    pub fn needs_interrupt(
-        &self,
-        memory: &GuestMemoryMmap,
-        before: u16,
-    ) -> Result<bool, GuestMemoryError> {
+    pub fn needs_interrupt(&self, memory: &Ram, before: u16) -> Result<bool, GuestMemoryError> {
         if self.index.0 == before {
             return Ok(false);
         }

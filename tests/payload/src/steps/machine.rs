@@ -94,14 +94,20 @@ pub fn lines(arguments: &Arguments<'_>) -> Result<(), Error> {
 
 /// Reads a line from COM1, as a driver that polls the line status, and says it.
 pub fn read_line(arguments: &Arguments<'_>) -> Result<(), Error> {
-    const DATA: u16 = 0x3f8;
-    const LINE_STATUS: u16 = 0x3fd;
-    const DATA_READY: u32 = 1;
     arguments.allow(&["ms"])?;
     let deadline = Deadline::after_milliseconds(arguments.number("ms", 10_000)?);
     let mut line = [0; 64];
-    let mut length = 0;
     say!("console-read ready");
+    say!("console-read ok line={}", next_line(&mut line, deadline)?);
+    Ok(())
+}
+
+/// Reads a line from COM1 into `line`, polling; a longer one is cut.
+pub fn next_line(line: &mut [u8; 64], deadline: Deadline) -> Result<&str, Error> {
+    const DATA: u16 = 0x3f8;
+    const LINE_STATUS: u16 = 0x3fd;
+    const DATA_READY: u32 = 1;
+    let mut length = 0;
     while length < line.len() {
         if supervisor::port_in(LINE_STATUS, Width::Byte) & DATA_READY != 0 {
             let byte = supervisor::port_in(DATA, Width::Byte) as u8;
@@ -114,11 +120,7 @@ pub fn read_line(arguments: &Arguments<'_>) -> Result<(), Error> {
             return Err(Error::Timeout("line on the console"));
         }
     }
-    say!(
-        "console-read ok line={}",
-        str::from_utf8(&line[..length]).unwrap_or("?")
-    );
-    Ok(())
+    Ok(str::from_utf8(&line[..length]).unwrap_or("?"))
 }
 
 pub fn power_off(machine: &Machine<'_>, arguments: &Arguments<'_>) -> Result<(), Error> {
@@ -161,10 +163,10 @@ pub fn wait_for_power_button(
 }
 
 /// Held back.
-const MASKED: u64 = 1 << 16;
+pub const MASKED: u64 = 1 << 16;
 
 /// Sends an interrupt line to a vector of this processor (82093AA, 3.2.4).
-fn route(line: InterruptLine, entry: u64) -> Result<(), Error> {
+pub fn route(line: InterruptLine, entry: u64) -> Result<(), Error> {
     const IO_APIC: u64 = 0xfec0_0000;
     const SELECT: u64 = 0x00;
     const WINDOW: u64 = 0x10;

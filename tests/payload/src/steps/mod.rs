@@ -25,6 +25,8 @@
 //! | `net-ping` | `interface` (0), `address`, `target`, `count` (3), `size` (56) | pings the target |
 //! | `net-serve` | `interface` (0), `address`, `ms` (2000), `echoes` (no limit) | answers ARP and pings |
 //! | `net-spoof` | `interface` (0), `mac`, `address`, `target`, `count` (1) | sends ARP requests and echoes as somebody else |
+//! | `remember` | `mib` (16), `ms` (600000) | fills memory; for each console line `next` checks it and changes some, at `done` ends |
+//! | `wait-generation` | `ms` (600000) | waits for another VM generation ID, and its event |
 //! | `hammer` | `seed` (1), `rounds` (2000) | random accesses to ports and device registers |
 
 mod block;
@@ -33,6 +35,7 @@ mod hammer;
 mod hostile;
 mod machine;
 mod network;
+mod snapshot;
 
 use crate::acpi::Tables;
 use crate::arguments::{self, Step};
@@ -128,6 +131,8 @@ fn take(machine: &Machine<'_>, step: Step<'_>) -> Result<(), Error> {
         "net-ping" => network::ping(machine, arguments),
         "net-serve" => network::serve(machine, arguments),
         "net-spoof" => network::spoof(machine, arguments),
+        "remember" => snapshot::remember(arguments),
+        "wait-generation" => snapshot::wait_generation(machine, arguments),
         "hammer" => hammer::run(machine, arguments),
         _ => Err(Error::UnknownStep),
     }

@@ -19,9 +19,10 @@ use virtio_bindings::virtio_blk::{
     VIRTIO_BLK_F_GEOMETRY, VIRTIO_BLK_F_MQ, VIRTIO_BLK_F_RO, VIRTIO_BLK_F_SEG_MAX,
     VIRTIO_BLK_F_SIZE_MAX, VIRTIO_BLK_F_TOPOLOGY, VIRTIO_BLK_F_WRITE_ZEROES,
 };
-use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryMmap};
+use vm_memory::{GuestAddress, GuestMemoryBackend};
 
 use crate::config::DiskConfig;
+use crate::memory::Ram;
 use crate::virtio::{ActiveQueue, FEATURE_EVENT_IDX, FEATURE_INDIRECT, FEATURE_VERSION_1};
 
 /// `sizeof(struct virtio_blk_config)` up to the write-zeroes fields.
@@ -267,11 +268,7 @@ impl Backend {
     }
 
     /// Hands over the driver's features and the guest's memory.
-    pub(super) fn set_up(
-        &self,
-        memory: &GuestMemoryMmap,
-        features: u64,
-    ) -> Result<(), BackendError> {
+    pub(super) fn set_up(&self, memory: &Ram, features: u64) -> Result<(), BackendError> {
         let protocol = VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits();
         self.frontend
             .set_features(features | protocol)
@@ -318,7 +315,7 @@ impl Backend {
     /// Starts a queue at the available index `base`.
     pub(super) fn start_queue(
         &mut self,
-        memory: &GuestMemoryMmap,
+        memory: &Ram,
         queue: &ActiveQueue,
         base: u16,
     ) -> Result<(), BackendError> {

@@ -89,7 +89,7 @@ impl DiskLink {
             self.set_backend(&mut state, backend);
         }
         state.inflight = None;
-        let started = self.start(&mut state, &activation, false);
+        let started = self.start(&mut state, &activation, activation.resumed);
         if started.is_ok() {
             state.active = Some(activation);
         } else {
@@ -117,6 +117,36 @@ impl DiskLink {
                 return;
             }
         }
+    }
+
+    /// Stops the queues as [`Self::deactivate`] does, but only if the backend can say that it has
+    /// finished what it had.
+    pub(super) fn pause(&self) -> Result<(), String> {
+        let mut state = self.lock();
+        let _call = self.calls.begin();
+        let State {
+            backend,
+            active: Some(active),
+            inflight,
+        } = &mut *state
+        else {
+            return Ok(());
+        };
+        let Some(connected) = backend else {
+            return Err("its backend is away, with requests that nobody has finished".to_owned());
+        };
+        let stopped = active
+            .queues
+            .iter()
+            .try_for_each(|queue| connected.stop_queue(queue.index));
+        if let Err(e) = stopped {
+            // The watcher sees the end, and finds the next one, which finishes the requests.
+            let _ = connected.monitor.shutdown(std::net::Shutdown::Both);
+            return Err(e.to_string());
+        }
+        *inflight = None;
+        state.active = None;
+        Ok(())
     }
 
     /// The connection ended. Returns whether a new backend could go on where this one stopped.

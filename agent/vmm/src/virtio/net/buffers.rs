@@ -1,5 +1,6 @@
 //! Buffers in guest memory, as `readv` and `writev` take them.
 
+use vm_memory::bitmap::Bitmap;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
 
 use crate::memory::GuestMemory;
@@ -96,6 +97,20 @@ impl GuestBuffers {
     /// For the system calls.
     pub fn vectors(&self) -> &[libc::iovec] {
         &self.vectors
+    }
+
+    /// Notes that the kernel wrote the first `bytes` bytes.
+    pub fn mark_written(&self, mut bytes: usize) {
+        for (vector, address) in self.vectors.iter().zip(&self.addresses) {
+            let length = bytes.min(vector.iov_len);
+            if length == 0 {
+                return;
+            }
+            if let Ok(slice) = self.memory.get_slice(*address, length) {
+                slice.bitmap().mark_dirty(0, length);
+            }
+            bytes -= length;
+        }
     }
 
     /// Writes `data` at `offset` bytes from the start; what is beyond the end is not written.

@@ -208,6 +208,7 @@ impl Receiver {
             self.chains.pop_front();
         }
         let count = u16::try_from(used.len()).unwrap_or(u16::MAX);
+        self.packets.buffers.mark_written(length);
         self.packets
             .buffers
             .write_at(NUM_BUFFERS, &count.to_le_bytes())?;

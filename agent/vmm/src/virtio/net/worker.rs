@@ -39,6 +39,7 @@ impl Worker {
             features,
             queues,
             health,
+            resumed: _,
         } = activation;
         let Ok([receive, transmit]) = <[_; 2]>::try_from(queues) else {
             return Ok(None);

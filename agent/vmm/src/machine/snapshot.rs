@@ -1,0 +1,406 @@
+//! A machine paused, saved, and built again from what was saved.
+
+use std::path::{Path, PathBuf};
+use std::sync::PoisonError;
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+use kvm_bindings::{KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE};
+use kvm_bindings::{kvm_clock_data, kvm_irqchip};
+
+use super::{Board, HostResources, Machine, Reporters, random, write_generation_id};
+use crate::config::GuestConfig;
+use crate::cpuid;
+use crate::error::VmmError;
+use crate::memory::{self, GuestMemory};
+use crate::snapshot::memory_file::{differing, pages_of, union, write_all, write_pages};
+use crate::snapshot::{
+    Difference, MachineState, MemoryState, PageRange, PlatformState, Snapshot, SnapshotError,
+    SnapshotState, Writer,
+};
+use crate::vcpu::{Vcpu, msr_indexes};
+
+/// The snapshot that the dirty log is since.
+#[derive(Debug, Clone)]
+pub(super) struct Base {
+    id: [u8; 16],
+    directory: PathBuf,
+}
+
+/// What a snapshot holds of the memory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Kind {
+    /// All of it.
+    Full,
+    /// What changed since the snapshot before.
+    Differential,
+}
+
+/// What snapshot to take.
+#[derive(Debug)]
+pub struct Order<'a> {
+    /// Where: a directory that is empty, or not there yet.
+    pub directory: &'a Path,
+    /// What of the memory.
+    pub kind: Kind,
+    /// The machine is paused already, and stays so.
+    pub paused: bool,
+    /// A machine that wasn't paused goes on.
+    pub resume: bool,
+}
+
+/// A snapshot that was taken.
+#[derive(Debug, Clone, Copy)]
+pub struct Taken {
+    /// Bytes of memory that it holds.
+    pub memory_bytes: u64,
+    /// How long the guest stood still for it.
+    pub paused: Duration,
+}
+
+impl Machine {
+    /// Builds the machine of `snapshot`, with the devices of `config`, and lets it run. With
+    /// `track`, what it writes is noted from the start, for a differential snapshot.
+    pub fn restore(
+        host: &HostResources,
+        config: &GuestConfig,
+        snapshot: &Snapshot,
+        track: bool,
+        reporters: &Reporters,
+    ) -> Result<Self, VmmError> {
+        let state = &snapshot.state().machine;
+        check_fits(config, snapshot)?;
+        let memory = restore_memory(config, snapshot)?;
+        let serial = Some(&state.platform.serial);
+        let board = Board::assemble(host, config, memory, track, serial)?;
+        if board.functions.len() != state.functions.len() {
+            let message = "it has another number of disks and interfaces".to_owned();
+            return Err(SnapshotError::Mismatch(message).into());
+        }
+        let mut vcpus = Vec::with_capacity(state.vcpus.len());
+        for (index, saved) in (0u8..).zip(&state.vcpus) {
+            cpuid::check_host(&host.kvm, saved.cpuid())?;
+            let vcpu = Vcpu::create(&board.vm, index, &Vcpu::cpuid_of(index, saved)?)?;
+            vcpu.restore(saved)?;
+            vcpus.push(vcpu);
+        }
+        // The I/O APIC hands pending interrupts to the local ones, so it comes after them.
+        for chip in &state.irqchips {
+            let set = board.vm.set_irqchip(chip);
+            set.map_err(SnapshotError::kvm("restore an interrupt controller"))?;
+        }
+        let clock = kvm_clock_data {
+            clock: state.clock.clock,
+            ..Default::default()
+        };
+        let set = board.vm.set_clock(&clock);
+        set.map_err(SnapshotError::kvm("restore the clock"))?;
+        for (function, saved) in board.functions.iter().zip(&state.functions) {
+            let mut function = function.lock().unwrap_or_else(PoisonError::into_inner);
+            let restored = function.restore(saved);
+            restored.map_err(|reason| SnapshotError::Device {
+                device: function.name().to_owned(),
+                reason,
+            })?;
+        }
+        let platform = &board.platform;
+        platform.pci.restore(state.platform.config_address);
+        platform
+            .clock
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .select(state.platform.clock_index);
+        write_generation_id(&board.memory)?;
+        platform
+            .power
+            .raise(state.platform.pending_events | crate::boot::layout::EVENT_GENERATION)
+            .map_err(VmmError::os("tell the guest its new generation ID"))?;
+        let base = track.then(|| Base {
+            id: snapshot.state().id,
+            directory: snapshot.directory().to_owned(),
+        });
+        let machine = board.finish(host, vcpus, reporters, base)?;
+        machine.resume();
+        Ok(machine)
+    }
+
+    /// Stops the vCPUs, then the devices. On an error all of them go on.
+    pub fn pause(&self) -> Result<(), SnapshotError> {
+        self.vcpus.pause();
+        for (index, function) in self.functions.iter().enumerate() {
+            let mut function = function.lock().unwrap_or_else(PoisonError::into_inner);
+            if let Err(reason) = function.pause() {
+                let device = function.name().to_owned();
+                drop(function);
+                self.resume_functions(index);
+                self.vcpus.resume();
+                return Err(SnapshotError::Device { device, reason });
+            }
+        }
+        Ok(())
+    }
+
+    /// Lets a paused machine go on.
+    pub fn resume(&self) {
+        self.resume_functions(self.functions.len());
+        self.vcpus.resume();
+    }
+
+    fn resume_functions(&self, count: usize) {
+        for function in self.functions.iter().take(count) {
+            function
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner)
+                .resume();
+        }
+    }
+
+    /// Takes a snapshot. A machine that runs is paused for the last part of it.
+    pub fn snapshot(
+        &mut self,
+        config: &GuestConfig,
+        order: &Order<'_>,
+    ) -> Result<Taken, SnapshotError> {
+        let earlier = match (order.kind, &self.base) {
+            (Kind::Full, _) => None,
+            (Kind::Differential, None) => return Err(SnapshotError::NoBase),
+            (Kind::Differential, Some(base)) => Some(open_base(base)?),
+        };
+        let writer = Writer::create(order.directory, config.memory.size_mib << 20)?;
+        // Until the next snapshot is whole there is nothing that the log would be since.
+        self.base = None;
+        match self.write(config, order, &writer, earlier.as_ref()) {
+            Ok((mut state, taken)) => {
+                let (id, directory) = (state.id, writer.directory().to_owned());
+                writer.finish(&mut state)?;
+                self.base = Some(Base { id, directory });
+                Ok(taken)
+            }
+            Err(e) => {
+                writer.discard();
+                Err(e)
+            }
+        }
+    }
+
+    fn write(
+        &self,
+        config: &GuestConfig,
+        order: &Order<'_>,
+        writer: &Writer,
+        earlier: Option<&Snapshot>,
+    ) -> Result<(SnapshotState, Taken), SnapshotError> {
+        let session = Session::begin(self, writer, earlier)?;
+        let began = Instant::now();
+        if !order.paused {
+            self.pause()?;
+        }
+        let rest = session
+            .finish()
+            .and_then(|memory| Ok((memory, self.save()?)));
+        if !order.paused && (order.resume || rest.is_err()) {
+            self.resume();
+        }
+        let paused = began.elapsed();
+        let ((bytes, pages), machine) = rest?;
+        let mut id = [0; 16];
+        random(&mut id).map_err(|e| SnapshotError::Host(e.to_string()))?;
+        let state = SnapshotState {
+            id,
+            program: env!("CARGO_PKG_VERSION").to_owned(),
+            taken_at_unix_ms: unix_ms(),
+            config: serde_json::to_string(config)
+                .map_err(|e| SnapshotError::Config(e.to_string()))?,
+            memory: MemoryState {
+                bytes: config.memory.size_mib << 20,
+                checksums: Vec::new(),
+                difference: earlier.map(|earlier| Difference {
+                    base: earlier.state().id,
+                    base_directory: earlier.directory().to_string_lossy().into_owned(),
+                    pages,
+                }),
+            },
+            machine,
+        };
+        let taken = Taken {
+            memory_bytes: bytes,
+            paused,
+        };
+        Ok((state, taken))
+    }
+
+    fn save(&self) -> Result<MachineState, SnapshotError> {
+        let host = |e: crate::vcpu::VcpuError| SnapshotError::Host(e.to_string());
+        let msrs = msr_indexes(&self.kvm)
+            .map_err(SnapshotError::kvm("list the model-specific registers"))?;
+        let vcpus: Result<_, _> = self.vcpus.vcpus().map(|vcpu| vcpu.save(&msrs)).collect();
+        let mut irqchips = Vec::new();
+        for chip_id in [
+            KVM_IRQCHIP_PIC_MASTER,
+            KVM_IRQCHIP_PIC_SLAVE,
+            KVM_IRQCHIP_IOAPIC,
+        ] {
+            let mut chip = kvm_irqchip {
+                chip_id,
+                ..Default::default()
+            };
+            let got = self.vm.get_irqchip(&mut chip);
+            got.map_err(SnapshotError::kvm("tell an interrupt controller's state"))?;
+            irqchips.push(chip);
+        }
+        let platform = &self.platform;
+        Ok(MachineState {
+            clock: self
+                .vm
+                .get_clock()
+                .map_err(SnapshotError::kvm("tell the clock"))?,
+            irqchips,
+            vcpus: vcpus.map_err(host)?,
+            platform: PlatformState {
+                serial: platform.serial.save(),
+                pending_events: platform.power.pending_events(),
+                clock_index: platform
+                    .clock
+                    .lock()
+                    .unwrap_or_else(PoisonError::into_inner)
+                    .selected(),
+                config_address: platform.pci.config_address(),
+            },
+            functions: self
+                .functions
+                .iter()
+                .map(|f| f.lock().unwrap_or_else(PoisonError::into_inner).save())
+                .collect(),
+        })
+    }
+
+    /// What was written since the last call.
+    fn take_dirty(&self) -> Result<Vec<PageRange>, SnapshotError> {
+        let bitmaps = memory::take_dirty(&self.vm, &self.memory)
+            .map_err(SnapshotError::kvm("tell which pages the guest wrote"))?;
+        Ok(pages_of(&self.memory, &bitmaps))
+    }
+}
+
+/// The memory being written: most of it while the guest runs, the rest when it stands still.
+struct Session<'a> {
+    machine: &'a Machine,
+    file: &'a std::fs::File,
+    path: &'a Path,
+    /// The memory that a difference is to, where it must be compared.
+    compared: Option<std::fs::File>,
+    is_difference: bool,
+    bytes: u64,
+    pages: Vec<PageRange>,
+}
+
+impl<'a> Session<'a> {
+    fn begin(
+        machine: &'a Machine,
+        writer: &'a Writer,
+        earlier: Option<&Snapshot>,
+    ) -> Result<Self, SnapshotError> {
+        let mut session = Self {
+            machine,
+            file: &writer.memory,
+            path: writer.directory(),
+            compared: None,
+            is_difference: earlier.is_some(),
+            bytes: 0,
+            pages: Vec::new(),
+        };
+        match earlier {
+            None => {
+                memory::register(&machine.vm, &machine.memory, true)
+                    .map_err(|e| SnapshotError::Host(e.to_string()))?;
+                machine.take_dirty()?;
+                session.bytes = write_all(&machine.memory, session.file)
+                    .map_err(session.failed("write the memory to"))?;
+            }
+            // A disk's backend writes memory by itself, which no log here has.
+            Some(earlier) if machine.has_disks => session.compared = Some(earlier.flat_memory()?),
+            Some(_) => session.write_dirty()?,
+        }
+        Ok(session)
+    }
+
+    /// The machine is paused: brings the file up to date. Returns the bytes written, and for a
+    /// difference the pages.
+    fn finish(mut self) -> Result<(u64, Vec<PageRange>), SnapshotError> {
+        if self.machine.has_disks {
+            let earlier = self.compared.as_ref().unwrap_or(self.file);
+            let pages = differing(&self.machine.memory, earlier)
+                .map_err(self.failed("compare the memory with"))?;
+            self.write_pages(&pages)?;
+        } else {
+            self.write_dirty()?;
+        }
+        if self.is_difference {
+            self.bytes = self.pages.iter().map(|range| range.count).sum::<u64>() * memory::PAGE;
+        }
+        Ok((self.bytes, self.pages))
+    }
+
+    fn write_dirty(&mut self) -> Result<(), SnapshotError> {
+        let pages = self.machine.take_dirty()?;
+        self.write_pages(&pages)
+    }
+
+    fn write_pages(&mut self, pages: &[PageRange]) -> Result<(), SnapshotError> {
+        self.bytes += write_pages(&self.machine.memory, self.file, pages)
+            .map_err(self.failed("write the memory to"))?;
+        self.pages = union(&self.pages, pages);
+        Ok(())
+    }
+
+    fn failed(&self, step: &'static str) -> impl FnOnce(std::io::Error) -> SnapshotError + use<'a> {
+        SnapshotError::io(step, self.path)
+    }
+}
+
+fn open_base(base: &Base) -> Result<Snapshot, SnapshotError> {
+    let snapshot = Snapshot::open(&base.directory)?;
+    if snapshot.state().id == base.id {
+        return Ok(snapshot);
+    }
+    Err(SnapshotError::NoBase)
+}
+
+/// A clone may have another name, other sockets, TAPs and addresses, but not other hardware.
+fn check_fits(config: &GuestConfig, snapshot: &Snapshot) -> Result<(), SnapshotError> {
+    let was = snapshot.state().config()?;
+    let differs = |what: &str, was: &dyn std::fmt::Display, is: &dyn std::fmt::Display| {
+        Err(SnapshotError::Mismatch(format!(
+            "{what} was {was} and is {is}"
+        )))
+    };
+    if was.vcpus != config.vcpus {
+        return differs("vcpus", &was.vcpus, &config.vcpus);
+    }
+    if was.memory.size_mib != config.memory.size_mib {
+        return differs(
+            "memory.size_mib",
+            &was.memory.size_mib,
+            &config.memory.size_mib,
+        );
+    }
+    Ok(())
+}
+
+/// A disk's backend must see what the guest writes, so then the memory is copied to shared memory;
+/// else it is mapped, and copied page by page when it is written.
+fn restore_memory(config: &GuestConfig, snapshot: &Snapshot) -> Result<GuestMemory, VmmError> {
+    if config.disks.is_empty() && config.memory.hugepages.is_none() {
+        return snapshot
+            .map(|file| memory::map_private(&config.memory, file).map_err(VmmError::from));
+    }
+    let memory = memory::allocate(&config.memory)?;
+    snapshot.read_into(&memory)?;
+    Ok(memory)
+}
+
+fn unix_ms() -> u64 {
+    let since = SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .unwrap_or_default();
+    u64::try_from(since.as_millis()).unwrap_or(u64::MAX)
+}

@@ -28,6 +28,7 @@ pub mod layer;
 pub mod metrics;
 pub mod overlay;
 pub mod queue_worker;
+pub mod rate_limit;
 pub mod request;
 pub mod request_executor;
 pub mod sector_cipher;

@@ -12,8 +12,11 @@
 //! a lock. A channel that needs other threads has a [`Waker`].
 
 pub mod buffers;
+pub mod crypt;
 pub mod file;
+pub mod limit;
 pub mod null;
+pub mod overlay;
 pub mod ring;
 
 mod transfer;

@@ -31,15 +31,9 @@ impl AlignedBuffer {
         self.pointer.as_ptr()
     }
 
-    /// The bytes. Not to be called while the kernel writes into them.
-    pub fn as_slice(&self) -> &[u8] {
-        // SAFETY: allocated with exactly this length, initialised to zero, owned by self.
-        unsafe { std::slice::from_raw_parts(self.pointer.as_ptr(), self.layout.size()) }
-    }
-
     /// The bytes, to change. Not to be called while the kernel uses them.
     pub fn as_mut_slice(&mut self) -> &mut [u8] {
-        // SAFETY: as in `as_slice`, and borrowed mutably.
+        // SAFETY: allocated with exactly this length, initialised to zero, borrowed mutably.
         unsafe { std::slice::from_raw_parts_mut(self.pointer.as_ptr(), self.layout.size()) }
     }
 }
@@ -60,8 +54,8 @@ mod tests {
         for alignment in [1, 512, 4096, 65536] {
             let mut buffer = AlignedBuffer::new(3 * 512, alignment).unwrap();
             assert_eq!(buffer.as_mut_ptr() as usize % alignment, 0);
-            assert_eq!(buffer.as_slice().len(), 1536);
-            assert!(buffer.as_slice().iter().all(|&byte| byte == 0));
+            assert_eq!(buffer.as_mut_slice().len(), 1536);
+            assert!(buffer.as_mut_slice().iter().all(|&byte| byte == 0));
         }
     }
 }

@@ -5,8 +5,11 @@
 //! has no other way to learn of it.
 
 use std::fs::File;
-use std::io;
+use std::io::{self, Read, Write};
 use std::sync::Arc;
+
+use rustix::fs::{OFlags, fcntl_getfl, fcntl_setfl};
+use serde::{Deserialize, Serialize};
 
 use vhost::vhost_user::message::{
     VhostTransferStateDirection, VhostTransferStatePhase, VhostUserConfigFlags, VhostUserInflight,
@@ -18,23 +21,32 @@ use vhost::vhost_user::{
 };
 
 use crate::config_space::{CONFIG_SPACE_SIZE, WRITEBACK_OFFSET};
-use crate::device::{BlockDevice, reject};
+use crate::device::{VirtioBlock, reject};
+use crate::dirty_log::DirtyLog;
 use crate::guest_memory::{MAX_REGIONS, MemoryTable, RegionDescription};
+use crate::inflight_region::InflightMemory;
 use crate::vring::RingAddresses;
 
 /// Answers one frontend's messages.
 #[derive(Debug)]
 pub struct BlockBackend {
-    device: BlockDevice,
+    device: VirtioBlock,
     owned: bool,
+    protocol: VhostUserProtocolFeatures,
+    status: u8,
+    /// Where the state of a guest that migrates to here will come from.
+    incoming: Option<File>,
 }
 
 impl BlockBackend {
     /// For a device that no frontend has talked to.
-    pub fn new(device: BlockDevice) -> Self {
+    pub fn new(device: VirtioBlock) -> Self {
         Self {
             device,
             owned: false,
+            protocol: VhostUserProtocolFeatures::empty(),
+            status: 0,
+            incoming: None,
         }
     }
 
@@ -42,6 +54,33 @@ impl BlockBackend {
     pub fn stop(&mut self) {
         self.device.stop();
     }
+
+    /// Whether the frontend has acknowledged a protocol feature.
+    pub(crate) fn has(&self, feature: VhostUserProtocolFeatures) -> bool {
+        self.protocol.contains(feature)
+    }
+
+    /// The device status as the frontend has set it (virtio 1.2, 2.1).
+    pub(crate) fn status(&self) -> u8 {
+        self.status
+    }
+
+    /// Takes the driver's device status. 0 resets the device.
+    pub(crate) fn set_status(&mut self, status: u8) {
+        self.status = status;
+        if status == 0 {
+            self.device.reset();
+        }
+    }
+}
+
+/// The most bytes of another backend's state that are read.
+const MAX_STATE_BYTES: u64 = 4096;
+
+// Beside its memory and rings, a guest's disk has one bit of state.
+#[derive(Debug, Serialize, Deserialize)]
+struct DeviceState {
+    writeback: bool,
 }
 
 fn describe(region: &VhostUserMemoryRegion) -> RegionDescription {
@@ -68,7 +107,9 @@ impl VhostUserBackendReqHandlerMut for BlockBackend {
     }
 
     fn reset_device(&mut self) -> Result<()> {
-        Err(Error::InvalidOperation("RESET_DEVICE isn't offered"))
+        self.status = 0;
+        self.device.reset();
+        Ok(())
     }
 
     fn get_features(&mut self) -> Result<u64> {
@@ -116,16 +157,15 @@ impl VhostUserBackendReqHandlerMut for BlockBackend {
         descriptor: u64,
         used: u64,
         available: u64,
-        _log: u64,
+        log: u64,
     ) -> Result<()> {
-        if flags.contains(VhostUserVringAddrFlags::VHOST_VRING_F_LOG) {
-            return Err(Error::InvalidOperation("dirty logging isn't offered"));
-        }
+        let logged = flags.contains(VhostUserVringAddrFlags::VHOST_VRING_F_LOG);
         self.device.reconfigure(index, |vring| {
             vring.addresses = Some(RingAddresses {
                 descriptor_table: descriptor,
                 available_ring: available,
                 used_ring: used,
+                used_log: logged.then_some(log),
             });
         })
     }
@@ -158,12 +198,17 @@ impl VhostUserBackendReqHandlerMut for BlockBackend {
             .reconfigure(u32::from(index), |vring| vring.error = fd.map(Arc::new))
     }
 
-    // INFLIGHT_SHMFD, RESET_DEVICE, STATUS and LOG_SHMFD join here with crash-safe restart.
     fn get_protocol_features(&mut self) -> Result<VhostUserProtocolFeatures> {
         Ok(VhostUserProtocolFeatures::MQ
             | VhostUserProtocolFeatures::REPLY_ACK
             | VhostUserProtocolFeatures::CONFIG
-            | VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS)
+            | VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS
+            | VhostUserProtocolFeatures::INFLIGHT_SHMFD
+            | VhostUserProtocolFeatures::RESET_DEVICE
+            | VhostUserProtocolFeatures::STATUS
+            | VhostUserProtocolFeatures::LOG_SHMFD
+            | VhostUserProtocolFeatures::BACKEND_REQ
+            | VhostUserProtocolFeatures::DEVICE_STATE)
     }
 
     fn set_protocol_features(&mut self, features: u64) -> Result<()> {
@@ -173,6 +218,7 @@ impl VhostUserBackendReqHandlerMut for BlockBackend {
                 "protocol features {unknown:#x} were acknowledged but never offered"
             ))));
         }
+        self.protocol = VhostUserProtocolFeatures::from_bits_truncate(features);
         Ok(())
     }
 
@@ -226,13 +272,25 @@ impl VhostUserBackendReqHandlerMut for BlockBackend {
 
     fn get_inflight_fd(
         &mut self,
-        _inflight: &VhostUserInflight,
+        inflight: &VhostUserInflight,
     ) -> Result<(VhostUserInflight, File)> {
-        Err(Error::InvalidOperation("INFLIGHT_SHMFD isn't offered"))
+        let (queues, size) = (inflight.num_queues, inflight.queue_size);
+        if usize::from(queues) > self.device.queues() || size > self.device.max_queue_size() {
+            return Err(reject(io::Error::other(format!(
+                "no inflight memory for {queues} queues of {size}: there are {} of {}",
+                self.device.queues(),
+                self.device.max_queue_size()
+            ))));
+        }
+        let (file, bytes) = InflightMemory::create(queues, size).map_err(reject)?;
+        Ok((VhostUserInflight::new(bytes, 0, queues, size), file))
     }
 
-    fn set_inflight_fd(&mut self, _inflight: &VhostUserInflight, _file: File) -> Result<()> {
-        Err(Error::InvalidOperation("INFLIGHT_SHMFD isn't offered"))
+    fn set_inflight_fd(&mut self, inflight: &VhostUserInflight, file: File) -> Result<()> {
+        let (offset, bytes) = (inflight.mmap_offset, inflight.mmap_size);
+        let (queues, size) = (inflight.num_queues, inflight.queue_size);
+        let memory = InflightMemory::map(file, offset, bytes, queues, size).map_err(reject)?;
+        self.device.set_inflight(memory)
     }
 
     fn get_max_mem_slots(&mut self) -> Result<u64> {
@@ -256,24 +314,44 @@ impl VhostUserBackendReqHandlerMut for BlockBackend {
         self.device.change_memory(|table| table.remove(description))
     }
 
+    // The state is small enough for any pipe's buffer, so nothing here waits for the other side.
     fn set_device_state_fd(
         &mut self,
-        _direction: VhostTransferStateDirection,
+        direction: VhostTransferStateDirection,
         _phase: VhostTransferStatePhase,
-        _fd: File,
+        fd: File,
     ) -> Result<Option<File>> {
-        Err(Error::InvalidOperation("DEVICE_STATE isn't offered"))
+        let flags = fcntl_getfl(&fd).map_err(reject)?;
+        fcntl_setfl(&fd, flags | OFlags::NONBLOCK).map_err(reject)?;
+        if direction == VhostTransferStateDirection::LOAD {
+            self.incoming = Some(fd);
+            return Ok(None);
+        }
+        let state = DeviceState {
+            writeback: self.device.writeback(),
+        };
+        let text = serde_json::to_vec(&state).map_err(reject)?;
+        (&fd).write_all(&text).map_err(reject)?;
+        Ok(None)
     }
 
     fn check_device_state(&mut self) -> Result<()> {
-        Err(Error::InvalidOperation("DEVICE_STATE isn't offered"))
+        let Some(incoming) = self.incoming.take() else {
+            return Ok(());
+        };
+        let mut text = Vec::new();
+        let mut limited = incoming.take(MAX_STATE_BYTES);
+        limited.read_to_end(&mut text).map_err(reject)?;
+        let state: DeviceState = serde_json::from_slice(&text).map_err(reject)?;
+        self.device.set_writeback(state.writeback)
     }
 
     fn get_shmem_config(&mut self) -> Result<VhostUserShMemConfig> {
         Err(Error::InvalidOperation("SHMEM isn't offered"))
     }
 
-    fn set_log_base(&mut self, _log: &VhostUserLog, _file: File) -> Result<()> {
-        Err(Error::InvalidOperation("LOG_SHMFD isn't offered"))
+    fn set_log_base(&mut self, log: &VhostUserLog, file: File) -> Result<()> {
+        let log = DirtyLog::map(file, log.mmap_offset, log.mmap_size).map_err(reject)?;
+        self.device.set_dirty_log(log)
     }
 }

@@ -5,16 +5,26 @@
 //! work on it stop as broken. The kernel's own accesses fail with EFAULT and need no care.
 
 use std::io;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
-use crate::guest_memory::MAX_REGIONS;
+/// Mappings that can be guarded at once, of all frontends together.
+const MAX_GUARDED: usize = 8192;
 
-// Start and end of each guarded mapping; a start of 0 marks a free entry. Twice the limit,
-// since a new memory table is mapped before the old one goes.
-static GUARDED: [(AtomicUsize, AtomicUsize); 2 * MAX_REGIONS] =
-    [const { (AtomicUsize::new(0), AtomicUsize::new(0)) }; 2 * MAX_REGIONS];
+// A guarded mapping; a start of 0 marks a free entry.
+#[derive(Debug)]
+struct Entry {
+    start: AtomicUsize,
+    end: AtomicUsize,
+    lost: AtomicBool,
+}
 
-static LOST: AtomicUsize = AtomicUsize::new(0);
+static GUARDED: [Entry; MAX_GUARDED] = [const {
+    Entry {
+        start: AtomicUsize::new(0),
+        end: AtomicUsize::new(0),
+        lost: AtomicBool::new(false),
+    }
+}; MAX_GUARDED];
 
 /// Installs the handler for the whole process.
 pub fn install() -> io::Result<()> {
@@ -32,36 +42,40 @@ pub fn install() -> io::Result<()> {
     Ok(())
 }
 
-/// How many regions have been lost so far. A queue that sees it change must stop.
-pub fn lost_regions() -> usize {
-    LOST.load(Ordering::Relaxed)
-}
-
 /// A mapping whose loss the process survives, as long as this exists.
 #[derive(Debug)]
-pub struct Guard(Option<&'static (AtomicUsize, AtomicUsize)>);
+pub struct Guard(Option<&'static Entry>);
 
 impl Guard {
-    /// Guards `len` bytes from `start` on, which must be a mapping of guest memory that lives
-    /// longer than the guard.
+    /// Guards `len` bytes from `start` on, which must be a shared mapping that lives longer than
+    /// the guard and is accessed only in ways that take any content.
     pub fn new(start: usize, len: usize) -> Self {
-        let entry = GUARDED.iter().find(|(entry, _)| {
-            let free = entry.compare_exchange(0, 1, Ordering::AcqRel, Ordering::Relaxed);
+        let entry = GUARDED.iter().find(|entry| {
+            let free = entry
+                .start
+                .compare_exchange(0, 1, Ordering::AcqRel, Ordering::Relaxed);
             free.is_ok()
         });
-        if let Some((entry, end)) = entry {
-            end.store(start + len, Ordering::Release);
-            entry.store(start, Ordering::Release);
+        if let Some(entry) = entry {
+            entry.lost.store(false, Ordering::Relaxed);
+            entry.end.store(start + len, Ordering::Release);
+            entry.start.store(start, Ordering::Release);
         }
         Self(entry)
+    }
+
+    /// Whether the mapping was lost.
+    pub fn is_lost(&self) -> bool {
+        self.0
+            .is_some_and(|entry| entry.lost.load(Ordering::Relaxed))
     }
 }
 
 impl Drop for Guard {
     fn drop(&mut self) {
-        if let Some((start, end)) = self.0 {
-            end.store(0, Ordering::Release);
-            start.store(0, Ordering::Release);
+        if let Some(entry) = self.0 {
+            entry.end.store(0, Ordering::Release);
+            entry.start.store(0, Ordering::Release);
         }
     }
 }
@@ -69,10 +83,11 @@ impl Drop for Guard {
 extern "C" fn handle(signal: libc::c_int, info: *mut libc::siginfo_t, _: *mut libc::c_void) {
     // SAFETY: the kernel passes a valid siginfo, and a SIGBUS has an address in it.
     let address = unsafe { (*info).si_addr() } as usize;
-    for (start, end) in &GUARDED {
-        let (start, end) = (start.load(Ordering::Acquire), end.load(Ordering::Acquire));
+    for entry in &GUARDED {
+        let start = entry.start.load(Ordering::Acquire);
+        let end = entry.end.load(Ordering::Acquire);
         if start > 1 && (start..end).contains(&address) && replace(start, end - start) {
-            LOST.fetch_add(1, Ordering::Relaxed);
+            entry.lost.store(true, Ordering::Relaxed);
             return;
         }
     }

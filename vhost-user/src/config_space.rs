@@ -1,6 +1,8 @@
 //! The device configuration space, `struct virtio_blk_config` (virtio 1.2, 5.2.4).
 
-use crate::image::{Image, SECTOR_SIZE};
+use crate::disk::Disk;
+use crate::image::SECTOR_SIZE;
+use crate::request::{MAX_RANGE_SECTORS, MAX_RANGES};
 
 /// Bytes that a frontend may read; past the structure's own end they are zero.
 pub const CONFIG_SPACE_SIZE: usize = 256;
@@ -17,6 +19,12 @@ const SEG_MAX_OFFSET: usize = 12;
 const BLOCK_SIZE_OFFSET: usize = 20;
 const TOPOLOGY_OFFSET: usize = 24;
 const NUM_QUEUES_OFFSET: usize = 34;
+const MAX_DISCARD_SECTORS_OFFSET: usize = 36;
+const MAX_DISCARD_RANGES_OFFSET: usize = 40;
+const DISCARD_ALIGNMENT_OFFSET: usize = 44;
+const MAX_ZEROES_SECTORS_OFFSET: usize = 48;
+const MAX_ZEROES_RANGES_OFFSET: usize = 52;
+const ZEROES_MAY_UNMAP_OFFSET: usize = 56;
 
 /// The most data buffers in a request: what fits into the queue beside header and status, so
 /// that drivers without indirect descriptors get along, and no more than 1 MiB of pages.
@@ -26,7 +34,7 @@ pub fn seg_max(queue_size: u16) -> u32 {
 
 /// Lays the configuration out.
 pub fn config_space(
-    image: &Image,
+    disk: &Disk,
     queues: u16,
     queue_size: u16,
     writeback: bool,
@@ -37,8 +45,9 @@ pub fn config_space(
             field.copy_from_slice(bytes);
         }
     };
-    let sizes = image.block_sizes();
-    put(CAPACITY_OFFSET, &image.capacity_sectors().to_le_bytes());
+    let properties = disk.properties();
+    let sizes = properties.block_sizes;
+    put(CAPACITY_OFFSET, &disk.capacity_sectors().to_le_bytes());
     put(SIZE_MAX_OFFSET, &SIZE_MAX.to_le_bytes());
     put(SEG_MAX_OFFSET, &seg_max(queue_size).to_le_bytes());
     put(BLOCK_SIZE_OFFSET, &sizes.logical.to_le_bytes());
@@ -52,10 +61,17 @@ pub fn config_space(
     put(TOPOLOGY_OFFSET + 4, &optimal.to_le_bytes());
     put(WRITEBACK_OFFSET as usize, &[u8::from(writeback)]);
     put(NUM_QUEUES_OFFSET, &queues.to_le_bytes());
+    if properties.discard {
+        let sectors = MAX_RANGE_SECTORS.to_le_bytes();
+        let ranges = u32::try_from(MAX_RANGES).unwrap_or(1).to_le_bytes();
+        let alignment = u64::from(sizes.logical.max(sizes.physical)) / SECTOR_SIZE;
+        let alignment = u32::try_from(alignment).unwrap_or(1).to_le_bytes();
+        put(MAX_DISCARD_SECTORS_OFFSET, &sectors);
+        put(MAX_DISCARD_RANGES_OFFSET, &ranges);
+        put(DISCARD_ALIGNMENT_OFFSET, &alignment);
+        put(MAX_ZEROES_SECTORS_OFFSET, &sectors);
+        put(MAX_ZEROES_RANGES_OFFSET, &ranges);
+        put(ZEROES_MAY_UNMAP_OFFSET, &[1]);
+    }
     space
-}
-
-/// The disk's size in bytes as the guest sees it.
-pub fn capacity_bytes(image: &Image) -> u64 {
-    image.capacity_sectors() * SECTOR_SIZE
 }

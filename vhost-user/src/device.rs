@@ -9,22 +9,29 @@ use virtio_bindings::bindings::{virtio_blk, virtio_config, virtio_ring};
 use vm_memory::GuestMemoryMmap;
 
 use crate::config_space::{self, CONFIG_SPACE_SIZE};
+use crate::dirty_log::DirtyLog;
 use crate::disk::Disk;
 use crate::guest_memory::{self, MemoryError, MemoryTable};
+use crate::inflight_region::InflightMemory;
 use crate::metrics::QueueMetrics;
 use crate::vring::{Negotiated, Vring};
+use crate::worker::WorkerPool;
 
 const VIRTIO_F_VERSION_1: u64 = 1 << virtio_config::VIRTIO_F_VERSION_1;
 const VIRTIO_F_INDIRECT_DESC: u64 = 1 << virtio_ring::VIRTIO_RING_F_INDIRECT_DESC;
 const VIRTIO_F_EVENT_IDX: u64 = 1 << virtio_ring::VIRTIO_RING_F_EVENT_IDX;
+const VHOST_F_LOG_ALL: u64 = 1 << 26;
 const VIRTIO_BLK_F_FLUSH: u64 = 1 << virtio_blk::VIRTIO_BLK_F_FLUSH;
 const VIRTIO_BLK_F_CONFIG_WCE: u64 = 1 << virtio_blk::VIRTIO_BLK_F_CONFIG_WCE;
 
 /// One frontend's device: its memory, its queues, and what it negotiated.
 #[derive(Debug)]
-pub struct BlockDevice {
+pub struct VirtioBlock {
     disk: Arc<Disk>,
+    workers: Arc<WorkerPool>,
     max_queue_size: u16,
+    inflight: Option<Arc<InflightMemory>>,
+    dirty_log: Option<Arc<DirtyLog>>,
     acked_features: u64,
     writeback: bool,
     table: MemoryTable,
@@ -32,14 +39,22 @@ pub struct BlockDevice {
     vrings: Vec<Vring>,
 }
 
-impl BlockDevice {
+impl VirtioBlock {
     /// A device that no frontend has talked to. There is one queue for each of the counters.
-    pub fn new(disk: Arc<Disk>, max_queue_size: u16, metrics: &[Arc<QueueMetrics>]) -> Self {
+    pub fn new(
+        disk: Arc<Disk>,
+        workers: Arc<WorkerPool>,
+        max_queue_size: u16,
+        metrics: &[Arc<QueueMetrics>],
+    ) -> Self {
         disk.write_through.store(true, Ordering::Release);
         let vrings = metrics.iter().enumerate();
         Self {
             disk,
+            workers,
             max_queue_size,
+            inflight: None,
+            dirty_log: None,
             acked_features: 0,
             writeback: true,
             table: MemoryTable::default(),
@@ -69,14 +84,20 @@ impl BlockDevice {
         if self.vrings.len() > 1 {
             bits.push(virtio_blk::VIRTIO_BLK_F_MQ);
         }
-        if self.disk.image.read_only() {
+        let properties = self.disk.properties();
+        if properties.read_only {
             bits.push(virtio_blk::VIRTIO_BLK_F_RO);
+        }
+        if properties.discard {
+            bits.push(virtio_blk::VIRTIO_BLK_F_DISCARD);
+            bits.push(virtio_blk::VIRTIO_BLK_F_WRITE_ZEROES);
         }
         let device = bits.iter().fold(0, |bits, bit| bits | 1_u64 << bit);
         device
             | VIRTIO_F_VERSION_1
             | VIRTIO_F_INDIRECT_DESC
             | VIRTIO_F_EVENT_IDX
+            | VHOST_F_LOG_ALL
             | VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits()
     }
 
@@ -85,6 +106,12 @@ impl BlockDevice {
             disk: Arc::clone(&self.disk),
             event_idx: self.acked_features & VIRTIO_F_EVENT_IDX != 0,
             indirect: self.acked_features & VIRTIO_F_INDIRECT_DESC != 0,
+            inflight: self.inflight.clone(),
+            dirty_log: self
+                .dirty_log
+                .clone()
+                .filter(|_| self.acked_features & VHOST_F_LOG_ALL != 0),
+            workers: Arc::clone(&self.workers),
         }
     }
 
@@ -107,9 +134,7 @@ impl BlockDevice {
                 "features {unknown:#x} were acknowledged but never offered"
             ))));
         }
-        for vring in &mut self.vrings {
-            vring.pause();
-        }
+        self.pause();
         self.acked_features = features;
         self.apply_cache_mode();
         // Without protocol features there is no SET_VRING_ENABLE, and queues start enabled.
@@ -134,8 +159,7 @@ impl BlockDevice {
     /// The configuration space now.
     pub(crate) fn config_space(&self) -> [u8; CONFIG_SPACE_SIZE] {
         let queues = u16::try_from(self.vrings.len()).unwrap_or(u16::MAX);
-        let image = &self.disk.image;
-        config_space::config_space(image, queues, self.max_queue_size, self.writeback)
+        config_space::config_space(&self.disk, queues, self.max_queue_size, self.writeback)
     }
 
     /// Whether the driver may switch the write cache.
@@ -151,7 +175,46 @@ impl BlockDevice {
         if writeback {
             return Ok(());
         }
-        self.disk.image.sync().map_err(Error::ReqHandlerError)
+        self.disk.device().sync().map_err(Error::ReqHandlerError)
+    }
+
+    /// Forgets the driver, as after a reset of the device: its queues stop, and what it
+    /// negotiated is void. Memory and the connection stay.
+    pub(crate) fn reset(&mut self) {
+        for vring in &mut self.vrings {
+            vring.stop();
+            vring.enabled = false;
+            vring.base = 0;
+        }
+        self.acked_features = 0;
+        self.writeback = true;
+        self.inflight = None;
+        self.apply_cache_mode();
+    }
+
+    /// Notes what is in flight in this memory from now on, and goes on with what is noted there.
+    pub(crate) fn set_inflight(&mut self, memory: Arc<InflightMemory>) -> Result<()> {
+        self.pause();
+        self.inflight = Some(memory);
+        self.start_ready_queues()
+    }
+
+    /// Logs written pages there, once the frontend asks for it with `VHOST_F_LOG_ALL`.
+    pub(crate) fn set_dirty_log(&mut self, log: DirtyLog) -> Result<()> {
+        self.pause();
+        self.dirty_log = Some(Arc::new(log));
+        self.start_ready_queues()
+    }
+
+    /// What migrates with the guest beside its memory and the rings: the cache mode.
+    pub(crate) fn writeback(&self) -> bool {
+        self.writeback
+    }
+
+    fn pause(&mut self) {
+        for vring in &mut self.vrings {
+            vring.pause();
+        }
     }
 
     pub(crate) fn vring(&mut self, index: u32) -> Result<&mut Vring> {
@@ -178,9 +241,7 @@ impl BlockDevice {
     ) -> Result<()> {
         let mut table = self.table.clone();
         change(&mut table).map_err(reject)?;
-        for vring in &mut self.vrings {
-            vring.pause();
-        }
+        self.pause();
         self.memory = table.guest_memory();
         self.table = table;
         tracing::debug!(
@@ -201,7 +262,7 @@ impl BlockDevice {
     }
 }
 
-impl Drop for BlockDevice {
+impl Drop for VirtioBlock {
     fn drop(&mut self) {
         self.stop();
     }

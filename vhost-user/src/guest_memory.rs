@@ -75,7 +75,7 @@ pub struct RegionDescription {
 struct Region {
     description: RegionDescription,
     // Before the mapping, which it must not outlive.
-    _guard: Arc<Guard>,
+    guard: Arc<Guard>,
     mapping: Arc<GuestRegionMmap>,
 }
 
@@ -104,7 +104,7 @@ impl MemoryTable {
         let size = usize::try_from(mapping.len()).unwrap_or(0);
         self.regions.push(Region {
             description,
-            _guard: Arc::new(Guard::new(mapping.as_ptr() as usize, size)),
+            guard: Arc::new(Guard::new(mapping.as_ptr() as usize, size)),
             mapping: Arc::new(mapping),
         });
         self.regions
@@ -141,6 +141,12 @@ impl MemoryTable {
         GuestMemoryMmap::from_arc_regions(regions.collect())
             .ok()
             .map(Arc::new)
+    }
+
+    /// By which a queue finds out that the frontend has taken memory away.
+    pub fn guards(&self) -> Vec<Arc<Guard>> {
+        let guards = self.regions.iter().map(|region| Arc::clone(&region.guard));
+        guards.collect()
     }
 
     /// The guest physical address behind an address in the frontend's address space, in which
@@ -183,7 +189,8 @@ fn map(description: RegionDescription, file: File) -> Result<GuestRegionMmap, Me
     GuestRegionMmap::new(mapping, GuestAddress(guest_address)).ok_or(invalid)
 }
 
-/// Appends the host's view of a guest buffer, one entry for each region that it touches.
+/// Appends the host's view of a guest buffer, one entry for each region that it touches, joined
+/// with the last one if it goes on there.
 ///
 /// Returns false, with nothing promised about `iovecs`, if any byte lies outside guest memory.
 pub fn append_iovecs(memory: &GuestMemoryMmap, segment: Segment, iovecs: &mut Vec<iovec>) -> bool {
@@ -196,10 +203,17 @@ pub fn append_iovecs(memory: &GuestMemoryMmap, segment: Segment, iovecs: &mut Ve
     };
     for slice in slices {
         let Ok(slice) = slice else { return false };
-        iovecs.push(iovec {
-            iov_base: slice.ptr_guard_mut().as_ptr().cast(),
-            iov_len: slice.len(),
-        });
+        let start = slice.ptr_guard_mut().as_ptr();
+        match iovecs.last_mut() {
+            // Drivers give one buffer for each page, and pages are often neighbours.
+            Some(last) if last.iov_base.wrapping_byte_add(last.iov_len) == start.cast() => {
+                last.iov_len += slice.len();
+            }
+            _ => iovecs.push(iovec {
+                iov_base: start.cast(),
+                iov_len: slice.len(),
+            }),
+        }
     }
     true
 }

@@ -1,79 +1,24 @@
-//! `keelson-blk`: serves one disk to one virtual machine over vhost-user.
+//! `keelson-blk`: serves disks to virtual machines over vhost-user.
+
+mod arguments;
 
 use std::io::{self, Write};
-use std::path::PathBuf;
 use std::process::ExitCode;
-use std::sync::Arc;
+use std::sync::{Arc, mpsc};
 
-use clap::{Parser, ValueEnum};
-use keelson_blk::config_space::capacity_bytes;
-use keelson_blk::disk::{Disk, SERIAL_SIZE};
+use clap::Parser;
+use clap::error::ErrorKind;
+use keelson_blk::disk::Disk;
 use keelson_blk::image::{DirectMode, Image, ImageOptions};
-use keelson_blk::server::{Server, ServerOptions, Stopper};
+use keelson_blk::layer::BlockDevice;
+use keelson_blk::layer::file::FileDevice;
+use keelson_blk::layer::null::NullDevice;
+use keelson_blk::server::{DiskServer, ServerOptions};
+use keelson_blk::worker::WorkerPool;
 use keelson_blk::{Error, bus_fault, uring};
 use serde_json::json;
 
-/// Serves a raw file or a block device as a vhost-user-blk disk, on io_uring.
-///
-/// Prints one line of JSON when it is ready, then serves one frontend after another until
-/// SIGTERM. Exit codes: 0 stopped, 1 runtime failure, 2 usage, 3 the image can't be opened,
-/// 4 the image is in use, 5 io_uring is unavailable, 6 the socket can't be bound.
-#[derive(Debug, Parser)]
-#[command(version)]
-struct Arguments {
-    /// Unix socket to listen on
-    #[arg(long)]
-    socket: PathBuf,
-    /// Raw image file or block device
-    #[arg(long)]
-    image: PathBuf,
-    /// Refuse writes; other read-only users may share the image
-    #[arg(long)]
-    read_only: bool,
-    /// Number of virtqueues, 1 to 64
-    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=64))]
-    queues: u16,
-    /// Most descriptors in a virtqueue: a power of two from 4 to 1024
-    #[arg(long, default_value_t = 1024, value_parser = parse_queue_size)]
-    queue_size: u16,
-    /// Serial number that the guest sees, up to 20 bytes
-    #[arg(long, default_value = "", value_parser = parse_serial)]
-    serial: Serial,
-    /// Whether to go around the page cache with O_DIRECT
-    #[arg(long, value_enum, default_value_t = Direct::Auto)]
-    direct: Direct,
-    /// What to log to stderr, in RUST_LOG's syntax
-    #[arg(long, default_value = "info")]
-    log_level: tracing_subscriber::EnvFilter,
-}
-
-#[derive(Clone, Copy, Debug, ValueEnum)]
-enum Direct {
-    /// Where the file allows it
-    Auto,
-    /// Or refuse to start
-    On,
-    /// Through the page cache
-    Off,
-}
-
-type Serial = [u8; SERIAL_SIZE];
-
-fn parse_serial(text: &str) -> Result<Serial, String> {
-    let mut serial = [0; SERIAL_SIZE];
-    let field = serial
-        .get_mut(..text.len())
-        .ok_or_else(|| format!("{} bytes, but virtio-blk has room for 20", text.len()))?;
-    field.copy_from_slice(text.as_bytes());
-    Ok(serial)
-}
-
-fn parse_queue_size(text: &str) -> Result<u16, String> {
-    text.parse()
-        .ok()
-        .filter(|size: &u16| size.is_power_of_two() && (4..=1024).contains(size))
-        .ok_or_else(|| "not a power of two from 4 to 1024".into())
-}
+use arguments::{Arguments, Contents, Direct, DiskArguments};
 
 fn main() -> ExitCode {
     let arguments = Arguments::parse();
@@ -82,7 +27,12 @@ fn main() -> ExitCode {
         .with_writer(io::stderr)
         .with_ansi(false)
         .init();
-    match run(&arguments) {
+    let disks = arguments.disks().unwrap_or_else(|reason| {
+        use clap::CommandFactory;
+        let error = Arguments::command().error(ErrorKind::ValueValidation, reason);
+        error.exit()
+    });
+    match run(&arguments, &disks) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("keelson-blk: {error}");
@@ -91,44 +41,116 @@ fn main() -> ExitCode {
     }
 }
 
-fn run(arguments: &Arguments) -> Result<(), Error> {
-    let stopper = Stopper::new()?;
-    stop_on_signals(&stopper)?;
+/// What the main thread waits for.
+enum Event {
+    Stop,
+    Resize,
+    /// A disk has ended by itself.
+    Ended,
+}
+
+fn run(arguments: &Arguments, disks: &[DiskArguments]) -> Result<(), Error> {
+    let (sender, events) = mpsc::channel();
+    take_signals(sender.clone())?;
     bus_fault::install().map_err(|source| Error::Io {
         action: "can't handle SIGBUS".into(),
         source,
     })?;
     uring::check_available()?;
-    let image = Image::open(&ImageOptions {
-        path: arguments.image.clone(),
-        read_only: arguments.read_only,
-        direct: match arguments.direct {
-            Direct::Auto => DirectMode::Auto,
-            Direct::On => DirectMode::On,
-            Direct::Off => DirectMode::Off,
-        },
+    let workers = WorkerPool::new(arguments.worker_options());
+    let mut servers = Vec::new();
+    let mut described = Vec::new();
+    for disk in disks {
+        let (server, description) = start(disk, &workers, sender.clone())?;
+        servers.push(server);
+        described.push(description);
+    }
+    announce(described).map_err(|source| Error::Io {
+        action: "can't print the ready line".into(),
+        source,
     })?;
-    let ready = json!({
-        "ready": true,
-        "capacity_bytes": capacity_bytes(&image),
-        "direct": image.direct().is_some(),
-        "read_only": image.read_only(),
+    for event in events {
+        match event {
+            Event::Stop | Event::Ended => break,
+            Event::Resize => resize(&servers),
+        }
+    }
+    for server in &servers {
+        server.begin_stop();
+    }
+    let mut outcome = Ok(());
+    for server in servers {
+        let stopped = server.stop();
+        if outcome.is_ok() {
+            outcome = stopped;
+        }
+    }
+    outcome
+}
+
+fn start(
+    arguments: &DiskArguments,
+    workers: &Arc<WorkerPool>,
+    events: mpsc::Sender<Event>,
+) -> Result<(DiskServer, serde_json::Value), Error> {
+    let (device, direct): (Arc<dyn BlockDevice>, bool) = match &arguments.contents {
+        Contents::Null(bytes) => (Arc::new(NullDevice::new(*bytes)), true),
+        Contents::Image(path) => {
+            let image = Image::open(&ImageOptions {
+                path: path.clone(),
+                read_only: arguments.read_only,
+                direct: match arguments.direct {
+                    Direct::Auto => DirectMode::Auto,
+                    Direct::On => DirectMode::On,
+                    Direct::Off => DirectMode::Off,
+                },
+            })?;
+            let direct = image.direct().is_some();
+            (Arc::new(FileDevice::new(Arc::new(image))), direct)
+        }
+    };
+    let disk = Arc::new(Disk::new(device, arguments.serial));
+    let description = json!({
+        "socket": arguments.socket,
+        "capacity_bytes": disk.capacity_bytes(),
+        "direct": direct,
+        "read_only": disk.properties().read_only,
     });
-    let disk = Disk::new(image, arguments.serial);
     let options = ServerOptions {
         socket: arguments.socket.clone(),
         queues: arguments.queues,
         queue_size: arguments.queue_size,
     };
-    let server = Server::bind(options, Arc::new(disk), stopper)?;
-    announce(&ready).map_err(|source| Error::Io {
-        action: "can't print the ready line".into(),
-        source,
-    })?;
-    server.run()
+    let ended = move || {
+        // Fails only when the process is about to end.
+        let _ = events.send(Event::Ended);
+    };
+    let server = DiskServer::start(options, disk, Arc::clone(workers), ended)?;
+    Ok((server, description))
 }
 
-fn announce(ready: &serde_json::Value) -> io::Result<()> {
+fn resize(servers: &[DiskServer]) {
+    for server in servers {
+        let socket = server.socket().display();
+        match server.resize() {
+            Ok(true) => {
+                let bytes = server.disk().capacity_bytes();
+                tracing::info!(%socket, bytes, "the disk was resized");
+            }
+            Ok(false) => {}
+            Err(error) => tracing::error!(%socket, %error, "the disk can't be resized"),
+        }
+    }
+}
+
+// One disk is described in the line itself, several in a list.
+fn announce(mut disks: Vec<serde_json::Value>) -> io::Result<()> {
+    let mut ready = if let [_] = disks.as_slice() {
+        disks.remove(0)
+    } else {
+        json!({ "disks": disks })
+    };
+    ready["ready"] = json!(true);
     let mut stdout = io::stdout().lock();
     writeln!(stdout, "{ready}")?;
     stdout.flush()
@@ -136,7 +158,7 @@ fn announce(ready: &serde_json::Value) -> io::Result<()> {
 
 // Blocks the signals in this thread before any other starts, so that they all inherit it, and
 // waits for them in a thread of their own.
-fn stop_on_signals(stopper: &Stopper) -> Result<(), Error> {
+fn take_signals(events: mpsc::Sender<Event>) -> Result<(), Error> {
     let failed = |action: &str, source: io::Error| Error::Io {
         action: action.into(),
         source,
@@ -146,8 +168,9 @@ fn stop_on_signals(stopper: &Stopper) -> Result<(), Error> {
     let signals = unsafe {
         let mut signals: libc::sigset_t = std::mem::zeroed();
         libc::sigemptyset(&raw mut signals);
-        libc::sigaddset(&raw mut signals, libc::SIGTERM);
-        libc::sigaddset(&raw mut signals, libc::SIGINT);
+        for signal in [libc::SIGTERM, libc::SIGINT, libc::SIGHUP] {
+            libc::sigaddset(&raw mut signals, signal);
+        }
         let error =
             libc::pthread_sigmask(libc::SIG_BLOCK, &raw const signals, std::ptr::null_mut());
         if error != 0 {
@@ -158,14 +181,21 @@ fn stop_on_signals(stopper: &Stopper) -> Result<(), Error> {
         }
         signals
     };
-    let stopper = stopper.clone();
-    let thread = std::thread::Builder::new().name("signals".into());
+    let thread = std::thread::Builder::new()
+        .name("signals".into())
+        .stack_size(128 << 10);
     let wait = move || {
         let mut signal = 0;
         // SAFETY: both pointers are to this closure's own values.
         while unsafe { libc::sigwait(&raw const signals, &raw mut signal) } == 0 {
-            tracing::info!(signal, "stopping");
-            stopper.stop();
+            tracing::info!(signal, "told by a signal");
+            let event = match signal {
+                libc::SIGHUP => Event::Resize,
+                _ => Event::Stop,
+            };
+            if events.send(event).is_err() {
+                return;
+            }
         }
     };
     thread

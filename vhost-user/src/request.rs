@@ -1,7 +1,8 @@
 //! From a descriptor chain to a virtio-blk request (virtio 1.2, 5.2.6).
 
 use virtio_bindings::bindings::virtio_blk::{
-    VIRTIO_BLK_T_FLUSH, VIRTIO_BLK_T_GET_ID, VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT,
+    VIRTIO_BLK_S_IOERR, VIRTIO_BLK_S_UNSUPP, VIRTIO_BLK_T_DISCARD, VIRTIO_BLK_T_FLUSH,
+    VIRTIO_BLK_T_GET_ID, VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT, VIRTIO_BLK_T_WRITE_ZEROES,
 };
 use vm_memory::{Address, Bytes, GuestAddress, GuestMemory, GuestMemoryMmap, Permissions};
 
@@ -9,6 +10,15 @@ use crate::descriptor_chain::{DescriptorChain, Segment};
 use crate::image::SECTOR_SIZE;
 
 const HEADER_SIZE: usize = 16;
+
+/// Bytes of `struct virtio_blk_discard_write_zeroes`.
+const RANGE_SIZE: usize = 16;
+
+/// Most ranges in one request, told to the driver.
+pub const MAX_RANGES: usize = 32;
+
+/// Most sectors in one range, told to the driver: 1 GiB, so that no request takes long.
+pub const MAX_RANGE_SECTORS: u32 = 1 << 21;
 
 /// What the guest asks for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -25,6 +35,10 @@ pub enum Operation {
     },
     /// `VIRTIO_BLK_T_FLUSH`.
     Flush,
+    /// `VIRTIO_BLK_T_DISCARD`.
+    Discard,
+    /// `VIRTIO_BLK_T_WRITE_ZEROES`.
+    WriteZeroes,
     /// `VIRTIO_BLK_T_GET_ID`.
     GetId,
     /// A type that this device doesn't offer.
@@ -70,10 +84,12 @@ pub fn parse(
         VIRTIO_BLK_T_OUT => Operation::Write { sector },
         VIRTIO_BLK_T_FLUSH => Operation::Flush,
         VIRTIO_BLK_T_GET_ID => Operation::GetId,
+        VIRTIO_BLK_T_DISCARD => Operation::Discard,
+        VIRTIO_BLK_T_WRITE_ZEROES => Operation::WriteZeroes,
         other => Operation::Unsupported(other),
     };
     let data = match operation {
-        Operation::Write { .. } => &chain.readable,
+        Operation::Write { .. } | Operation::Discard | Operation::WriteZeroes => &chain.readable,
         _ => &chain.writable,
     };
     Ok(Request {
@@ -101,6 +117,86 @@ pub fn transfer_offset(
     }
     let offset = sector.checked_mul(SECTOR_SIZE)?;
     (offset.is_multiple_of(block) && data_len.is_multiple_of(block)).then_some(offset)
+}
+
+/// A stretch of the disk to discard or to zero.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Range {
+    /// The first byte.
+    pub offset: u64,
+    /// Bytes.
+    pub len: u64,
+    /// Whether the space of zeroes may be given back.
+    pub unmap: bool,
+}
+
+/// Why the ranges of a discard or write-zeroes request were refused.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum RangeError {
+    /// No whole ranges, too many, or some outside the disk.
+    Invalid,
+    /// A flag that isn't known, or not allowed here.
+    UnsupportedFlag,
+}
+
+impl RangeError {
+    /// The status that virtio 1.2, 5.2.6.2 asks for.
+    pub fn status(self) -> u32 {
+        match self {
+            Self::Invalid => VIRTIO_BLK_S_IOERR,
+            Self::UnsupportedFlag => VIRTIO_BLK_S_UNSUPP,
+        }
+    }
+}
+
+/// Reads the `struct virtio_blk_discard_write_zeroes` of a request, replacing what is in `ranges`.
+pub fn ranges(
+    memory: &GuestMemoryMmap,
+    data: &[Segment],
+    zeroes: bool,
+    capacity_sectors: u64,
+    ranges: &mut Vec<Range>,
+) -> Result<(), RangeError> {
+    ranges.clear();
+    let len: u64 = data.iter().map(|segment| u64::from(segment.len)).sum();
+    let count = len / RANGE_SIZE as u64;
+    if count == 0 || !len.is_multiple_of(RANGE_SIZE as u64) || count > MAX_RANGES as u64 {
+        return Err(RangeError::Invalid);
+    }
+    let mut bytes = [0; RANGE_SIZE * MAX_RANGES];
+    let mut filled = 0;
+    for segment in data {
+        let part = bytes.get_mut(filled..filled + segment.len as usize);
+        let part = part.ok_or(RangeError::Invalid)?;
+        memory
+            .read_slice(part, segment.address)
+            .map_err(|_| RangeError::Invalid)?;
+        filled += part.len();
+    }
+    let (entries, _) = bytes[..filled].as_chunks::<RANGE_SIZE>();
+    for entry in entries {
+        let [sector @ .., n0, n1, n2, n3, f0, f1, f2, f3] = *entry;
+        let sector = u64::from_le_bytes(sector);
+        let sectors = u64::from(u32::from_le_bytes([n0, n1, n2, n3]));
+        let flags = u32::from_le_bytes([f0, f1, f2, f3]);
+        // Unmap is for zeroes only, and the other bits are reserved.
+        if flags & !u32::from(zeroes) != 0 {
+            return Err(RangeError::UnsupportedFlag);
+        }
+        if sector
+            .checked_add(sectors)
+            .is_none_or(|end| end > capacity_sectors)
+            || sectors > u64::from(MAX_RANGE_SECTORS)
+        {
+            return Err(RangeError::Invalid);
+        }
+        ranges.push(Range {
+            offset: sector * SECTOR_SIZE,
+            len: sectors * SECTOR_SIZE,
+            unmap: flags & 1 != 0,
+        });
+    }
+    Ok(())
 }
 
 fn take_header(

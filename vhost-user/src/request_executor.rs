@@ -1,70 +1,144 @@
-//! From available descriptor chains to disk operations, and from their results to used chains.
+//! From available descriptor chains to requests of the disk's layers, and from their results to
+//! used chains.
 //!
-//! Does no I/O itself: operations are collected in a list for the queue's loop to submit, and
-//! their results come back as numbers. So all of it runs in tests and fuzzers without a ring.
+//! Does no I/O itself: the layers collect operations in a list for the worker to submit, and their
+//! results come back as numbers. So all of it runs in tests and fuzzers without a ring.
 
 use std::collections::VecDeque;
-use std::io;
+use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::time::Instant;
 
-use io_uring::{opcode, squeue, types};
+use libc::iovec;
 use virtio_bindings::bindings::virtio_blk::{
     VIRTIO_BLK_S_IOERR, VIRTIO_BLK_S_OK, VIRTIO_BLK_S_UNSUPP,
 };
-use vm_memory::{Bytes, GuestAddress};
+use vm_memory::{Address, Bytes, GuestAddress};
 
-use crate::bus_fault;
-use crate::descriptor_chain::DescriptorChain;
+use crate::bus_fault::Guard;
+use crate::descriptor_chain::{DescriptorChain, Segment};
+use crate::dirty_log::DirtyLog;
 use crate::disk::{Disk, SERIAL_SIZE};
 use crate::error_log::ErrorLog;
 use crate::guest_memory::append_iovecs;
-use crate::image::{Image, SECTOR_SIZE};
-use crate::in_flight::{InFlight, InFlightTable, Work};
+use crate::image::SECTOR_SIZE;
+use crate::inflight_region::InflightRegion;
+use crate::layer::Operation as LayerOperation;
+use crate::layer::{
+    Buffers, GuestLease, IoChannel, IoCompletion, IoRequest, RingOperations, Token,
+};
 use crate::metrics::{Completed, QueueMetrics};
-use crate::request::{self, Operation, Request};
-use crate::transfer::{IMAGE_FILE, Step, Transfer};
+use crate::pinned_memory::PinnedMemory;
+use crate::request::{self, Operation, Range, Request};
 use crate::virtqueue::{QueueError, Virtqueue};
+
+/// Iovec arrays kept for later requests.
+const SPARE_ARRAYS: usize = 256;
+
+/// All that requests need beside the virtqueue.
+#[derive(Debug)]
+pub struct ExecutorSetup {
+    /// The queue's index, for logs.
+    pub index: usize,
+    /// The disk.
+    pub disk: Arc<Disk>,
+    /// The queue's way to the disk's contents.
+    pub channel: Box<dyn IoChannel>,
+    /// The queue's counters.
+    pub metrics: Arc<QueueMetrics>,
+    /// By which the loss of guest memory is noticed.
+    pub guards: Vec<Arc<Guard>>,
+    /// Where to note what is in flight, if the frontend keeps such memory.
+    pub inflight: Option<InflightRegion>,
+    /// Where to note what was written, and the guest address under which the used ring is logged.
+    pub dirty_log: Option<(Arc<DirtyLog>, Option<u64>)>,
+    /// Guest memory that is registered with the worker's ring.
+    pub pinned: PinnedMemory,
+}
+
+/// A request that the layers are working on.
+#[derive(Clone, Debug)]
+struct Pending {
+    head: u16,
+    status: GuestAddress,
+    completed: Completed,
+    /// Guest memory that a read writes to; only kept for the dirty log.
+    written: Vec<Segment>,
+    /// Parts of a request of several ranges that are still to be done.
+    parts: u32,
+    failed: bool,
+}
 
 /// The requests of one virtqueue.
 #[derive(Debug)]
 pub struct RequestExecutor {
-    in_flight: InFlightTable,
-    queue: Virtqueue,
+    channel: Box<dyn IoChannel>,
+    pending: Vec<Option<Pending>>,
+    free: Vec<usize>,
+    taken: Vec<bool>,
+    replay: VecDeque<u16>,
+    inflight: Option<InflightRegion>,
+    dirty_log: Option<(Arc<DirtyLog>, Option<u64>)>,
+    guards: Vec<Arc<Guard>>,
     chain: DescriptorChain,
+    ranges: Vec<Range>,
     index: usize,
     disk: Arc<Disk>,
     metrics: Arc<QueueMetrics>,
     log: ErrorLog,
-    operations: VecDeque<squeue::Entry>,
-    lost_before: usize,
+    spare_iovecs: Vec<Vec<iovec>>,
+    pinned: PinnedMemory,
+    queue: Virtqueue,
+    lease: GuestLease,
 }
 
 impl RequestExecutor {
-    /// For a virtqueue that hasn't been touched yet.
-    pub fn new(
-        index: usize,
-        queue: Virtqueue,
-        disk: Arc<Disk>,
-        metrics: Arc<QueueMetrics>,
-    ) -> Self {
+    /// For a virtqueue that this process hasn't touched yet. What an earlier one left in flight
+    /// comes first.
+    pub fn new(mut queue: Virtqueue, setup: ExecutorSetup) -> Self {
         let capacity = queue.table().size as usize;
+        let mut inflight = setup.inflight;
+        let replay: VecDeque<u16> = inflight
+            .as_mut()
+            .map(|region| region.recover(queue.used_index()))
+            .unwrap_or_default()
+            .into();
+        if inflight.is_some() {
+            // What is in flight was taken from the available ring, and nothing else.
+            let count = u16::try_from(replay.len()).unwrap_or(u16::MAX);
+            queue.go_on_from(queue.used_index().wrapping_add(count));
+        }
         Self {
-            in_flight: InFlightTable::new(Arc::clone(queue.memory()), capacity),
-            queue,
+            channel: setup.channel,
+            pending: (0..capacity).map(|_| None).collect(),
+            free: (0..capacity).rev().collect(),
+            taken: vec![false; capacity],
+            replay,
+            inflight,
+            dirty_log: setup.dirty_log,
+            guards: setup.guards,
             chain: DescriptorChain::default(),
-            index,
-            disk,
-            metrics,
+            ranges: Vec::new(),
+            index: setup.index,
+            disk: setup.disk,
+            metrics: setup.metrics,
             log: ErrorLog::default(),
-            operations: VecDeque::with_capacity(capacity),
-            lost_before: bus_fault::lost_regions(),
+            spare_iovecs: Vec::new(),
+            pinned: setup.pinned,
+            lease: Rc::new(Arc::clone(queue.memory())),
+            queue,
         }
     }
 
-    /// Whether nothing is with the kernel or on its way there.
+    /// Whether the layers have nothing to do.
     pub fn is_idle(&self) -> bool {
-        self.in_flight.is_empty()
+        self.free.len() == self.pending.len()
+    }
+
+    /// Requests left by an earlier backend that are still to be taken.
+    pub fn is_replaying(&self) -> bool {
+        !self.replay.is_empty()
     }
 
     /// The available index from which a successor has to go on.
@@ -72,167 +146,357 @@ impl RequestExecutor {
         self.queue.next_available()
     }
 
-    /// Whether the guest wants an interrupt for what was completed since the last call.
-    pub fn take_notification(&mut self) -> Result<bool, QueueError> {
-        let wanted = self.queue.take_notification()?;
+    /// Whether the guest has made requests available that were not taken yet.
+    pub fn has_available(&self) -> bool {
+        self.queue.has_available() && !self.free.is_empty()
+    }
+
+    /// Asks for kicks again. True if requests came in meanwhile.
+    pub fn enable_kicks(&mut self) -> bool {
+        // A full queue has nothing to be kicked for; the next completion leads back.
+        self.queue.enable_kicks() && !self.free.is_empty()
+    }
+
+    /// Shows the guest what was completed. True if it wants an interrupt for that.
+    pub fn publish(&mut self) -> bool {
+        if !self.queue.publish() {
+            return false;
+        }
+        if let Some(inflight) = &mut self.inflight {
+            inflight.published(self.queue.used_index());
+        }
+        let wanted = self.queue.take_notification();
         if wanted {
             self.metrics.count_notification();
         }
-        Ok(wanted)
-    }
-
-    /// Operations to submit, each once. What they point to is owned by this executor until
-    /// [`complete`](Self::complete) has been given their result.
-    pub fn take_operation(&mut self) -> Option<squeue::Entry> {
-        self.operations.pop_front()
+        wanted
     }
 
     /// Takes new requests. True if some may be left that no kick will announce.
     ///
     /// At most one queue's worth in a row, so that a guest that never stops asking can't keep
     /// completions and the order to stop from being seen.
-    pub fn take_requests(&mut self) -> Result<bool, QueueError> {
-        if bus_fault::lost_regions() != self.lost_before {
+    pub fn take_requests(&mut self, ring: &mut RingOperations) -> Result<bool, QueueError> {
+        if self.guards.iter().any(|guard| guard.is_lost()) {
             return Err(QueueError::MemoryLost);
         }
-        let mut budget = self.queue.table().size;
-        self.queue.disable_kicks()?;
-        loop {
-            if !self.in_flight.has_room() {
+        self.queue.disable_kicks();
+        for _ in 0..self.pending.len() {
+            if self.free.is_empty() {
                 // The next completion leads back here.
                 return Ok(false);
             }
-            if budget == 0 {
-                return Ok(true);
+            if let Some(head) = self.replay.pop_front() {
+                self.claim(head)?;
+                self.take_request(head, ring)?;
+                continue;
             }
-            budget -= 1;
-            match self.queue.pop()? {
-                Some(head) => self.take_request(head)?,
-                None if self.queue.enable_kicks()? => self.queue.disable_kicks()?,
-                None => return Ok(false),
+            let Some(head) = self.queue.pop()? else {
+                return Ok(false);
+            };
+            self.claim(head)?;
+            if let Some(inflight) = &mut self.inflight {
+                inflight.take(head);
             }
+            self.take_request(head, ring)?;
+        }
+        Ok(true)
+    }
+
+    /// Takes the result of a ring operation: bytes, or a negated errno.
+    pub fn complete(&mut self, token: Token, result: i32, ring: &mut RingOperations) {
+        self.channel.complete(token, result, ring);
+    }
+
+    /// Lets the layers go on after a wake-up or a deadline.
+    pub fn wake(&mut self, now: Instant, ring: &mut RingOperations) {
+        self.channel.wake(now, ring);
+    }
+
+    /// When the layers want to go on.
+    pub fn deadline(&self) -> Option<Instant> {
+        self.channel.deadline()
+    }
+
+    /// Answers the requests that the layers have completed. Returns whether there were any.
+    pub fn answer_completed(&mut self) -> Result<bool, QueueError> {
+        let mut any = false;
+        while let Some(completion) = self.channel.take_completion() {
+            any = true;
+            self.answer_completion(completion)?;
+        }
+        Ok(any)
+    }
+
+    // A chain is the device's from here on until it is handed back (virtio 1.2, 2.7.13).
+    fn claim(&mut self, head: u16) -> Result<(), QueueError> {
+        match self.taken.get_mut(usize::from(head)) {
+            Some(taken @ false) => {
+                *taken = true;
+                Ok(())
+            }
+            Some(true) => Err(QueueError::InFlight { head }),
+            None => Err(crate::descriptor_chain::ChainError::IndexOutOfRange {
+                index: u32::from(head),
+                size: self.queue.table().size,
+            }
+            .into()),
         }
     }
 
-    /// Takes the result of an operation: bytes, or a negated errno.
-    pub fn complete(&mut self, token: u64, result: i32) -> Result<(), QueueError> {
-        let Ok(slot) = usize::try_from(token) else {
-            return Ok(());
-        };
-        let image = &self.disk.image;
-        let step = match self.in_flight.get_mut(slot).map(|entry| &mut entry.work) {
-            Some(Work::Transfer(transfer)) => transfer.complete(result, image),
-            Some(Work::Flush) => settle_flush(image, result),
-            None => return Ok(()),
-        };
-        self.follow(slot, step)
-    }
-
-    fn take_request(&mut self, head: u16) -> Result<(), QueueError> {
+    fn take_request(&mut self, head: u16, ring: &mut RingOperations) -> Result<(), QueueError> {
         let table = self.queue.table();
         self.chain.collect(self.queue.memory(), table, head)?;
         let request = request::parse(self.queue.memory(), &mut self.chain)?;
         match request.operation {
-            Operation::Read { sector } => self.start_transfer(head, request, sector, false),
-            Operation::Write { sector } => self.start_transfer(head, request, sector, true),
-            Operation::Flush => self.start(head, request.status, Work::Flush),
-            Operation::GetId => {
-                let (status, written) = match self.write_serial() {
-                    Some(written) => (VIRTIO_BLK_S_OK, written),
-                    None => (VIRTIO_BLK_S_IOERR, 0),
+            Operation::Read { sector } => {
+                self.transfer(head, request, sector, LayerOperation::Read, ring)
+            }
+            Operation::Write { sector } => {
+                self.transfer(head, request, sector, LayerOperation::Write, ring)
+            }
+            Operation::Flush => {
+                let request_of = IoRequest {
+                    tag: 0,
+                    operation: LayerOperation::Flush,
+                    offset: 0,
+                    len: 0,
+                    durable: false,
+                    buffers: Buffers::none(),
                 };
-                self.answer(head, request.status, status, Completed::Other, written)
+                self.start(head, request.status, Completed::Flush, request_of, ring)
             }
-            Operation::Unsupported(_) => {
-                let status = VIRTIO_BLK_S_UNSUPP;
-                self.answer(head, request.status, status, Completed::Other, 0)
-            }
+            Operation::Discard | Operation::WriteZeroes => self.deallocate(head, request, ring),
+            Operation::GetId => match self.write_serial() {
+                Some(written) => self.finish(head, request.status, VIRTIO_BLK_S_OK, written),
+                None => self.finish(head, request.status, VIRTIO_BLK_S_IOERR, 0),
+            },
+            Operation::Unsupported(_) => self.finish(head, request.status, VIRTIO_BLK_S_UNSUPP, 0),
         }
     }
 
-    fn start_transfer(
+    fn transfer(
         &mut self,
         head: u16,
         request: Request,
         sector: u64,
-        write: bool,
+        operation: LayerOperation,
+        ring: &mut RingOperations,
     ) -> Result<(), QueueError> {
-        let image = &self.disk.image;
+        let write = operation == LayerOperation::Write;
+        let properties = self.disk.properties();
         // Reads of less than a block go through a larger buffer; such writes can't be done
         // without racing with their neighbours.
         let block = if write {
-            u64::from(image.block_sizes().logical)
+            u64::from(properties.block_sizes.logical)
         } else {
             SECTOR_SIZE
         };
-        let capacity = image.capacity_sectors();
+        let capacity = self.disk.capacity_sectors();
         let offset = request::transfer_offset(sector, request.data_len, capacity, block);
         let (segments, completed) = if write {
             (&self.chain.readable, Completed::Write(request.data_len))
         } else {
             (&self.chain.writable, Completed::Read(request.data_len))
         };
+        let mut iovecs = self.spare_iovecs.pop().unwrap_or_default();
         let memory = self.queue.memory();
-        let mut iovecs = self.in_flight.take_iovecs();
         let mapped = segments
             .iter()
             .all(|segment| append_iovecs(memory, *segment, &mut iovecs));
-        let allowed = !(write && image.read_only());
+        let allowed = !(write && properties.read_only);
         let Some(offset) = offset.filter(|_| mapped && allowed) else {
-            self.in_flight.recycle(iovecs);
-            let status = VIRTIO_BLK_S_IOERR;
-            return self.answer(head, request.status, status, completed, 0);
+            self.recycle(iovecs);
+            self.metrics.count(completed, false);
+            return self.answer(head, request.status, VIRTIO_BLK_S_IOERR, 0);
         };
-        let durable = write && self.disk.write_through.load(Ordering::Acquire);
-        let transfer = Transfer::new(write, durable, offset, iovecs, image);
-        if transfer.is_bounced() {
+        let fixed = self.pinned.find(&iovecs);
+        // SAFETY: `append_iovecs` made them from the memory that the lease keeps mapped.
+        let buffers = unsafe { Buffers::guest(iovecs, Rc::clone(&self.lease), fixed) };
+        if !buffers.is_aligned(properties.alignment, 1) {
             self.metrics.count_bounce();
         }
-        self.start(head, request.status, Work::Transfer(transfer))
+        let transfer = IoRequest {
+            tag: 0,
+            operation,
+            offset,
+            len: buffers.len(),
+            durable: write && self.disk.write_through.load(Ordering::Acquire),
+            buffers,
+        };
+        self.start(head, request.status, completed, transfer, ring)
     }
 
-    // The work goes into the table first: its operation points into its final place.
-    fn start(&mut self, head: u16, status: GuestAddress, work: Work) -> Result<(), QueueError> {
-        let request = InFlight { head, status, work };
-        let Some(slot) = self.in_flight.insert(request) else {
-            return self.answer(head, status, VIRTIO_BLK_S_IOERR, Completed::Other, 0);
+    // Virtio 1.2, 5.2.6: all ranges are checked before the first is touched.
+    fn deallocate(
+        &mut self,
+        head: u16,
+        request: Request,
+        ring: &mut RingOperations,
+    ) -> Result<(), QueueError> {
+        let zeroes = request.operation == Operation::WriteZeroes;
+        let properties = *self.disk.properties();
+        if !properties.discard {
+            return self.finish(head, request.status, VIRTIO_BLK_S_UNSUPP, 0);
+        }
+        let (memory, capacity) = (self.queue.memory(), self.disk.capacity_sectors());
+        let block = u64::from(properties.block_sizes.logical);
+        let mut ranges = std::mem::take(&mut self.ranges);
+        let parsed = request::ranges(memory, &self.chain.readable, zeroes, capacity, &mut ranges)
+            .map_err(request::RangeError::status);
+        // A discard is a hint: blocks that are covered in part stay. Zeroes have to be written.
+        let aligned = ranges
+            .iter()
+            .all(|range| range.offset.is_multiple_of(block) && range.len.is_multiple_of(block));
+        let outcome = match parsed {
+            Ok(()) if aligned || !zeroes => self.start_ranges(head, request, &ranges, ring),
+            Ok(()) => self.finish(head, request.status, VIRTIO_BLK_S_IOERR, 0),
+            Err(status) => self.finish(head, request.status, status, 0),
         };
-        let step = match self.in_flight.get_mut(slot).map(|entry| &mut entry.work) {
-            Some(Work::Transfer(transfer)) => transfer.next(&self.disk.image),
-            Some(Work::Flush) => Step::Submit(
-                opcode::Fsync::new(IMAGE_FILE)
-                    .flags(types::FsyncFlags::DATASYNC)
-                    .build(),
-            ),
-            None => Step::Failed(libc::EIO),
-        };
-        self.follow(slot, step)
+        self.ranges = ranges;
+        outcome
     }
 
-    fn follow(&mut self, slot: usize, step: Step) -> Result<(), QueueError> {
-        let errno = match step {
-            Step::Submit(entry) => {
-                self.operations.push_back(entry.user_data(slot as u64));
-                return Ok(());
-            }
-            Step::Done => None,
-            Step::Failed(errno) => Some(errno),
+    fn start_ranges(
+        &mut self,
+        head: u16,
+        request: Request,
+        ranges: &[Range],
+        ring: &mut RingOperations,
+    ) -> Result<(), QueueError> {
+        let block = u64::from(self.disk.properties().block_sizes.logical);
+        let durable = self.disk.write_through.load(Ordering::Acquire);
+        let parts = ranges.iter().filter_map(|range| {
+            let start = range.offset.next_multiple_of(block);
+            let end = range.offset + range.len;
+            let len = (end - end % block).checked_sub(start)?;
+            Some(IoRequest {
+                tag: 0,
+                operation: if request.operation == Operation::WriteZeroes {
+                    LayerOperation::WriteZeroes { unmap: range.unmap }
+                } else {
+                    LayerOperation::Discard
+                },
+                offset: start,
+                len,
+                durable,
+                buffers: Buffers::none(),
+            })
+            .filter(|request| request.len > 0)
+        });
+        let parts: Vec<IoRequest> = parts.collect();
+        let count = u32::try_from(parts.len()).unwrap_or(u32::MAX);
+        if count == 0 {
+            return self.finish(head, request.status, VIRTIO_BLK_S_OK, 0);
+        }
+        let Some(slot) = self.insert(head, request.status, Completed::Other, count) else {
+            return self.finish(head, request.status, VIRTIO_BLK_S_IOERR, 0);
         };
-        let Some(finished) = self.in_flight.finish(slot) else {
+        for mut part in parts {
+            part.tag = slot as u64;
+            self.channel.submit(part, ring);
+        }
+        Ok(())
+    }
+
+    fn start(
+        &mut self,
+        head: u16,
+        status: GuestAddress,
+        completed: Completed,
+        mut request: IoRequest,
+        ring: &mut RingOperations,
+    ) -> Result<(), QueueError> {
+        let Some(slot) = self.insert(head, status, completed, 1) else {
+            return self.finish(head, status, VIRTIO_BLK_S_IOERR, 0);
+        };
+        if self.dirty_log.is_some()
+            && request.operation == LayerOperation::Read
+            && let Some(Some(pending)) = self.pending.get_mut(slot)
+        {
+            pending.written.clone_from(&self.chain.writable);
+        }
+        request.tag = slot as u64;
+        self.channel.submit(request, ring);
+        Ok(())
+    }
+
+    fn insert(
+        &mut self,
+        head: u16,
+        status: GuestAddress,
+        completed: Completed,
+        parts: u32,
+    ) -> Option<usize> {
+        let slot = self.free.pop()?;
+        *self.pending.get_mut(slot)? = Some(Pending {
+            head,
+            status,
+            completed,
+            written: Vec::new(),
+            parts,
+            failed: false,
+        });
+        Some(slot)
+    }
+
+    fn answer_completion(&mut self, completion: IoCompletion) -> Result<(), QueueError> {
+        self.recycle(completion.buffers.into_iovecs());
+        let slot = usize::try_from(completion.tag).unwrap_or(usize::MAX);
+        let Some(entry) = self.pending.get_mut(slot) else {
             return Ok(());
         };
-        let (completed, bytes) = finished.outcome();
-        let (status, written) = match errno {
-            None => (VIRTIO_BLK_S_OK, u32::try_from(bytes).unwrap_or(u32::MAX)),
-            Some(errno) => {
-                self.log.disk_error(self.index, completed, errno);
-                (VIRTIO_BLK_S_IOERR, 0)
-            }
+        let Some(pending) = entry else {
+            return Ok(());
         };
-        if let Work::Transfer(transfer) = finished.work {
-            self.in_flight.recycle(transfer.into_iovecs());
+        if let Err(errno) = completion.result {
+            pending.failed = true;
+            self.log.disk_error(self.index, pending.completed, errno);
         }
-        self.answer(finished.head, finished.status, status, completed, written)
+        pending.parts -= 1;
+        if pending.parts > 0 {
+            return Ok(());
+        }
+        let Some(pending) = entry.take() else {
+            return Ok(());
+        };
+        self.free.push(slot);
+        self.metrics.count(pending.completed, !pending.failed);
+        if let Some((log, _)) = &self.dirty_log {
+            for segment in &pending.written {
+                log.mark(segment.address.raw_value(), u64::from(segment.len));
+            }
+        }
+        let written = match pending.completed {
+            Completed::Read(bytes) if !pending.failed => u32::try_from(bytes).unwrap_or(u32::MAX),
+            _ => 0,
+        };
+        let status = if pending.failed {
+            VIRTIO_BLK_S_IOERR
+        } else {
+            VIRTIO_BLK_S_OK
+        };
+        self.answer(pending.head, pending.status, status, written)
+    }
+
+    fn recycle(&mut self, mut iovecs: Vec<iovec>) {
+        if iovecs.capacity() > 0 && self.spare_iovecs.len() < SPARE_ARRAYS {
+            iovecs.clear();
+            self.spare_iovecs.push(iovecs);
+        }
+    }
+
+    // Counts and answers a request that the layers were not asked for.
+    fn finish(
+        &mut self,
+        head: u16,
+        address: GuestAddress,
+        status: u32,
+        written: u32,
+    ) -> Result<(), QueueError> {
+        self.metrics
+            .count(Completed::Other, status == VIRTIO_BLK_S_OK);
+        self.answer(head, address, status, written)
     }
 
     // Writes the status byte and hands the chain back; `written` are the data bytes before it.
@@ -241,16 +505,27 @@ impl RequestExecutor {
         head: u16,
         address: GuestAddress,
         status: u32,
-        completed: Completed,
         written: u32,
     ) -> Result<(), QueueError> {
         let byte = u8::try_from(status).unwrap_or(1);
         self.queue
             .memory()
             .write_obj(byte, address)
-            .map_err(virtio_queue::Error::GuestMemory)?;
-        self.metrics.count(completed, status == VIRTIO_BLK_S_OK);
-        self.queue.push_used(head, written.saturating_add(1))
+            .map_err(|_| QueueError::Status)?;
+        if let Some((log, used_ring)) = &self.dirty_log {
+            log.mark(address.raw_value(), 1);
+            if let Some(used_ring) = used_ring {
+                log.mark(*used_ring, self.queue.used_ring_bytes());
+            }
+        }
+        if let Some(taken) = self.taken.get_mut(usize::from(head)) {
+            *taken = false;
+        }
+        if let Some(inflight) = &mut self.inflight {
+            inflight.give_back(head);
+        }
+        self.queue.push_used(head, written.saturating_add(1));
+        Ok(())
     }
 
     fn write_serial(&mut self) -> Option<u32> {
@@ -259,20 +534,11 @@ impl RequestExecutor {
         for segment in &self.chain.writable {
             let (part, after) = rest.split_at(rest.len().min(segment.len as usize));
             memory.write_slice(part, segment.address).ok()?;
+            if let Some((log, _)) = &self.dirty_log {
+                log.mark(segment.address.raw_value(), part.len() as u64);
+            }
             rest = after;
         }
         u32::try_from(SERIAL_SIZE - rest.len()).ok()
-    }
-}
-
-fn settle_flush(image: &Image, result: i32) -> Step {
-    let outcome = if result < 0 {
-        Err(io::Error::from_raw_os_error(-result))
-    } else {
-        Ok(())
-    };
-    match image.settle_sync(outcome) {
-        Ok(()) => Step::Done,
-        Err(error) => Step::Failed(error.raw_os_error().unwrap_or(libc::EIO)),
     }
 }

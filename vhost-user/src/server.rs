@@ -1,60 +1,28 @@
-//! Listening for frontends and serving them, one after the other.
+//! One disk on one socket: serving frontends, one after the other.
 
 use std::fs;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
-use std::os::unix::fs::FileTypeExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread::{self, JoinHandle};
 
 use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
-use rustix::fs::Mode;
-use rustix::process::umask;
 use vhost::vhost_user::{BackendReqHandler, Error as VhostError};
 
 use crate::Error;
 use crate::backend::BlockBackend;
-use crate::device::BlockDevice;
+use crate::device::VirtioBlock;
 use crate::disk::Disk;
+use crate::listener::listen_at;
 use crate::metrics::{QueueCounters, QueueMetrics};
+use crate::protocol_extension::{self, NoticeChannel, Outcome};
+use crate::worker::WorkerPool;
 
-/// Ends a server from another thread.
-#[derive(Clone, Debug)]
-pub struct Stopper(Arc<StopState>);
-
-#[derive(Debug)]
-struct StopState {
-    event: OwnedFd,
-    connection: Mutex<Option<UnixStream>>,
-}
-
-impl Stopper {
-    /// A stopper that hasn't been used.
-    pub fn new() -> Result<Self, Error> {
-        let event = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)
-            .map_err(|error| Error::io("can't create an eventfd", error))?;
-        Ok(Self(Arc::new(StopState {
-            event,
-            connection: Mutex::new(None),
-        })))
-    }
-
-    /// Makes the server finish what is in flight and return. May be called again.
-    pub fn stop(&self) {
-        // The counter can't be full: nothing else writes to it.
-        let _ = rustix::io::write(&self.0.event, &1_u64.to_ne_bytes());
-        // Wakes the server out of a message that the frontend never finishes.
-        if let Some(connection) = self.connection().as_ref() {
-            let _ = connection.shutdown(std::net::Shutdown::Both);
-        }
-    }
-
-    fn connection(&self) -> std::sync::MutexGuard<'_, Option<UnixStream>> {
-        let lock = self.0.connection.lock();
-        lock.unwrap_or_else(PoisonError::into_inner)
-    }
-}
+/// Bytes of the stack of a thread that only handles messages.
+const STACK_BYTES: usize = 256 << 10;
 
 /// How to serve a disk.
 #[derive(Clone, Debug)]
@@ -67,141 +35,269 @@ pub struct ServerOptions {
     pub queue_size: u16,
 }
 
-/// A bound socket with a disk behind it.
+/// A disk that is being served, by a thread for its messages and the pool's workers for its
+/// requests. Any number of them live in one process. Dropping it stops it.
 #[derive(Debug)]
-pub struct Server {
-    listener: UnixListener,
-    options: ServerOptions,
-    disk: Arc<Disk>,
-    metrics: Vec<Arc<QueueMetrics>>,
-    stopper: Stopper,
+pub struct DiskServer {
+    shared: Arc<Shared>,
+    thread: Option<JoinHandle<Result<(), Error>>>,
 }
 
-impl Server {
-    /// Binds the socket, readable and writable for this user only. A socket that was left
-    /// behind is replaced, one that somebody listens on isn't.
-    ///
-    /// Changes the process's umask for the time of the call.
-    pub fn bind(options: ServerOptions, disk: Arc<Disk>, stopper: Stopper) -> Result<Self, Error> {
-        let listener = bind(&options.socket)?;
-        let metrics = (0..options.queues).map(|_| Arc::default()).collect();
-        Ok(Self {
-            listener,
+#[derive(Debug)]
+struct Shared {
+    options: ServerOptions,
+    disk: Arc<Disk>,
+    workers: Arc<WorkerPool>,
+    metrics: Vec<Arc<QueueMetrics>>,
+    event: OwnedFd,
+    stopping: AtomicBool,
+    resized: AtomicBool,
+    connection: Mutex<Option<UnixStream>>,
+}
+
+impl DiskServer {
+    /// Binds the socket and starts to serve. `ended` is called when serving has come to an end,
+    /// by [`stop`](Self::stop) or by a failure.
+    pub fn start(
+        options: ServerOptions,
+        disk: Arc<Disk>,
+        workers: Arc<WorkerPool>,
+        ended: impl FnOnce() + Send + 'static,
+    ) -> Result<Self, Error> {
+        let listener = listen_at(&options.socket)?;
+        let event = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)
+            .map_err(|error| Error::io("can't create an eventfd", error))?;
+        let shared = Arc::new(Shared {
+            metrics: (0..options.queues).map(|_| Arc::default()).collect(),
             options,
             disk,
-            metrics,
-            stopper,
+            workers,
+            event,
+            stopping: AtomicBool::new(false),
+            resized: AtomicBool::new(false),
+            connection: Mutex::new(None),
+        });
+        let of_thread = Arc::clone(&shared);
+        let thread = thread::Builder::new()
+            .name("disk".into())
+            .stack_size(STACK_BYTES)
+            .spawn(move || {
+                let outcome = of_thread.run(&listener);
+                drop(listener);
+                let _ = fs::remove_file(&of_thread.options.socket);
+                ended();
+                outcome
+            })
+            .map_err(|error| Error::io("can't start a disk's thread", error))?;
+        Ok(Self {
+            shared,
+            thread: Some(thread),
         })
+    }
+
+    /// Where it listens.
+    pub fn socket(&self) -> &Path {
+        &self.shared.options.socket
+    }
+
+    /// The disk.
+    pub fn disk(&self) -> &Arc<Disk> {
+        &self.shared.disk
     }
 
     /// The counters of each queue, since the start.
     pub fn metrics(&self) -> Vec<QueueCounters> {
+        self.shared.counters()
+    }
+
+    /// Measures the disk again and tells the guest if its size has changed. Returns whether it
+    /// has.
+    pub fn resize(&self) -> Result<bool, Error> {
+        let changed = self.shared.disk.remeasure();
+        let changed = changed.map_err(|error| Error::io("can't measure the disk", error))?;
+        if changed {
+            self.shared.resized.store(true, Ordering::Release);
+            self.shared.wake();
+        }
+        Ok(changed)
+    }
+
+    /// Begins to stop: finishes what is in flight, disconnects, makes everything durable.
+    pub fn begin_stop(&self) {
+        self.shared.stopping.store(true, Ordering::Release);
+        self.shared.wake();
+        // Wakes the thread out of a message that the frontend never finishes.
+        if let Some(connection) = self.shared.connection().as_ref() {
+            let _ = connection.shutdown(std::net::Shutdown::Both);
+        }
+    }
+
+    /// Stops, and returns how serving has ended.
+    pub fn stop(mut self) -> Result<(), Error> {
+        self.begin_stop();
+        self.join()
+    }
+
+    fn join(&mut self) -> Result<(), Error> {
+        let Some(thread) = self.thread.take() else {
+            return Ok(());
+        };
+        thread.join().unwrap_or_else(|_| {
+            let panicked = io::Error::other("it panicked");
+            Err(Error::io("a disk's thread failed", panicked))
+        })
+    }
+}
+
+impl Drop for DiskServer {
+    fn drop(&mut self) {
+        if self.thread.is_some() {
+            self.begin_stop();
+            if let Err(error) = self.join() {
+                tracing::error!(%error, "a disk has ended with an error");
+            }
+        }
+    }
+}
+
+/// What the thread was woken by.
+enum Event {
+    Readable,
+    Stop,
+    Resized,
+}
+
+impl Shared {
+    fn wake(&self) {
+        // Fails only if the counter is full, and then the thread is being woken already.
+        let _ = rustix::io::write(&self.event, &1_u64.to_ne_bytes());
+    }
+
+    fn connection(&self) -> MutexGuard<'_, Option<UnixStream>> {
+        let lock = self.connection.lock();
+        lock.unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn counters(&self) -> Vec<QueueCounters> {
         self.metrics.iter().map(|queue| queue.counters()).collect()
     }
 
-    /// Serves frontends until stopped, then makes everything durable.
-    pub fn run(&self) -> Result<(), Error> {
-        while wait_readable(&self.listener, &self.stopper)? {
-            let accepted = self.listener.accept();
-            let connection = match accepted {
+    // Serves frontends until stopped, then makes everything durable.
+    fn run(&self, listener: &UnixListener) -> Result<(), Error> {
+        loop {
+            match self.wait(listener)? {
+                Event::Stop => break,
+                // The next frontend reads the size as it is.
+                Event::Resized => continue,
+                Event::Readable => {}
+            }
+            let connection = match listener.accept() {
                 Ok((connection, _)) => connection,
                 Err(error) if is_passing(&error) => continue,
                 Err(error) => return Err(Error::io("can't accept a frontend", error)),
             };
-            tracing::info!("a frontend connected");
-            self.serve(connection)?;
-            for (queue, counters) in self.metrics().iter().enumerate() {
+            let socket = self.options.socket.display();
+            tracing::info!(%socket, "a frontend connected");
+            self.serve(&connection)?;
+            for (queue, counters) in self.counters().iter().enumerate() {
                 let counters = serde_json::to_string(counters).unwrap_or_default();
-                tracing::info!(queue, %counters, "counters since the start");
+                tracing::info!(%socket, queue, %counters, "counters since the start");
             }
         }
-        if self.disk.image.read_only() {
+        if self.disk.properties().read_only {
             return Ok(());
         }
-        let synced = self.disk.image.sync();
+        let synced = self.disk.device().sync();
         synced.map_err(|error| Error::io("can't make the image durable at the end", error))
     }
 
     // Ends with the frontend, however it ends; only the server's own failures are errors.
-    fn serve(&self, connection: UnixStream) -> Result<(), Error> {
-        let disk = Arc::clone(&self.disk);
-        let device = BlockDevice::new(disk, self.options.queue_size, &self.metrics);
-        let backend = BlockBackend::new(device);
-        let backend = Arc::new(Mutex::new(backend));
-        let clone = connection.try_clone();
-        let clone = clone.map_err(|error| Error::io("can't duplicate a connection", error))?;
-        *self.stopper.connection() = Some(clone);
-        let mut handler = BackendReqHandler::from_stream(connection, Arc::clone(&backend));
-        let outcome = loop {
-            match wait_readable(&handler, &self.stopper) {
-                Ok(true) => {}
-                Ok(false) => break Ok(()),
-                Err(error) => break Err(error),
+    fn serve(&self, connection: &UnixStream) -> Result<(), Error> {
+        let (disk, workers) = (Arc::clone(&self.disk), Arc::clone(&self.workers));
+        let device = VirtioBlock::new(disk, workers, self.options.queue_size, &self.metrics);
+        let backend = Arc::new(Mutex::new(BlockBackend::new(device)));
+        let clone = || {
+            let clone = connection.try_clone();
+            clone.map_err(|error| Error::io("can't duplicate a connection", error))
+        };
+        *self.connection() = Some(clone()?);
+        let mut handler = BackendReqHandler::from_stream(clone()?, Arc::clone(&backend));
+        let outcome = self.handle_messages(connection, &backend, &mut handler);
+        *self.connection() = None;
+        lock(&backend).stop();
+        outcome
+    }
+
+    fn handle_messages(
+        &self,
+        connection: &UnixStream,
+        backend: &Mutex<BlockBackend>,
+        handler: &mut BackendReqHandler<Mutex<BlockBackend>>,
+    ) -> Result<(), Error> {
+        let mut notices: Option<NoticeChannel> = None;
+        loop {
+            match self.wait(connection)? {
+                Event::Stop => return Ok(()),
+                Event::Resized => {
+                    let told = notices.as_ref().map(NoticeChannel::config_changed);
+                    tracing::info!(?told, "the disk has another size");
+                    continue;
+                }
+                Event::Readable => {}
             }
-            match handler.handle_request() {
+            // Not in the match, which would hold the lock while the crate takes it.
+            let extension = protocol_extension::handle(connection, &mut lock(backend));
+            let result = match extension {
+                Ok(Outcome::Notices(channel)) => {
+                    notices = Some(channel);
+                    Ok(())
+                }
+                Ok(Outcome::Answered) => Ok(()),
+                Ok(Outcome::NotMine) => handler.handle_request(),
+                Err(error) => Err(VhostError::SocketBroken(error)),
+            };
+            match result {
                 Ok(()) => {}
                 Err(VhostError::Disconnected) => {
                     tracing::info!("the frontend disconnected");
-                    break Ok(());
+                    return Ok(());
                 }
                 Err(error) => {
                     tracing::error!(%error, "ending the connection with the frontend");
-                    break Ok(());
+                    return Ok(());
                 }
             }
-        };
-        *self.stopper.connection() = None;
-        backend
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .stop();
-        outcome
-    }
-}
-
-impl Drop for Server {
-    fn drop(&mut self) {
-        let _ = fs::remove_file(&self.options.socket);
-    }
-}
-
-// True when there is something to read, false when the server has to stop.
-fn wait_readable(source: &impl AsReadable, stopper: &Stopper) -> Result<bool, Error> {
-    loop {
-        let mut sources = [
-            PollFd::from_borrowed_fd(source.readable(), PollFlags::IN),
-            PollFd::new(&stopper.0.event, PollFlags::IN),
-        ];
-        match poll(&mut sources, None) {
-            Ok(_) => {}
-            Err(rustix::io::Errno::INTR) => continue,
-            Err(error) => return Err(Error::io("can't wait for frontends", error)),
         }
-        if !sources[1].revents().is_empty() {
-            return Ok(false);
-        }
-        if !sources[0].revents().is_empty() {
-            return Ok(true);
+    }
+
+    fn wait(&self, source: &impl AsFd) -> Result<Event, Error> {
+        loop {
+            let mut sources = [
+                PollFd::new(source, PollFlags::IN),
+                PollFd::new(&self.event, PollFlags::IN),
+            ];
+            match poll(&mut sources, None) {
+                Ok(_) | Err(rustix::io::Errno::INTR) => {}
+                Err(error) => return Err(Error::io("can't wait for frontends", error)),
+            }
+            if self.stopping.load(Ordering::Acquire) {
+                return Ok(Event::Stop);
+            }
+            if !sources[1].revents().is_empty() {
+                let _ = rustix::io::read(&self.event, &mut [0; 8]);
+            }
+            if self.resized.swap(false, Ordering::AcqRel) {
+                return Ok(Event::Resized);
+            }
+            if !sources[0].revents().is_empty() {
+                return Ok(Event::Readable);
+            }
         }
     }
 }
 
-trait AsReadable {
-    fn readable(&self) -> std::os::fd::BorrowedFd<'_>;
-}
-
-impl AsReadable for UnixListener {
-    fn readable(&self) -> std::os::fd::BorrowedFd<'_> {
-        self.as_fd()
-    }
-}
-
-impl AsReadable for BackendReqHandler<Mutex<BlockBackend>> {
-    fn readable(&self) -> std::os::fd::BorrowedFd<'_> {
-        use std::os::fd::AsRawFd;
-        // SAFETY: the handler owns its socket and keeps it open while it is borrowed.
-        unsafe { std::os::fd::BorrowedFd::borrow_raw(self.as_raw_fd()) }
-    }
+fn lock(backend: &Mutex<BlockBackend>) -> MutexGuard<'_, BlockBackend> {
+    backend.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 // Errors of a connection that was gone before it was accepted, or of a moment's shortage.
@@ -210,41 +306,4 @@ fn is_passing(error: &io::Error) -> bool {
         error.raw_os_error(),
         Some(libc::ECONNABORTED | libc::EINTR | libc::EAGAIN)
     )
-}
-
-fn bind(path: &Path) -> Result<UnixListener, Error> {
-    let refuse = |reason: String| Error::BindSocket {
-        path: path.into(),
-        reason,
-    };
-    match bind_private(path) {
-        Err(error) if error.kind() == io::ErrorKind::AddrInUse => {
-            let is_socket =
-                fs::symlink_metadata(path).is_ok_and(|metadata| metadata.file_type().is_socket());
-            if !is_socket {
-                return Err(refuse("something that is no socket is in its place".into()));
-            }
-            match UnixStream::connect(path) {
-                Ok(_) => Err(refuse(
-                    "another process listens there; stop it first".into(),
-                )),
-                Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => {
-                    fs::remove_file(path).map_err(|error| {
-                        refuse(format!("a stale socket can't be removed: {error}"))
-                    })?;
-                    bind_private(path).map_err(|error| refuse(error.to_string()))
-                }
-                Err(error) => Err(refuse(format!("it can't be examined: {error}"))),
-            }
-        }
-        result => result.map_err(|error| refuse(error.to_string())),
-    }
-}
-
-// The mode comes from the umask: a chmod afterwards would leave a moment for others.
-fn bind_private(path: &Path) -> io::Result<UnixListener> {
-    let before = umask(Mode::from_raw_mode(0o177));
-    let listener = UnixListener::bind(path);
-    umask(before);
-    listener
 }

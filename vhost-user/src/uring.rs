@@ -1,6 +1,7 @@
 //! Setting up io_uring instances on kernels from 6.1 on.
 
 use std::io;
+use std::time::Duration;
 
 use io_uring::{IoUring, Probe, opcode};
 
@@ -8,11 +9,20 @@ use crate::Error;
 
 /// Creates a ring for the calling thread, the only one that may use it.
 ///
-/// Leaves out the setup flags that an older kernel refuses.
-pub fn create(entries: u32) -> io::Result<IoUring> {
+/// With `submission_poll`, a kernel thread takes the operations out and sleeps after that time
+/// without any. Leaves out the setup flags that an older kernel refuses.
+pub fn create(entries: u32, submission_poll: Option<Duration>) -> io::Result<IoUring> {
+    if let Some(idle) = submission_poll {
+        let idle = u32::try_from(idle.as_millis()).unwrap_or(u32::MAX);
+        return IoUring::builder()
+            .setup_sqpoll(idle.max(1))
+            .dontfork()
+            .build(entries);
+    }
     let best = IoUring::builder()
         .setup_single_issuer()
         .setup_defer_taskrun()
+        .setup_taskrun_flag()
         .dontfork()
         .build(entries);
     match best {
@@ -26,7 +36,7 @@ pub fn create(entries: u32) -> io::Result<IoUring> {
 /// Finds out, before anything is promised, whether this process may use io_uring and whether
 /// the kernel knows the operations.
 pub fn check_available() -> Result<(), Error> {
-    let ring = create(4).map_err(|error| Error::UringUnavailable {
+    let ring = create(4, None).map_err(|error| Error::UringUnavailable {
         reason: explain(&error),
     })?;
     let mut probe = Probe::new();
@@ -41,7 +51,9 @@ pub fn check_available() -> Result<(), Error> {
         (opcode::Read::CODE, "read"),
         (opcode::Write::CODE, "write"),
         (opcode::Fsync::CODE, "fsync"),
+        (opcode::Fallocate::CODE, "fallocate"),
         (opcode::PollAdd::CODE, "poll_add"),
+        (opcode::PollRemove::CODE, "poll_remove"),
     ];
     match needed.iter().find(|(code, _)| !probe.is_supported(*code)) {
         None => Ok(()),

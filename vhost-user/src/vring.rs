@@ -1,4 +1,4 @@
-//! One virtqueue as the frontend describes it, message by message, and its worker.
+//! One virtqueue as the frontend describes it, message by message, and the worker that serves it.
 
 use std::fs::File;
 use std::io::{self, Write};
@@ -8,11 +8,13 @@ use std::sync::{Arc, Mutex, PoisonError};
 use rustix::fs::{OFlags, fcntl_getfl, fcntl_setfl};
 use vm_memory::GuestMemoryMmap;
 
+use crate::dirty_log::DirtyLog;
 use crate::disk::Disk;
 use crate::guest_memory::MemoryTable;
+use crate::inflight_region::InflightMemory;
 use crate::metrics::QueueMetrics;
-use crate::queue_worker::{QueueWorker, WorkerSetup};
 use crate::virtqueue::VirtqueueSetup;
+use crate::worker::{QueueHandle, QueueSetup, WorkerPool};
 
 /// The eventfd that interrupts the guest. Frontends replace it while the queue runs, when the
 /// guest masks an interrupt vector.
@@ -55,6 +57,8 @@ pub struct RingAddresses {
     pub available_ring: u64,
     /// The used ring.
     pub used_ring: u64,
+    /// The guest physical address under which writes to the used ring are logged, if they are.
+    pub used_log: Option<u64>,
 }
 
 /// What all queues of a device share while they run.
@@ -66,6 +70,12 @@ pub struct Negotiated {
     pub event_idx: bool,
     /// Whether `VIRTIO_F_INDIRECT_DESC` was negotiated.
     pub indirect: bool,
+    /// The memory that the frontend keeps for what is in flight.
+    pub inflight: Option<Arc<InflightMemory>>,
+    /// The log of written pages, while the guest migrates.
+    pub dirty_log: Option<Arc<DirtyLog>>,
+    /// The threads that serve the queues.
+    pub workers: Arc<WorkerPool>,
 }
 
 /// One virtqueue.
@@ -89,7 +99,7 @@ pub struct Vring {
     pub call: Arc<CallNotifier>,
     /// The queue's counters.
     pub metrics: Arc<QueueMetrics>,
-    worker: Option<QueueWorker>,
+    running: Option<QueueHandle>,
 }
 
 impl Vring {
@@ -105,7 +115,7 @@ impl Vring {
             enabled: false,
             call: Arc::default(),
             metrics,
-            worker: None,
+            running: None,
         }
     }
 
@@ -121,7 +131,7 @@ impl Vring {
         else {
             return Ok(());
         };
-        if !self.enabled || self.worker.is_some() {
+        if !self.enabled || self.running.is_some() {
             return Ok(());
         }
         let translate = |name: &str, address: u64| {
@@ -132,7 +142,10 @@ impl Vring {
                 ))
             })
         };
-        let setup = WorkerSetup {
+        let inflight = negotiated.inflight.as_ref();
+        let inflight = inflight.map(|memory| memory.region(self.index, size));
+        let dirty_log = negotiated.dirty_log.clone();
+        let setup = QueueSetup {
             index: self.index,
             virtqueue: VirtqueueSetup {
                 size,
@@ -144,20 +157,23 @@ impl Vring {
                 indirect: negotiated.indirect,
             },
             memory: Arc::clone(memory),
+            guards: table.guards(),
             disk: Arc::clone(&negotiated.disk),
             kick: Arc::clone(kick),
             call: Arc::clone(&self.call),
             error: self.error.clone(),
             metrics: Arc::clone(&self.metrics),
+            inflight: inflight.transpose()?,
+            dirty_log: dirty_log.map(|log| (log, addresses.used_log)),
         };
-        self.worker = Some(QueueWorker::start(setup)?);
+        self.running = Some(negotiated.workers.start(setup)?);
         Ok(())
     }
 
     /// Completes what is in flight and stops. The queue can be started again from there.
     pub fn pause(&mut self) {
-        if let Some(worker) = self.worker.take() {
-            self.base = worker.stop();
+        if let Some(running) = self.running.take() {
+            self.base = running.stop();
         }
     }
 
@@ -170,8 +186,8 @@ impl Vring {
         self.base
     }
 
-    /// Whether the queue's worker is there.
+    /// Whether the queue is being served.
     pub fn is_running(&self) -> bool {
-        self.worker.is_some()
+        self.running.is_some()
     }
 }

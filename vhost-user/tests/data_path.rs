@@ -135,7 +135,7 @@ fn a_read_only_disk_says_so_and_refuses_writes() {
 #[test]
 fn what_is_not_offered_is_unsupported() {
     let scene = Scene::new(1 << 20);
-    let _backend = scene.start(&[]);
+    let _backend = scene.start(&["--read-only"]);
     let mut driver = Driver::connect(scene.socket_path(), USUAL, 1, MIB);
     driver.queue_discard(0, 0, 4096, 0);
     assert_eq!(driver.finish(0, 1)[0].ret, -libc::ENOTSUP);

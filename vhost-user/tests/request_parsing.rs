@@ -10,16 +10,22 @@ mod harness;
 
 use std::sync::Arc;
 
+use io_uring::squeue::Entry;
 use keelson_blk::descriptor_chain::{DescriptorChain, DescriptorTable};
 use keelson_blk::disk::Disk;
 use keelson_blk::guest_memory::append_iovecs;
 use keelson_blk::image::{DirectMode, Image, ImageOptions};
+use keelson_blk::layer::file::FileDevice;
+use keelson_blk::layer::ring::FileTable;
+use keelson_blk::layer::{ChannelContext, RingOperations, Token, Waker};
 use keelson_blk::metrics::QueueMetrics;
+use keelson_blk::pinned_memory::PinnedMemory;
 use keelson_blk::request::{self, transfer_offset};
-use keelson_blk::request_executor::RequestExecutor;
+use keelson_blk::request_executor::{ExecutorSetup, RequestExecutor};
 use keelson_blk::virtqueue::{Virtqueue, VirtqueueSetup};
 use proptest::collection::vec;
 use proptest::prelude::*;
+use rustix::event::{EventfdFlags, eventfd};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
 
 const SIZE: u16 = 8;
@@ -189,16 +195,35 @@ proptest! {
             indirect: true,
         };
         let (_scene, image) = image();
-        let disk = Arc::new(Disk::new(image, [0; 20]));
+        let device = FileDevice::new(Arc::new(image));
+        let disk = Arc::new(Disk::new(Arc::new(device), [0; 20]));
         let queue = Virtqueue::new(setup, Arc::clone(&memory)).unwrap();
-        let mut executor = RequestExecutor::new(0, queue, disk, Arc::<QueueMetrics>::default());
-        let outcome = executor.take_requests();
+        let waker = Waker::new(Arc::new(eventfd(0, EventfdFlags::CLOEXEC).unwrap()));
+        let mut files = FileTable::default();
+        let mut context = ChannelContext::new(&mut files, None, &waker);
+        let mut executor = RequestExecutor::new(queue, ExecutorSetup {
+            index: 0,
+            channel: disk.device().open_channel(&mut context).unwrap(),
+            disk,
+            metrics: Arc::<QueueMetrics>::default(),
+            guards: Vec::new(),
+            inflight: None,
+            dirty_log: None,
+            pinned: PinnedMemory::default(),
+        });
+        let mut ring = RingOperations::new(0);
+        let outcome = executor.take_requests(&mut ring);
         let mut results = results.into_iter();
-        while let Some(operation) = executor.take_operation() {
-            let result = results.next().unwrap_or(-libc::EIO);
-            let completed = executor.complete(operation.get_user_data(), result);
-            prop_assert!(completed.is_ok());
+        while !ring.entries().is_empty() {
+            let tokens: Vec<u64> = ring.entries().iter().map(Entry::get_user_data).collect();
+            ring.clear();
+            for token in tokens {
+                let result = results.next().unwrap_or(-libc::EIO);
+                executor.complete(Token::from_user_data(token), result, &mut ring);
+            }
         }
+        prop_assert!(executor.answer_completed().is_ok());
+        executor.publish();
         prop_assert!(executor.is_idle());
         let used: u16 = memory.read_obj(GuestAddress(USED + 2)).unwrap();
         let taken = executor.next_available();

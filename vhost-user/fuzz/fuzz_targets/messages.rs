@@ -8,10 +8,12 @@ use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex, OnceLock};
 
 use keelson_blk::backend::BlockBackend;
-use keelson_blk::device::BlockDevice;
+use keelson_blk::device::VirtioBlock;
 use keelson_blk::disk::Disk;
 use keelson_blk::image::{DirectMode, Image, ImageOptions};
+use keelson_blk::layer::file::FileDevice;
 use keelson_blk::metrics::QueueMetrics;
+use keelson_blk::worker::{WorkerOptions, WorkerPool};
 use libfuzzer_sys::fuzz_target;
 use rustix::event::{EventfdFlags, eventfd};
 use rustix::fs::{MemfdFlags, memfd_create};
@@ -40,6 +42,11 @@ fn descriptors() -> &'static Descriptors {
     })
 }
 
+fn workers() -> Arc<WorkerPool> {
+    static WORKERS: OnceLock<Arc<WorkerPool>> = OnceLock::new();
+    Arc::clone(WORKERS.get_or_init(|| WorkerPool::new(WorkerOptions::default())))
+}
+
 fn disk() -> Arc<Disk> {
     static DISK: OnceLock<Arc<Disk>> = OnceLock::new();
     Arc::clone(DISK.get_or_init(|| {
@@ -53,7 +60,8 @@ fn disk() -> Arc<Disk> {
             direct: DirectMode::Auto,
         });
         let _ = std::fs::remove_file(&path);
-        Arc::new(Disk::new(image.expect("an image"), [0; 20]))
+        let file = FileDevice::new(Arc::new(image.expect("an image")));
+        Arc::new(Disk::new(Arc::new(file), [0; 20]))
     }))
 }
 
@@ -86,7 +94,7 @@ fuzz_target!(|input: &[u8]| {
         Arc::<QueueMetrics>::default(),
         Arc::<QueueMetrics>::default(),
     ];
-    let device = BlockDevice::new(disk(), 1024, &metrics);
+    let device = VirtioBlock::new(disk(), workers(), 1024, &metrics);
     let device = Arc::new(Mutex::new(BlockBackend::new(device)));
     let mut handler = BackendReqHandler::from_stream(backend, Arc::clone(&device));
     // Replies must never fill the socket's buffer, or nobody would go on.

@@ -4,14 +4,22 @@
 #![no_main]
 
 use std::fs::OpenOptions;
+use std::os::unix::fs::FileExt;
 use std::sync::{Arc, OnceLock};
 
 use keelson_blk::disk::Disk;
 use keelson_blk::image::{DirectMode, Image, ImageOptions};
+use keelson_blk::inflight_region::InflightMemory;
+use keelson_blk::layer::file::FileDevice;
+use keelson_blk::layer::ring::FileTable;
+use keelson_blk::layer::{ChannelContext, RingOperations, Token, Waker};
 use keelson_blk::metrics::QueueMetrics;
-use keelson_blk::request_executor::RequestExecutor;
+use keelson_blk::pinned_memory::PinnedMemory;
+use keelson_blk::request_executor::{ExecutorSetup, RequestExecutor};
 use keelson_blk::virtqueue::{Virtqueue, VirtqueueSetup};
+use io_uring::squeue::Entry;
 use libfuzzer_sys::fuzz_target;
+use rustix::event::{EventfdFlags, eventfd};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
 const MEMORY: usize = 0x4000;
@@ -32,7 +40,8 @@ fn disk() -> Arc<Disk> {
             direct: DirectMode::Auto,
         });
         let _ = std::fs::remove_file(&path);
-        Arc::new(Disk::new(image.expect("an image"), *b"fuzzed-disk\0\0\0\0\0\0\0\0\0"))
+        let file = FileDevice::new(Arc::new(image.expect("an image")));
+        Arc::new(Disk::new(Arc::new(file), *b"fuzzed-disk\0\0\0\0\0\0\0\0\0"))
     }))
 }
 
@@ -62,19 +71,49 @@ fuzz_target!(|input: &[u8]| {
         memory,
     );
     let Ok(virtqueue) = virtqueue else { return };
-    let metrics = Arc::<QueueMetrics>::default();
-    let mut executor = RequestExecutor::new(0, virtqueue, disk(), metrics);
+    let event = eventfd(0, EventfdFlags::CLOEXEC).expect("an eventfd");
+    let waker = Waker::new(Arc::new(event));
+    let mut files = FileTable::default();
+    let mut context = ChannelContext::new(&mut files, None, &waker);
+    let disk = disk();
+    let size = 1 << (setup[0] % 6);
+    let inflight = (setup[3] & 1 != 0).then(|| {
+        let (file, bytes) = InflightMemory::create(1, size).expect("a memfd");
+        // What another backend, or a hostile frontend, has left there.
+        let _ = file.write_all_at(content.get(..256).unwrap_or(content), 0);
+        let memory = InflightMemory::map(file, 0, bytes, 1, size).expect("a mapping");
+        memory.region(0, size).expect("a region")
+    });
+    let mut executor = RequestExecutor::new(
+        virtqueue,
+        ExecutorSetup {
+            index: 0,
+            channel: disk.device().open_channel(&mut context).expect("a channel"),
+            disk,
+            metrics: Arc::<QueueMetrics>::default(),
+            guards: Vec::new(),
+            inflight,
+            dirty_log: None,
+            pinned: PinnedMemory::default(),
+        },
+    );
+    let mut ring = RingOperations::new(0);
     let mut results = content.chunks_exact(2);
     for _ in 0..4 {
-        let _ = executor.take_requests();
-        while let Some(operation) = executor.take_operation() {
-            let result = match results.next() {
-                Some([low, high]) => i32::from(i16::from_le_bytes([*low, *high])),
-                _ => -5,
-            };
-            let _ = executor.complete(operation.get_user_data(), result);
+        let _ = executor.take_requests(&mut ring);
+        while !ring.entries().is_empty() {
+            let tokens: Vec<u64> = ring.entries().iter().map(Entry::get_user_data).collect();
+            ring.clear();
+            for token in tokens {
+                let result = match results.next() {
+                    Some([low, high]) => i32::from(i16::from_le_bytes([*low, *high])),
+                    _ => -5,
+                };
+                executor.complete(Token::from_user_data(token), result, &mut ring);
+            }
         }
-        let _ = executor.take_notification();
+        let _ = executor.answer_completed();
+        let _ = executor.publish();
         assert!(executor.is_idle());
     }
 });

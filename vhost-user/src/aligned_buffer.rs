@@ -31,6 +31,12 @@ impl AlignedBuffer {
         self.pointer.as_ptr()
     }
 
+    /// The bytes. Not to be called while the kernel writes into them.
+    pub fn as_slice(&self) -> &[u8] {
+        // SAFETY: allocated with exactly this length, initialised to zero, owned by self.
+        unsafe { std::slice::from_raw_parts(self.pointer.as_ptr(), self.layout.size()) }
+    }
+
     /// The bytes, to change. Not to be called while the kernel uses them.
     pub fn as_mut_slice(&mut self) -> &mut [u8] {
         // SAFETY: allocated with exactly this length, initialised to zero, borrowed mutably.

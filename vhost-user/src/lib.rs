@@ -1,18 +1,21 @@
 //! A vhost-user-blk backend on io_uring.
 //!
-//! One process serves one disk to one frontend (a VMM) at a time. The frontend shares the
-//! guest's memory and the virtqueues over a Unix socket; from then on requests travel through
-//! shared memory and eventfds only, and guest pages go to and from the disk without a copy.
+//! One process serves any number of disks, each to one frontend (a VMM) at a time. The frontend
+//! shares the guest's memory and the virtqueues over a Unix socket; from then on requests travel
+//! through shared memory and eventfds only, and guest pages go to and from a raw file without a
+//! copy.
 //!
 //! How the parts fit together, from the outside in:
 //!
-//! * [`image`] opens, locks and measures the raw file or block device.
-//! * [`server`] listens, serves one frontend after another and stops cleanly.
+//! * [`image`] opens, locks and measures a raw file or block device.
+//! * [`server`] serves one disk to one frontend after another and stops cleanly.
 //! * [`backend`] answers the vhost-user messages, and [`device`] starts and stops the queues.
-//! * [`queue_worker`] is the data path: one thread and one io_uring for each virtqueue.
-//! * [`request_executor`] turns descriptor chains into disk operations and their results into
-//!   answers, with [`descriptor_chain`] and [`request`] checking what the guest wrote.
-//! * [`in_flight`] owns everything the kernel may still touch until it has completed.
+//! * [`worker`] is the data path: threads that serve virtqueues, each with one io_uring.
+//! * [`request_executor`] turns descriptor chains into requests and their results into answers,
+//!   with [`descriptor_chain`] and [`request`] checking what the guest wrote.
+//! * [`layer`] is what a disk's contents are made of; its channels own everything the kernel may
+//!   still touch until it has completed.
+//! * [`inflight_region`] notes what is in flight in memory that survives this process.
 
 pub mod backend;
 pub mod bus_fault;

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 
 use crate::boot::BootError;
 use crate::config::ConfigError;
+use crate::isolation::IsolationError;
 use crate::memory::MemoryError;
 use crate::snapshot::SnapshotError;
 use crate::vcpu::VcpuError;
@@ -76,6 +77,9 @@ pub enum VmmError {
     /// A snapshot can't be taken or restored.
     #[error(transparent)]
     Snapshot(#[from] SnapshotError),
+    /// The process can't be isolated.
+    #[error(transparent)]
+    Isolation(#[from] IsolationError),
     /// An operating system resource can't be had.
     #[error("can't {step}: {source}")]
     Os {
@@ -98,6 +102,7 @@ impl VmmError {
             Self::Kvm { .. }
             | Self::Memory(_)
             | Self::Vcpu(_)
+            | Self::Isolation(_)
             | Self::Socket { .. }
             | Self::Log { .. }
             | Self::Os { .. } => 1,

@@ -14,9 +14,12 @@ use crate::api::{
     Acknowledged, AfterSnapshot, ApiServer, ApiThread, Control, ControlSender, Event, ExitReason,
     ExitStatus, GuestState, Reply, SharedState, SnapshotKind, SnapshotRequest, SnapshotTaken,
 };
+use crate::boot::BootFiles;
 use crate::config::{GuestConfig, InterfaceConfig, OnReboot};
 use crate::console::{ConsoleLog, ConsoleOutput, ConsoleServer};
 use crate::error::VmmError;
+use crate::isolation::seccomp::{self, Mode, Thread};
+use crate::isolation::{Jail, JailUser};
 use crate::machine::{HostResources, Kind, Machine, Order, Reporters, open_kvm};
 use crate::signals;
 use crate::snapshot::Snapshot;
@@ -47,6 +50,49 @@ pub struct Launch {
     pub api_socket: PathBuf,
     /// The snapshot that it goes on from, instead of booting its kernel.
     pub restore: Option<Restore>,
+    /// What becomes of system calls that no thread has a need for.
+    pub seccomp: Mode,
+    /// The jail that it runs in.
+    pub jail: Option<JailOptions>,
+}
+
+/// A guest's jail, apart from what its configuration says.
+#[derive(Debug)]
+pub struct JailOptions {
+    /// Who its process becomes.
+    pub user: JailUser,
+    /// A folder in which snapshots may be taken.
+    pub snapshot_directory: Option<PathBuf>,
+}
+
+impl Launch {
+    /// Enters the jail, if there is one, and limits this thread's system calls. What needs rights
+    /// is open.
+    fn isolate(&self) -> Result<(), VmmError> {
+        if let Some(options) = &self.jail {
+            let mut jail = Jail::new(options.user);
+            let config = &self.config;
+            if let Some(restore) = &self.restore {
+                for directory in Snapshot::open(&restore.directory)?.directories() {
+                    jail.allow_read(directory);
+                }
+            }
+            for disk in &config.disks {
+                jail.allow_read(parent(&disk.socket));
+            }
+            jail.allow_write(parent(&config.console.log));
+            if let Some(directory) = &options.snapshot_directory {
+                jail.allow_write(directory);
+            }
+            jail.enter()?;
+        }
+        seccomp::apply(Thread::Owner, self.seccomp)?;
+        Ok(())
+    }
+}
+
+fn parent(path: &Path) -> &Path {
+    path.parent().unwrap_or(Path::new("/"))
 }
 
 /// How a snapshot is restored.
@@ -80,17 +126,27 @@ pub fn run(launch: &Launch) -> Result<ExitStatus, VmmError> {
     let console_listener = listen("console", &config.console.socket)?;
     let api_listener = listen("API", api_socket)?;
 
+    // The API shows why the guest can't start, so that what fails from here on is told there too.
+    let resources = open_boot_files(launch).and_then(|files| Ok((files, open_taps(config)?)));
+    launch.isolate()?;
+    let seccomp = launch.seccomp;
     let (messages, inbox) = channel();
     let control = control_sender(&messages);
-    signals::end_on_termination(control_sender(&messages))
+    signals::end_on_termination(control_sender(&messages), seccomp)
         .map_err(VmmError::os("handle signals"))?;
     install_kick_signal().map_err(VmmError::os("handle signals"))?;
     let server = ConsoleServer::new(Arc::clone(&console), console_listener, log);
-    let api = ApiServer::spawn(api_listener, Arc::clone(&shared), server, control)
+    let api = ApiServer::spawn(api_listener, Arc::clone(&shared), server, control, seccomp)
         .map_err(VmmError::os("start the API thread"))?;
 
-    let result = open_taps(config).and_then(|taps| {
-        let host = HostResources { kvm, taps, console };
+    let result = resources.and_then(|(boot_files, taps)| {
+        let host = HostResources {
+            kvm,
+            boot_files,
+            taps,
+            console,
+            seccomp,
+        };
         let reporters = reporters(&messages, &shared);
         Guest {
             host,
@@ -149,6 +205,14 @@ fn reporters(messages: &Sender<Message>, shared: &Arc<SharedState>) -> Reporters
             });
         }),
     }
+}
+
+fn open_boot_files(launch: &Launch) -> Result<Option<BootFiles>, VmmError> {
+    let files = BootFiles::open(&launch.config.kernel);
+    if launch.restore.is_some() {
+        return Ok(files.ok());
+    }
+    Ok(Some(files?))
 }
 
 fn open_taps(config: &GuestConfig) -> Result<Vec<Arc<Tap>>, VmmError> {

@@ -14,6 +14,7 @@ pub mod api;
 pub mod client;
 pub mod config;
 pub mod guest;
+pub mod isolation;
 pub mod snapshot;
 
 mod boot;

@@ -9,7 +9,7 @@ use std::sync::{Arc, Mutex};
 use kvm_ioctls::{Cap, Kvm, VmFd};
 use vm_memory::{Bytes, GuestAddress};
 
-use crate::boot::{self, acpi::AcpiConfig, layout};
+use crate::boot::{self, BootFiles, acpi::AcpiConfig, layout};
 use crate::config::GuestConfig;
 use crate::console::ConsoleOutput;
 use crate::cpuid;
@@ -18,6 +18,7 @@ use crate::devices::power::Power;
 use crate::devices::serial::{SerialPort, SerialState};
 use crate::error::VmmError;
 use crate::interrupts::InterruptRouter;
+use crate::isolation::seccomp::Mode;
 use crate::memory::{self, GuestMemory, Ram};
 use crate::pci::PciBus;
 use crate::platform::Platform;
@@ -65,10 +66,15 @@ pub struct Machine {
 pub struct HostResources {
     /// `/dev/kvm`.
     pub kvm: Arc<Kvm>,
+    /// What the guest boots; `None` if it wasn't there when the process started, as a restored
+    /// guest doesn't need it.
+    pub boot_files: Option<BootFiles>,
     /// The TAPs, in the order of the configuration's interfaces.
     pub taps: Vec<Arc<Tap>>,
     /// Where the guest's output goes.
     pub console: Arc<ConsoleOutput>,
+    /// What becomes of system calls that no thread has a need for.
+    pub seccomp: Mode,
 }
 
 /// Whom a machine tells what happens to it.
@@ -115,7 +121,15 @@ impl Machine {
         let acpi = AcpiConfig {
             vcpus: config.vcpus,
         };
-        let entry = boot::load(&board.memory, &config.kernel, acpi)?;
+        let opened;
+        let files = if let Some(files) = &host.boot_files {
+            files
+        } else {
+            opened = BootFiles::open(&config.kernel)?;
+            &opened
+        };
+        let command_line = &config.kernel.command_line;
+        let entry = boot::load(&board.memory, files, command_line, acpi)?;
         write_generation_id(&board.memory)?;
         let template = cpuid::template(&host.kvm)?;
         let mut vcpus = Vec::with_capacity(usize::from(config.vcpus));
@@ -199,9 +213,9 @@ impl Board {
         base: Option<Base>,
     ) -> Result<Machine, VmmError> {
         let has_disks = !self.disks.is_empty();
-        let disk_watcher = watch_disks(self.disks, reporters)?;
+        let disk_watcher = watch_disks(self.disks, reporters, host.seccomp)?;
         let handler: Arc<dyn ExitHandler> = Arc::clone(&self.platform) as _;
-        let vcpus = VcpuThreads::start(vcpus, &handler, &reporters.end)
+        let vcpus = VcpuThreads::start(vcpus, &handler, &reporters.end, host.seccomp)
             .map_err(VmmError::os("start the vCPU threads"))?;
         Ok(Machine {
             vcpus,
@@ -253,12 +267,13 @@ fn create_interrupt_controllers(vm: &VmFd) -> Result<(), VmmError> {
 fn watch_disks(
     links: Vec<Arc<DiskLink>>,
     reporters: &Reporters,
+    seccomp: Mode,
 ) -> Result<Option<DiskWatcher>, VmmError> {
     if links.is_empty() {
         return Ok(None);
     }
     let report = Arc::clone(&reporters.disk);
-    DiskWatcher::start(links, move |event| report(event))
+    DiskWatcher::start(links, move |event| report(event), seccomp)
         .map(Some)
         .map_err(VmmError::os("start the thread that watches the disks"))
 }
@@ -288,7 +303,7 @@ impl SlotBuilder<'_> {
             self.add(&disk.id, Box::new(block), CLASS_STORAGE)?;
         }
         for (interface, tap) in config.interfaces.iter().zip(&host.taps) {
-            let net = Net::new(interface, Arc::clone(tap));
+            let net = Net::new(interface, Arc::clone(tap), host.seccomp);
             self.add(&interface.id, Box::new(net), CLASS_ETHERNET)?;
         }
         Ok(disks)

@@ -9,7 +9,10 @@ use clap::Parser;
 use keelson_vmm::VmmError;
 use keelson_vmm::api::ExitReason;
 use keelson_vmm::config::GuestConfig;
-use keelson_vmm::guest::{Launch, Restore};
+use keelson_vmm::guest::{JailOptions, Launch, Restore};
+use keelson_vmm::isolation::JailUser;
+use keelson_vmm::isolation::seccomp::Mode;
+use keelson_vmm::isolation::supervisor::{self, Role};
 use keelson_vmm::snapshot::Snapshot;
 use tracing_subscriber::EnvFilter;
 
@@ -49,6 +52,18 @@ struct RunArguments {
     /// Note what a restored guest writes, so that its first snapshot can be differential.
     #[arg(long, requires = "restore")]
     track_dirty_pages: bool,
+    /// Run as this user in namespaces of its own (mount, PID, network, IPC, host name), with nothing
+    /// in its root and its Landlock rules but the snapshot to restore, the folders of the disks'
+    /// sockets, which the user must be able to write, and so the folder of the console's log. Needs
+    /// root.
+    #[arg(long, value_name = "UID:GID")]
+    jail: Option<JailUser>,
+    /// In a jail, the folder in which snapshots may be taken, which the user must be able to write.
+    #[arg(long, value_name = "DIRECTORY", requires = "jail")]
+    snapshot_directory: Option<PathBuf>,
+    /// What becomes of a system call that the thread has no need for.
+    #[arg(long, value_enum, default_value = "enforce")]
+    seccomp: Mode,
     /// What to log to stderr: `warn`, or `keelson_vmm=debug`, as RUST_LOG.
     #[arg(long, value_name = "FILTER", default_value = "info")]
     log_level: String,
@@ -71,7 +86,18 @@ fn main() -> ExitCode {
         .with_env_filter(filter)
         .with_writer(std::io::stderr)
         .init();
-    let result = launch(arguments).and_then(|launch| keelson_vmm::guest::run(&launch));
+    let result = launch(arguments).and_then(|launch| {
+        if launch.jail.is_none() {
+            return keelson_vmm::guest::run(&launch);
+        }
+        match supervisor::split()? {
+            Role::Inside => keelson_vmm::guest::run(&launch),
+            Role::Supervisor(child) => {
+                let sockets = [launch.api_socket, launch.config.console.socket];
+                std::process::exit(supervisor::supervise(child, &sockets, launch.seccomp).into());
+            }
+        }
+    });
     match result {
         Ok(exit) => {
             let failed = matches!(exit.reason, ExitReason::TripleFault | ExitReason::Error);
@@ -88,15 +114,41 @@ fn launch(arguments: RunArguments) -> Result<Launch, VmmError> {
         // The arguments' parser asks for one of them.
         (None, None) => GuestConfig::load(std::path::Path::new(""))?,
     };
+    let mut config = config;
+    let mut restore = arguments.restore;
+    if arguments.jail.is_some() {
+        // In the jail there are no symbolic links on the way.
+        resolve(&mut config.console.log);
+        for disk in &mut config.disks {
+            resolve(&mut disk.socket);
+        }
+        restore = restore.map(|path| path.canonicalize().unwrap_or(path));
+    }
     Ok(Launch {
         config,
         api_socket: arguments.api_socket.unwrap_or_default(),
-        restore: arguments.restore.map(|directory| Restore {
+        restore: restore.map(|directory| Restore {
             directory,
             verify: arguments.verify,
             track_dirty_pages: arguments.track_dirty_pages,
         }),
+        seccomp: arguments.seccomp,
+        jail: arguments.jail.map(|user| JailOptions {
+            user,
+            snapshot_directory: arguments
+                .snapshot_directory
+                .map(|path| path.canonicalize().unwrap_or(path)),
+        }),
     })
+}
+
+/// Makes a path one without symbolic links, apart from its last part. What isn't there stays as it
+/// is, and is an error later.
+fn resolve(path: &mut PathBuf) {
+    let folder = path.parent().and_then(|folder| folder.canonicalize().ok());
+    if let (Some(folder), Some(name)) = (folder, path.file_name()) {
+        *path = folder.join(name);
+    }
 }
 
 /// Says why the process ends, and with which code.

@@ -4,10 +4,11 @@ use std::io;
 use std::mem::MaybeUninit;
 
 use crate::api::{Control, ControlSender};
+use crate::isolation::seccomp::{self, Mode, Thread};
 
 /// Blocks both signals in this thread and those that it starts later, and waits for them in a
 /// thread of its own.
-pub(crate) fn end_on_termination(control: ControlSender) -> io::Result<()> {
+pub(crate) fn end_on_termination(control: ControlSender, seccomp: Mode) -> io::Result<()> {
     let mut set = MaybeUninit::<libc::sigset_t>::uninit();
     // SAFETY: sigemptyset initializes the set before the other calls read it.
     let set = unsafe {
@@ -26,6 +27,11 @@ pub(crate) fn end_on_termination(control: ControlSender) -> io::Result<()> {
         .name("signals".into())
         .stack_size(64 << 10)
         .spawn(move || {
+            if let Err(e) = seccomp::apply(Thread::Signals, seccomp) {
+                tracing::error!("{e}");
+                control(Control::Kill);
+                return;
+            }
             let mut signal = 0;
             // SAFETY: both pointers are to live values of the types that sigwait takes.
             while unsafe { libc::sigwait(&raw const set, &raw mut signal) } == 0 {

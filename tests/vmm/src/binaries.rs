@@ -13,6 +13,11 @@ pub fn payload() -> &'static Path {
 /// If it isn't there.
 pub fn binary(name: &str) -> PathBuf {
     let test = std::env::current_exe().expect("a test knows its own path");
+    if let Some(sibling) = test.parent().map(|folder| folder.join(name))
+        && sibling.is_file()
+    {
+        return sibling;
+    }
     // target/<profile>/deps/<test>
     let profile = test
         .ancestors()

@@ -111,6 +111,13 @@ impl GuestBuilder {
         self
     }
 
+    /// Adds an argument for keelson-vmm.
+    #[must_use]
+    pub fn argument(mut self, argument: &str) -> Self {
+        self.arguments.push(argument.into());
+        self
+    }
+
     /// Goes on from a snapshot instead of booting, with further arguments.
     #[must_use]
     pub fn restore(mut self, snapshot: &Path, arguments: &[&str]) -> Self {
@@ -139,8 +146,10 @@ impl GuestBuilder {
             .stderr(errors)
             .spawn()
             .expect("keelson-vmm starts");
+        let log = self.config["console"]["log"].as_str().unwrap_or_default();
         Guest {
             process: Process(child),
+            log: log.into(),
             directory: self.directory,
         }
     }
@@ -157,6 +166,7 @@ impl GuestBuilder {
 /// A running VMM, killed when it is dropped.
 pub struct Guest {
     process: Process,
+    log: PathBuf,
     directory: TempDir,
 }
 
@@ -209,9 +219,31 @@ impl Guest {
         written.expect("the console takes input");
     }
 
+    /// Runs a command in the root shell on a stock guest's console; returns what it printed.
+    ///
+    /// # Panics
+    /// If it doesn't end within a minute, or fails.
+    pub fn shell(&mut self, command: &str) -> String {
+        let mut console = self.console();
+        let before = self.log().len();
+        // The shell echoes the line, but only its answer has the sums in it.
+        let line = format!("echo begin$((40+2)); {command}; echo end$((40+2))-$?-\n");
+        let written = console.write_all(line.as_bytes());
+        written.expect("the console takes input");
+        wait_until(&format!("answer to {command:?}"), || {
+            assert!(self.is_running(), "the guest has ended: {}", self.log());
+            let log = self.log();
+            let (_, rest) = log.get(before..)?.split_once("begin42")?;
+            let (printed, rest) = rest.split_once("end42-")?;
+            let (code, _) = rest.split_once('-')?;
+            assert_eq!(code, "0", "{command:?} failed: {printed}");
+            Some(printed.trim().replace('\r', ""))
+        })
+    }
+
     /// The console's log so far.
     pub fn log(&self) -> String {
-        read_text(&self.directory.path().join("console.log"))
+        read_text(&self.log)
     }
 
     /// Waits for a console line that begins with `start` and gives it whole.

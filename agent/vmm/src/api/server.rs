@@ -16,6 +16,7 @@ use super::{
 };
 use crate::console::ConsoleServer;
 use crate::devices::serial::SerialPort;
+use crate::isolation::seccomp::{self, Mode, Thread};
 
 /// Clients at once; a further one gets an error line.
 const MAX_CLIENTS: usize = 32;
@@ -80,6 +81,7 @@ impl ApiServer {
         shared: Arc<SharedState>,
         console: ConsoleServer,
         control: ControlSender,
+        seccomp: Mode,
     ) -> io::Result<ApiThread> {
         let (sender, commands) = channel();
         let server = Self {
@@ -94,7 +96,10 @@ impl ApiServer {
         };
         let thread = std::thread::Builder::new()
             .name("api".into())
-            .spawn(move || server.serve())?;
+            .spawn(move || match seccomp::apply(Thread::Api, seccomp) {
+                Ok(()) => server.serve(),
+                Err(e) => tracing::error!("{e}"),
+            })?;
         Ok(ApiThread {
             commands: sender,
             shared,

@@ -1,11 +1,9 @@
 //! The initial ramdisk.
 
-use std::path::Path;
-
 use vm_memory::{Bytes, GuestAddress};
 
 use super::kernel::{LoadedKernel, first_region_end};
-use super::{BootError, open};
+use super::{BootError, BootFile};
 use crate::memory::Ram;
 
 const PAGE: u64 = 4096;
@@ -19,14 +17,14 @@ pub(super) struct LoadedInitrd {
     pub(super) size: u32,
 }
 
-/// Loads the initrd at `path` as high as the kernel takes it.
+/// Loads the initrd as high as the kernel takes it.
 pub(super) fn load(
     memory: &Ram,
-    path: &Path,
+    initrd: &BootFile,
     kernel: &LoadedKernel,
 ) -> Result<LoadedInitrd, BootError> {
-    let invalid = |reason: String| BootError::invalid("initrd", path, reason);
-    let (mut file, length) = open("initrd", path)?;
+    let invalid = |reason: String| BootError::invalid("initrd", &initrd.path, reason);
+    let (mut file, length) = initrd.rewound()?;
     if length == 0 {
         return Err(invalid("it is empty".to_owned()));
     }

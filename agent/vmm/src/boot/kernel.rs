@@ -11,7 +11,7 @@ use linux_loader::loader::elf::Elf;
 use linux_loader::loader::{KernelLoader, KernelLoaderResult};
 use vm_memory::{ByteValued, GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
 
-use super::{BootError, layout, open};
+use super::{BootError, BootFile, layout};
 use crate::memory::Ram;
 
 /// `HdrS`, at offset 0x202 of a bzImage.
@@ -39,9 +39,10 @@ pub(super) struct LoadedKernel {
     pub(super) header: setup_header,
 }
 
-/// Loads the image at `path`.
-pub(super) fn load(memory: &Ram, path: &Path) -> Result<LoadedKernel, BootError> {
-    let (mut file, length) = open("kernel", path)?;
+/// Loads the image.
+pub(super) fn load(memory: &Ram, image: &BootFile) -> Result<LoadedKernel, BootError> {
+    let path = &image.path;
+    let (mut file, length) = image.rewound()?;
     if length > MAX_KERNEL_BYTES {
         let reason = format!("{length} bytes are more than the limit of {MAX_KERNEL_BYTES}");
         return Err(invalid(path, reason));

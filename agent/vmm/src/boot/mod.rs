@@ -11,7 +11,7 @@ mod reset_vector;
 mod zero_page;
 
 use std::fs::File;
-use std::io;
+use std::io::{self, Seek};
 use std::path::{Path, PathBuf};
 
 use crate::config::KernelConfig;
@@ -78,38 +78,89 @@ pub struct Entry {
     pub zero_page: u64,
 }
 
+/// The kernel and the initrd, open: whoever reads them later may not have the rights to open them.
+#[derive(Debug)]
+pub struct BootFiles {
+    kernel: BootFile,
+    initrd: Option<BootFile>,
+}
+
+/// One of them.
+#[derive(Debug)]
+struct BootFile {
+    what: &'static str,
+    path: PathBuf,
+    file: File,
+    length: u64,
+}
+
+impl BootFiles {
+    /// Opens both.
+    pub fn open(config: &KernelConfig) -> Result<Self, BootError> {
+        Ok(Self {
+            kernel: BootFile::open("kernel", &config.image)?,
+            initrd: match &config.initrd {
+                Some(path) => Some(BootFile::open("initrd", path)?),
+                None => None,
+            },
+        })
+    }
+}
+
+impl BootFile {
+    /// Opens a regular file.
+    fn open(what: &'static str, path: &Path) -> Result<Self, BootError> {
+        let read = |source| BootError::Read {
+            what,
+            path: path.into(),
+            source,
+        };
+        let file = File::open(path).map_err(read)?;
+        let metadata = file.metadata().map_err(read)?;
+        if !metadata.is_file() {
+            return Err(BootError::invalid(what, path, "it is not a regular file"));
+        }
+        Ok(Self {
+            what,
+            path: path.into(),
+            file,
+            length: metadata.len(),
+        })
+    }
+
+    /// The file from its start, and its size.
+    fn rewound(&self) -> Result<(File, u64), BootError> {
+        let rewound = self.file.try_clone().and_then(|mut file| {
+            file.rewind()?;
+            Ok(file)
+        });
+        let file = rewound.map_err(|source| BootError::Read {
+            what: self.what,
+            path: self.path.clone(),
+            source,
+        })?;
+        Ok((file, self.length))
+    }
+}
+
 /// Loads kernel, initrd, command line, ACPI tables, page tables and zero page.
 pub fn load(
     memory: &Ram,
-    config: &KernelConfig,
+    files: &BootFiles,
+    command_line: &str,
     acpi: acpi::AcpiConfig,
 ) -> Result<Entry, BootError> {
-    let kernel = kernel::load(memory, &config.image)?;
-    let initrd = match &config.initrd {
-        Some(path) => Some(initrd::load(memory, path, &kernel)?),
+    let kernel = kernel::load(memory, &files.kernel)?;
+    let initrd = match &files.initrd {
+        Some(initrd) => Some(initrd::load(memory, initrd, &kernel)?),
         None => None,
     };
     long_mode::write_tables(memory)?;
     reset_vector::write(memory)?;
     let rsdp = acpi::write_tables(memory, acpi)?;
-    zero_page::write(memory, &kernel, initrd, &config.command_line, rsdp)?;
+    zero_page::write(memory, &kernel, initrd, command_line, rsdp)?;
     Ok(Entry {
         instruction_pointer: kernel.entry,
         zero_page: layout::ZERO_PAGE,
     })
-}
-
-/// Opens a regular file and tells its size.
-fn open(what: &'static str, path: &Path) -> Result<(File, u64), BootError> {
-    let read = |source| BootError::Read {
-        what,
-        path: path.into(),
-        source,
-    };
-    let file = File::open(path).map_err(read)?;
-    let metadata = file.metadata().map_err(read)?;
-    if !metadata.is_file() {
-        return Err(BootError::invalid(what, path, "it is not a regular file"));
-    }
-    Ok((file, metadata.len()))
 }

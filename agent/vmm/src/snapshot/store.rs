@@ -87,6 +87,11 @@ impl Snapshot {
         &self.directory
     }
 
+    /// Its directory and those of the snapshots that it is the difference to.
+    pub fn directories(&self) -> impl Iterator<Item = &Path> {
+        self.layers.iter().filter_map(|layer| layer.path.parent())
+    }
+
     /// Its state.
     pub const fn state(&self) -> &SnapshotState {
         &self.state

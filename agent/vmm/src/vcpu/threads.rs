@@ -10,6 +10,7 @@ use std::time::Duration;
 use vmm_sys_util::signal::{SIGRTMIN, register_signal_handler};
 
 use super::{ExitHandler, Vcpu, VcpuEnd};
+use crate::isolation::seccomp::{self, Mode, Thread};
 
 /// How often a signal is repeated: one that arrives between the check of the order and KVM_RUN is
 /// lost.
@@ -49,6 +50,7 @@ impl VcpuThreads {
         vcpus: Vec<Vcpu>,
         handler: &Arc<dyn ExitHandler>,
         report: &EndReporter,
+        seccomp: Mode,
     ) -> io::Result<Self> {
         let mut started = Self {
             orders: Arc::new(Orders {
@@ -66,9 +68,13 @@ impl VcpuThreads {
             let handler = Arc::clone(handler);
             let report = Arc::clone(report);
             let orders = Arc::clone(&started.orders);
-            let thread = std::thread::Builder::new()
-                .name(name)
-                .spawn(move || serve(&vcpu, &orders, &*handler, &report))?;
+            let thread =
+                std::thread::Builder::new().name(name).spawn(move || {
+                    match seccomp::apply(Thread::Vcpu, seccomp) {
+                        Ok(()) => serve(&vcpu, &orders, &*handler, &report),
+                        Err(e) => report(VcpuEnd::Error(e.to_string())),
+                    }
+                })?;
             started.threads.push(thread);
         }
         Ok(started)

@@ -23,6 +23,7 @@ use super::{
     VirtioDevice,
 };
 use crate::config::InterfaceConfig;
+use crate::isolation::seccomp::Mode;
 
 pub use tap::{Tap, TapError};
 use worker::Worker;
@@ -53,6 +54,7 @@ pub struct Net {
     id: String,
     tap: Arc<Tap>,
     mtu: u16,
+    seccomp: Mode,
     /// `struct virtio_net_config` up to `mtu`: MAC, status, queue pairs, MTU.
     config: [u8; 12],
     worker: Option<Worker>,
@@ -60,7 +62,7 @@ pub struct Net {
 
 impl Net {
     /// An interface on `tap`, which outlives the guest's reboots.
-    pub fn new(config: &InterfaceConfig, tap: Arc<Tap>) -> Self {
+    pub fn new(config: &InterfaceConfig, tap: Arc<Tap>, seccomp: Mode) -> Self {
         let mut bytes = [0; 12];
         bytes[..6].copy_from_slice(&config.mac.octets());
         bytes[6..8].copy_from_slice(&LINK_UP.to_le_bytes());
@@ -70,6 +72,7 @@ impl Net {
             id: config.id.clone(),
             tap,
             mtu: config.mtu,
+            seccomp,
             config: bytes,
             worker: None,
         }
@@ -100,7 +103,13 @@ impl VirtioDevice for Net {
         self.tap
             .set_offloads(activation.features)
             .map_err(|e| ActivationError(e.to_string()))?;
-        self.worker = Worker::start(&self.id, Arc::clone(&self.tap), self.mtu, activation)?;
+        self.worker = Worker::start(
+            &self.id,
+            Arc::clone(&self.tap),
+            self.mtu,
+            self.seccomp,
+            activation,
+        )?;
         Ok(())
     }
 

@@ -9,6 +9,7 @@ use std::thread::JoinHandle;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::link::DiskLink;
+use crate::isolation::seccomp::{self, Mode, Thread};
 
 const STACK_BYTES: usize = 128 << 10;
 /// How often a lost backend is looked for, in milliseconds.
@@ -42,6 +43,7 @@ impl DiskWatcher {
     pub fn start(
         links: Vec<Arc<DiskLink>>,
         report: impl Fn(DiskEvent) + Send + 'static,
+        seccomp: Mode,
     ) -> io::Result<Self> {
         let stop = Arc::new(AtomicBool::new(false));
         let wake = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?;
@@ -53,6 +55,10 @@ impl DiskWatcher {
             .name("disks".into())
             .stack_size(STACK_BYTES)
             .spawn(move || {
+                if let Err(e) = seccomp::apply(Thread::Disks, seccomp) {
+                    tracing::error!("{e}");
+                    return;
+                }
                 let mut disks: Vec<Watched> = links
                     .into_iter()
                     .map(|link| Watched {

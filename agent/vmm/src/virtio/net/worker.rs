@@ -10,6 +10,7 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::queues::{BrokenQueue, PacketQueue, Receiver, Transmitter, Turn};
 use super::tap::Tap;
+use crate::isolation::seccomp::{self, Mode, Thread};
 use crate::virtio::{Activation, ActivationError, DeviceHealth, FEATURE_EVENT_IDX};
 
 /// The thread's needs are small and known; the default of 8 MiB would only be address space.
@@ -32,6 +33,7 @@ impl Worker {
         id: &str,
         tap: Arc<Tap>,
         mtu: u16,
+        seccomp: Mode,
         activation: Activation,
     ) -> Result<Option<Self>, ActivationError> {
         let Activation {
@@ -68,6 +70,10 @@ impl Worker {
             .name(format!("net-{id}"))
             .stack_size(STACK_BYTES)
             .spawn(move || {
+                if let Err(e) = seccomp::apply(Thread::Net, seccomp) {
+                    tracing::error!("{e}");
+                    return health.needs_reset();
+                }
                 let incoming = PacketQueue::new(receive_queue, Arc::clone(&memory));
                 let service = Service {
                     tap,

@@ -1,28 +1,73 @@
 //! The command line.
 
+use std::os::fd::RawFd;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use clap::{Parser, ValueEnum};
+use clap::{Parser, Subcommand, ValueEnum};
+use keelson_blk::catalog::{Contents, DiskSpec};
 use keelson_blk::disk::SERIAL_SIZE;
+use keelson_blk::image::DirectMode;
+use keelson_blk::rate_limit::{Limits, Rate};
 use keelson_blk::worker::WorkerOptions;
 
-/// Serves raw files and block devices as vhost-user-blk disks, on io_uring.
+use crate::cli::control::ControlCommand;
+use crate::cli::image::ImageCommand;
+
+/// Serves raw files, block devices and overlays as vhost-user-blk disks, on io_uring.
 ///
-/// One disk: --socket and --image. Several in one process: --disk for each. Prints one line of
+/// One disk: --socket and --image. Several in one process: --disk for each, or over the control
+/// socket. Prints one line of
 /// JSON when it is ready, then serves one frontend after another on each socket until SIGTERM.
 /// SIGHUP measures the images again and tells guests of new sizes. Exit codes: 0 stopped, 1
 /// runtime failure, 2 usage, 3 an image can't be opened, 4 an image is in use, 5 io_uring is
 /// unavailable, 6 a socket can't be bound.
 #[derive(Debug, Parser)]
-#[command(version)]
+#[command(
+    version,
+    args_conflicts_with_subcommands = true,
+    subcommand_negates_reqs = true
+)]
 pub struct Arguments {
+    /// Instead of serving
+    #[command(subcommand)]
+    pub command: Option<Command>,
     /// Unix socket to listen on
-    #[arg(long, required_unless_present = "disks")]
+    #[arg(long, required_unless_present_any = ["disks", "control"])]
     socket: Option<PathBuf>,
-    /// Raw image file or block device
-    #[arg(long, required_unless_present_any = ["disks", "null"])]
+    /// Raw image file or block device, or an overlay with --format overlay
+    #[arg(long, required_unless_present_any = ["disks", "null", "control"])]
     image: Option<PathBuf>,
+    /// What the image is. Not guessed, since a guest could make a raw image look like an overlay
+    #[arg(long, value_enum, default_value_t)]
+    format: Format,
+    /// The disk's name on the control socket and in metrics [default: the socket's file name]
+    #[arg(long)]
+    id: Option<String>,
+    /// Encrypted, with the key of 32 or 64 bytes that this descriptor holds (a pipe, say)
+    #[arg(long)]
+    key_fd: Option<RawFd>,
+    /// Bytes that the disk may read and write in a second (K, M, G)
+    #[arg(long, value_parser = parse_rate)]
+    bytes_per_second: Option<u64>,
+    /// Bytes that it may move at once after idle time [default: a tenth of a second's]
+    #[arg(long, value_parser = parse_rate, requires = "bytes_per_second")]
+    bytes_burst: Option<u64>,
+    /// Requests that the disk may make in a second
+    #[arg(long, value_parser = clap::value_parser!(u64).range(1..))]
+    operations_per_second: Option<u64>,
+    /// Requests that it may make at once after idle time [default: a tenth of a second's]
+    #[arg(long, requires = "operations_per_second")]
+    operations_burst: Option<u64>,
+    /// Group of disks of this process with which it shares limits
+    #[arg(long)]
+    group: Option<String>,
+    /// Limits of a group: NAME,bytes-per-second=N,operations-per-second=N
+    #[arg(long = "group-limits", value_name = "NAME,KEY=VALUE,…")]
+    groups: Vec<String>,
+    /// Unix socket to take control requests on
+    #[arg(long)]
+    pub control: Option<PathBuf>,
     /// Instead of an image: nothing, of this many bytes (K, M, G, T), to measure everything else
     #[arg(long, value_name = "SIZE", value_parser = parse_size, conflicts_with = "image")]
     null: Option<u64>,
@@ -37,12 +82,13 @@ pub struct Arguments {
     queue_size: u16,
     /// Serial number that the guest sees, up to 20 bytes
     #[arg(long, default_value = "", value_parser = parse_serial)]
-    serial: Serial,
+    serial: String,
     /// Whether to go around the page cache with O_DIRECT
     #[arg(long, value_enum, default_value_t = Direct::Auto)]
     direct: Direct,
-    /// One more disk: socket=PATH,image=PATH or socket=PATH,null=SIZE, and read-only, queues=N,
-    /// queue-size=N, serial=TEXT, direct=auto|on|off, where other than the options of these names
+    /// One more disk: socket=PATH,image=PATH or socket=PATH,null=SIZE, and format=raw|overlay, id=NAME,
+    /// read-only, queues=N, queue-size=N, serial=TEXT, direct=auto|on|off, key-fd=N, group=NAME,
+    /// bytes-per-second=N, operations-per-second=N, where other than the options of these names
     #[arg(long = "disk", value_name = "KEY=VALUE,…")]
     disks: Vec<String>,
     /// Threads that serve the queues of all disks, or "queue" for one for each running queue
@@ -67,32 +113,33 @@ pub struct Arguments {
     pub log_level: tracing_subscriber::EnvFilter,
 }
 
-/// What a disk is made of.
-#[derive(Clone, Debug)]
-pub enum Contents {
-    /// A raw file or a block device.
-    Image(PathBuf),
-    /// Nothing, of this many bytes.
-    Null(u64),
+/// What keelson-blk does beside serving.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Create, look at and change images that are not being served
+    #[command(subcommand)]
+    Image(ImageCommand),
+    /// Talk to a running keelson-blk over its control socket
+    Control(ControlCommand),
+}
+
+/// How an image's bytes are to be understood.
+#[derive(Clone, Copy, Debug, Default, ValueEnum)]
+pub enum Format {
+    /// The disk's bytes, one after the other
+    #[default]
+    Raw,
+    /// What `keelson-blk image create` makes
+    Overlay,
 }
 
 /// One disk of the command line.
 #[derive(Clone, Debug)]
 pub struct DiskArguments {
-    /// Unix socket to listen on.
-    pub socket: PathBuf,
     /// What it is made of.
-    pub contents: Contents,
-    /// Whether to refuse writes.
-    pub read_only: bool,
-    /// Virtqueues, 1 to 64.
-    pub queues: u16,
-    /// Most descriptors in a virtqueue.
-    pub queue_size: u16,
-    /// The serial number.
-    pub serial: Serial,
-    /// Whether to go around the page cache.
-    pub direct: Direct,
+    pub spec: DiskSpec,
+    /// The descriptor that its key is to be read from.
+    pub key_fd: Option<RawFd>,
 }
 
 /// Whether to go around the page cache.
@@ -105,9 +152,6 @@ pub enum Direct {
     /// Through the page cache
     Off,
 }
-
-/// A serial number, padded with zeroes.
-pub type Serial = [u8; SERIAL_SIZE];
 
 #[derive(Clone, Copy, Debug)]
 enum Workers {
@@ -124,17 +168,37 @@ impl Arguments {
         let mut disks = Vec::new();
         if let Some(socket) = &self.socket {
             let contents = match (&self.image, self.null) {
-                (Some(image), _) => Contents::Image(image.clone()),
+                (Some(image), _) => self.format.contents(image.clone()),
                 (None, Some(bytes)) => Contents::Null(bytes),
                 (None, None) => return Err("--socket needs --image".into()),
             };
-            disks.push(self.with_defaults(socket.clone(), contents));
+            let mut disk = self.with_defaults(socket.clone(), contents);
+            if let Some(id) = &self.id {
+                disk.spec.id.clone_from(id);
+            }
+            disks.push(disk);
         }
         for text in &self.disks {
             let disk = self.parse_disk(text);
             disks.push(disk.map_err(|reason| format!("--disk {text}: {reason}"))?);
         }
         Ok(disks)
+    }
+
+    /// The groups with limits, or what is wrong with one.
+    pub fn groups(&self) -> Result<Vec<(String, Limits)>, String> {
+        let groups = self.groups.iter().map(|text| {
+            let (name, rest) = text.split_once(',').unwrap_or((text, ""));
+            let mut limits = Limits::default();
+            for part in rest.split(',').filter(|part| !part.is_empty()) {
+                let (key, value) = part.split_once('=').unwrap_or((part, ""));
+                if !parse_limit(&mut limits, key, value)? {
+                    return Err(format!("--group-limits {text}: unknown key {key:?}"));
+                }
+            }
+            Ok((name.to_owned(), limits))
+        });
+        groups.collect()
     }
 
     /// How to run the workers.
@@ -156,53 +220,146 @@ impl Arguments {
     }
 
     fn with_defaults(&self, socket: PathBuf, contents: Contents) -> DiskArguments {
-        DiskArguments {
+        let rate = |per_second: Option<u64>, burst| {
+            per_second.map(|per_second| Rate { per_second, burst })
+        };
+        let spec = DiskSpec {
+            id: default_id(&socket),
             socket,
             contents,
             read_only: self.read_only,
             queues: self.queues,
             queue_size: self.queue_size,
-            serial: self.serial,
-            direct: self.direct,
+            serial: self.serial.clone(),
+            direct: self.direct.mode(),
+            limits: Limits {
+                bytes: rate(self.bytes_per_second, self.bytes_burst),
+                operations: rate(self.operations_per_second, self.operations_burst),
+            },
+            group: self.group.clone(),
+        };
+        DiskArguments {
+            spec,
+            key_fd: self.key_fd,
         }
     }
 
     fn parse_disk(&self, text: &str) -> Result<DiskArguments, String> {
-        let (mut socket, mut contents) = (None, None);
-        let mut disk = self.with_defaults(PathBuf::new(), Contents::Null(0));
-        for part in text.split(',') {
-            let (key, value) = part.split_once('=').unwrap_or((part, ""));
-            match key {
-                "socket" => socket = Some(PathBuf::from(value)),
-                "image" => contents = Some(Contents::Image(PathBuf::from(value))),
-                "null" => contents = Some(Contents::Null(parse_size(value)?)),
-                "read-only" if value.is_empty() => disk.read_only = true,
-                "queues" => {
-                    let queues = value
-                        .parse()
-                        .ok()
-                        .filter(|queues| (1..=64).contains(queues));
-                    disk.queues = queues.ok_or("queues= takes 1 to 64")?;
-                }
-                "queue-size" => disk.queue_size = parse_queue_size(value)?,
-                "serial" => disk.serial = parse_serial(value)?,
-                "direct" => disk.direct = Direct::from_str(value, false)?,
-                _ => return Err(format!("unknown key {key:?}")),
-            }
-        }
-        disk.socket = socket.ok_or("socket= is missing")?;
-        disk.contents = contents.ok_or("image= is missing")?;
+        // A key can be read once, so it belongs to one disk.
+        let mut disk = DiskArguments {
+            key_fd: None,
+            ..self.with_defaults(PathBuf::new(), Contents::Null(0))
+        };
+        parse_disk(text, &mut disk, self.format)?;
         Ok(disk)
     }
 }
 
-fn parse_serial(text: &str) -> Result<Serial, String> {
-    let mut serial = [0; SERIAL_SIZE];
-    let field = serial
-        .get_mut(..text.len())
-        .ok_or_else(|| format!("{} bytes, but virtio-blk has room for 20", text.len()))?;
-    field.copy_from_slice(text.as_bytes());
-    Ok(serial)
+/// Reads `key=value,…` into a disk that has the defaults.
+pub fn parse_disk(text: &str, disk: &mut DiskArguments, format: Format) -> Result<(), String> {
+    let (mut socket, mut image, mut null, mut id) = (None, None, None, None);
+    let mut format = format;
+    let spec = &mut disk.spec;
+    for part in text.split(',') {
+        let (key, value) = part.split_once('=').unwrap_or((part, ""));
+        match key {
+            "socket" => socket = Some(PathBuf::from(value)),
+            "image" => image = Some(PathBuf::from(value)),
+            "null" => null = Some(parse_size(value)?),
+            "format" => format = Format::from_str(value, false)?,
+            "id" => id = Some(value.to_owned()),
+            "read-only" if value.is_empty() => spec.read_only = true,
+            "queues" => {
+                let queues = value
+                    .parse()
+                    .ok()
+                    .filter(|queues| (1..=64).contains(queues));
+                spec.queues = queues.ok_or("queues= takes 1 to 64")?;
+            }
+            "queue-size" => spec.queue_size = parse_queue_size(value)?,
+            "serial" => spec.serial = parse_serial(value)?,
+            "direct" => spec.direct = Direct::from_str(value, false)?.mode(),
+            "group" => spec.group = Some(value.to_owned()),
+            "key-fd" => {
+                let descriptor = value.parse().map_err(|_| "key-fd= takes a number")?;
+                disk.key_fd = Some(descriptor);
+            }
+            _ if parse_limit(&mut spec.limits, key, value)? => {}
+            _ => return Err(format!("unknown key {key:?}")),
+        }
+    }
+    spec.socket = socket.ok_or("socket= is missing")?;
+    spec.id = id.unwrap_or_else(|| default_id(&spec.socket));
+    spec.contents = match (image, null) {
+        (Some(image), None) => format.contents(image),
+        (None, Some(bytes)) => Contents::Null(bytes),
+        _ => return Err("it takes either image= or null=".into()),
+    };
+    Ok(())
+}
+
+impl Format {
+    fn contents(self, image: PathBuf) -> Contents {
+        match self {
+            Self::Raw => Contents::Raw(image),
+            Self::Overlay => Contents::Overlay(image),
+        }
+    }
+}
+
+impl Direct {
+    fn mode(self) -> DirectMode {
+        match self {
+            Self::Auto => DirectMode::Auto,
+            Self::On => DirectMode::On,
+            Self::Off => DirectMode::Off,
+        }
+    }
+}
+
+fn default_id(socket: &std::path::Path) -> String {
+    let name = socket.file_name().unwrap_or(socket.as_os_str());
+    name.to_string_lossy().into_owned()
+}
+
+// Whether the key is one of a limit's.
+fn parse_limit(limits: &mut Limits, key: &str, value: &str) -> Result<bool, String> {
+    let (rate, burst) = match key {
+        "bytes-per-second" => (&mut limits.bytes, false),
+        "bytes-burst" => (&mut limits.bytes, true),
+        "operations-per-second" => (&mut limits.operations, false),
+        "operations-burst" => (&mut limits.operations, true),
+        _ => return Ok(false),
+    };
+    let number = parse_rate(value)?;
+    match rate {
+        Some(rate) if burst => rate.burst = Some(number),
+        None if burst => return Err(format!("{key}= comes after its …-per-second=")),
+        rate => {
+            *rate = Some(Rate {
+                per_second: number,
+                burst: None,
+            });
+        }
+    }
+    Ok(true)
+}
+
+fn parse_rate(text: &str) -> Result<u64, String> {
+    crate::cli::size::parse(text)
+        .ok()
+        .filter(|rate| *rate > 0)
+        .ok_or_else(|| "not a number above 0, perhaps with K, M or G".into())
+}
+
+fn parse_serial(text: &str) -> Result<String, String> {
+    if text.len() > SERIAL_SIZE {
+        return Err(format!(
+            "{} bytes, but virtio-blk has room for 20",
+            text.len()
+        ));
+    }
+    Ok(text.to_owned())
 }
 
 fn parse_queue_size(text: &str) -> Result<u16, String> {

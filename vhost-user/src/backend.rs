@@ -50,6 +50,11 @@ impl BlockBackend {
         }
     }
 
+    /// Does something while no request is in flight.
+    pub(crate) fn while_paused(&mut self, act: impl FnOnce()) -> Result<()> {
+        self.device.while_paused(act)
+    }
+
     /// Completes what is in flight and stops all queues.
     pub fn stop(&mut self) {
         self.device.stop();

@@ -211,6 +211,13 @@ impl VirtioBlock {
         self.writeback
     }
 
+    /// Does something while no request is in flight; then the queues go on.
+    pub(crate) fn while_paused(&mut self, act: impl FnOnce()) -> Result<()> {
+        self.pause();
+        act();
+        self.start_ready_queues()
+    }
+
     fn pause(&mut self) {
         for vring in &mut self.vrings {
             vring.pause();

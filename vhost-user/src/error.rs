@@ -61,6 +61,14 @@ pub enum Error {
     /// A layered image can't be used.
     #[error(transparent)]
     Overlay(#[from] crate::overlay::OverlayError),
+    /// An image can't be imported.
+    #[error("can't import {}: {source}", path.display())]
+    Qcow2 {
+        /// The image's path.
+        path: PathBuf,
+        /// What is wrong with it.
+        source: crate::qcow2::Qcow2Error,
+    },
     /// A key can't be used.
     #[error(transparent)]
     Key(#[from] crate::sector_cipher::KeyError),
@@ -100,6 +108,7 @@ impl Error {
             | Self::NoDirectIo { .. }
             | Self::LockImage { .. }
             | Self::Overlay(_)
+            | Self::Qcow2 { .. }
             | Self::Key(_) => 3,
             Self::ImageInUse { .. } => 4,
             Self::UringUnavailable { .. } => 5,

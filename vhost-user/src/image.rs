@@ -10,6 +10,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use rustix::fs::{OFlags, fcntl_getfl, fcntl_setfl};
+use serde::{Deserialize, Serialize};
 
 pub use crate::direct_io::DirectAlignment;
 use crate::{Error, direct_io, image_lock};
@@ -21,7 +22,8 @@ const LOCK_PATIENCE: Duration = Duration::from_secs(3);
 const LOCK_RETRY: Duration = Duration::from_millis(10);
 
 /// Whether to go around the page cache.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
 pub enum DirectMode {
     /// O_DIRECT where the file system and the image's size allow it.
     #[default]
@@ -111,6 +113,11 @@ impl Image {
     /// The open file, for the kernel.
     pub fn file(&self) -> &File {
         &self.file
+    }
+
+    /// Lets readers in beside this user, who won't write any more.
+    pub(crate) fn share_lock(&self) -> io::Result<()> {
+        image_lock::try_lock(&self.file, false).map(drop)
     }
 
     /// Whether the image was opened for reading only.

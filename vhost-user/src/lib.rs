@@ -19,7 +19,9 @@
 
 pub mod backend;
 pub mod bus_fault;
+pub mod catalog;
 pub mod config_space;
+pub mod control;
 pub mod descriptor_chain;
 pub mod device;
 pub mod dirty_log;
@@ -32,6 +34,7 @@ pub mod layer;
 pub mod metrics;
 pub mod overlay;
 pub mod pinned_memory;
+pub mod qcow2;
 pub mod rate_limit;
 pub mod request;
 pub mod request_executor;

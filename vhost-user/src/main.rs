@@ -1,6 +1,7 @@
 //! `keelson-blk`: serves disks to virtual machines over vhost-user.
 
 mod arguments;
+mod cli;
 
 use std::io::{self, Write};
 use std::process::ExitCode;
@@ -8,17 +9,14 @@ use std::sync::{Arc, mpsc};
 
 use clap::Parser;
 use clap::error::ErrorKind;
-use keelson_blk::disk::Disk;
-use keelson_blk::image::{DirectMode, Image, ImageOptions};
-use keelson_blk::layer::BlockDevice;
-use keelson_blk::layer::file::FileDevice;
-use keelson_blk::layer::null::NullDevice;
-use keelson_blk::server::{DiskServer, ServerOptions};
+use keelson_blk::catalog::{Catalog, DiskStatus};
+use keelson_blk::control::ControlServer;
+use keelson_blk::rate_limit::Limits;
 use keelson_blk::worker::WorkerPool;
 use keelson_blk::{Error, bus_fault, uring};
 use serde_json::json;
 
-use arguments::{Arguments, Contents, Direct, DiskArguments};
+use arguments::{Arguments, Command, DiskArguments};
 
 fn main() -> ExitCode {
     let arguments = Arguments::parse();
@@ -27,12 +25,21 @@ fn main() -> ExitCode {
         .with_writer(io::stderr)
         .with_ansi(false)
         .init();
-    let disks = arguments.disks().unwrap_or_else(|reason| {
-        use clap::CommandFactory;
-        let error = Arguments::command().error(ErrorKind::ValueValidation, reason);
-        error.exit()
-    });
-    match run(&arguments, &disks) {
+    let outcome = match &arguments.command {
+        Some(Command::Image(command)) => cli::image::run(command),
+        Some(Command::Control(command)) => return cli::control::run(command),
+        None => {
+            let wrong = |reason: String| -> ! {
+                use clap::CommandFactory;
+                let error = Arguments::command().error(ErrorKind::ValueValidation, reason);
+                error.exit()
+            };
+            let disks = arguments.disks().unwrap_or_else(|reason| wrong(reason));
+            let groups = arguments.groups().unwrap_or_else(|reason| wrong(reason));
+            serve(&arguments, disks, &groups)
+        }
+    };
+    match outcome {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("keelson-blk: {error}");
@@ -49,7 +56,11 @@ enum Event {
     Ended,
 }
 
-fn run(arguments: &Arguments, disks: &[DiskArguments]) -> Result<(), Error> {
+fn serve(
+    arguments: &Arguments,
+    disks: Vec<DiskArguments>,
+    groups: &[(String, Limits)],
+) -> Result<(), Error> {
     let (sender, events) = mpsc::channel();
     take_signals(sender.clone())?;
     bus_fault::install().map_err(|source| Error::Io {
@@ -58,13 +69,24 @@ fn run(arguments: &Arguments, disks: &[DiskArguments]) -> Result<(), Error> {
     })?;
     uring::check_available()?;
     let workers = WorkerPool::new(arguments.worker_options());
-    let mut servers = Vec::new();
+    let catalog = Arc::new(Catalog::new(workers));
+    for (group, limits) in groups {
+        catalog.limit_group(group, *limits)?;
+    }
     let mut described = Vec::new();
     for disk in disks {
-        let (server, description) = start(disk, &workers, sender.clone())?;
-        servers.push(server);
-        described.push(description);
+        let cipher = cli::key::read(disk.key_fd)?;
+        let sender = sender.clone();
+        let ended = move || {
+            // Fails only when the process is about to end.
+            let _ = sender.send(Event::Ended);
+        };
+        described.push(describe(&catalog.add(disk.spec, cipher, ended)?));
     }
+    let control = arguments.control.as_deref();
+    let _control = control
+        .map(|path| ControlServer::start(path, Arc::clone(&catalog)))
+        .transpose()?;
     announce(described).map_err(|source| Error::Io {
         action: "can't print the ready line".into(),
         source,
@@ -72,75 +94,20 @@ fn run(arguments: &Arguments, disks: &[DiskArguments]) -> Result<(), Error> {
     for event in events {
         match event {
             Event::Stop | Event::Ended => break,
-            Event::Resize => resize(&servers),
+            Event::Resize => catalog.resize_all(),
         }
     }
-    for server in &servers {
-        server.begin_stop();
-    }
-    let mut outcome = Ok(());
-    for server in servers {
-        let stopped = server.stop();
-        if outcome.is_ok() {
-            outcome = stopped;
-        }
-    }
-    outcome
+    catalog.stop()
 }
 
-fn start(
-    arguments: &DiskArguments,
-    workers: &Arc<WorkerPool>,
-    events: mpsc::Sender<Event>,
-) -> Result<(DiskServer, serde_json::Value), Error> {
-    let (device, direct): (Arc<dyn BlockDevice>, bool) = match &arguments.contents {
-        Contents::Null(bytes) => (Arc::new(NullDevice::new(*bytes)), true),
-        Contents::Image(path) => {
-            let image = Image::open(&ImageOptions {
-                path: path.clone(),
-                read_only: arguments.read_only,
-                direct: match arguments.direct {
-                    Direct::Auto => DirectMode::Auto,
-                    Direct::On => DirectMode::On,
-                    Direct::Off => DirectMode::Off,
-                },
-            })?;
-            let direct = image.direct().is_some();
-            (Arc::new(FileDevice::new(Arc::new(image))), direct)
-        }
-    };
-    let disk = Arc::new(Disk::new(device, arguments.serial));
-    let description = json!({
-        "socket": arguments.socket,
-        "capacity_bytes": disk.capacity_bytes(),
-        "direct": direct,
-        "read_only": disk.properties().read_only,
-    });
-    let options = ServerOptions {
-        socket: arguments.socket.clone(),
-        queues: arguments.queues,
-        queue_size: arguments.queue_size,
-    };
-    let ended = move || {
-        // Fails only when the process is about to end.
-        let _ = events.send(Event::Ended);
-    };
-    let server = DiskServer::start(options, disk, Arc::clone(workers), ended)?;
-    Ok((server, description))
-}
-
-fn resize(servers: &[DiskServer]) {
-    for server in servers {
-        let socket = server.socket().display();
-        match server.resize() {
-            Ok(true) => {
-                let bytes = server.disk().capacity_bytes();
-                tracing::info!(%socket, bytes, "the disk was resized");
-            }
-            Ok(false) => {}
-            Err(error) => tracing::error!(%socket, %error, "the disk can't be resized"),
-        }
-    }
+fn describe(disk: &DiskStatus) -> serde_json::Value {
+    json!({
+        "id": disk.spec.id,
+        "socket": disk.spec.socket,
+        "capacity_bytes": disk.capacity_bytes,
+        "direct": disk.uncached,
+        "read_only": disk.spec.read_only,
+    })
 }
 
 // One disk is described in the line itself, several in a list.

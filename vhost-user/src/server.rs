@@ -6,8 +6,9 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
 use std::thread::{self, JoinHandle};
+use std::time::Duration;
 
 use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
 use vhost::vhost_user::{BackendReqHandler, Error as VhostError};
@@ -23,6 +24,9 @@ use crate::worker::WorkerPool;
 
 /// Bytes of the stack of a thread that only handles messages.
 const STACK_BYTES: usize = 256 << 10;
+
+/// How long requests in flight may take to finish before a pause is given up.
+const PAUSE_PATIENCE: Duration = Duration::from_mins(1);
 
 /// How to serve a disk.
 #[derive(Clone, Debug)]
@@ -43,6 +47,14 @@ pub struct DiskServer {
     thread: Option<JoinHandle<Result<(), Error>>>,
 }
 
+struct Task(Box<dyn FnOnce() + Send>);
+
+impl std::fmt::Debug for Task {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Task")
+    }
+}
+
 #[derive(Debug)]
 struct Shared {
     options: ServerOptions,
@@ -52,6 +64,8 @@ struct Shared {
     event: OwnedFd,
     stopping: AtomicBool,
     resized: AtomicBool,
+    /// What to do while no request is in flight.
+    task: Mutex<Option<Task>>,
     connection: Mutex<Option<UnixStream>>,
 }
 
@@ -75,6 +89,7 @@ impl DiskServer {
             event,
             stopping: AtomicBool::new(false),
             resized: AtomicBool::new(false),
+            task: Mutex::new(None),
             connection: Mutex::new(None),
         });
         let of_thread = Arc::clone(&shared);
@@ -122,6 +137,27 @@ impl DiskServer {
         Ok(changed)
     }
 
+    /// Does something while no request of the disk is in flight: its queues finish what they have,
+    /// and take up new requests afterwards. Waits for it.
+    pub fn while_paused<T: Send + 'static>(
+        &self,
+        act: impl FnOnce() -> T + Send + 'static,
+    ) -> Result<T, Error> {
+        let (sender, done) = mpsc::channel();
+        let task = Task(Box::new(move || {
+            let _ = sender.send(act());
+        }));
+        *lock(&self.shared.task) = Some(task);
+        self.shared.wake();
+        let late = |_| {
+            Error::io(
+                "can't pause the disk",
+                io::Error::other("it doesn't answer"),
+            )
+        };
+        done.recv_timeout(PAUSE_PATIENCE).map_err(late)
+    }
+
     /// Begins to stop: finishes what is in flight, disconnects, makes everything durable.
     pub fn begin_stop(&self) {
         self.shared.stopping.store(true, Ordering::Release);
@@ -165,6 +201,7 @@ enum Event {
     Readable,
     Stop,
     Resized,
+    Task(Task),
 }
 
 impl Shared {
@@ -189,6 +226,10 @@ impl Shared {
                 Event::Stop => break,
                 // The next frontend reads the size as it is.
                 Event::Resized => continue,
+                Event::Task(Task(act)) => {
+                    act();
+                    continue;
+                }
                 Event::Readable => {}
             }
             let connection = match listener.accept() {
@@ -243,6 +284,13 @@ impl Shared {
                     tracing::info!(?told, "the disk has another size");
                     continue;
                 }
+                Event::Task(Task(act)) => {
+                    if let Err(error) = lock(backend).while_paused(act) {
+                        tracing::error!(%error, "the disk's queues can't go on");
+                        return Ok(());
+                    }
+                    continue;
+                }
                 Event::Readable => {}
             }
             // Not in the match, which would hold the lock while the crate takes it.
@@ -286,6 +334,9 @@ impl Shared {
             if !sources[1].revents().is_empty() {
                 let _ = rustix::io::read(&self.event, &mut [0; 8]);
             }
+            if let Some(task) = lock(&self.task).take() {
+                return Ok(Event::Task(task));
+            }
             if self.resized.swap(false, Ordering::AcqRel) {
                 return Ok(Event::Resized);
             }
@@ -296,8 +347,8 @@ impl Shared {
     }
 }
 
-fn lock(backend: &Mutex<BlockBackend>) -> MutexGuard<'_, BlockBackend> {
-    backend.lock().unwrap_or_else(PoisonError::into_inner)
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 // Errors of a connection that was gone before it was accepted, or of a moment's shortage.

@@ -6,8 +6,9 @@
 
 use std::collections::VecDeque;
 use std::io;
+use std::path::PathBuf;
 use std::sync::mpsc::{Receiver, Sender, channel};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, RwLock};
 use std::thread;
 use std::time::Instant;
 
@@ -17,7 +18,9 @@ use super::{
     BlockDevice, Buffers, ChannelContext, IoChannel, IoCompletion, IoRequest, Operation,
     Properties, RingOperations, Token, Waker,
 };
-use crate::overlay::files::OpenOverlay;
+use crate::Error;
+use crate::image::BlockSizes;
+use crate::overlay::files::{self, OpenOverlay};
 use crate::overlay::{Chain, Place};
 
 /// Threads of a disk for what the ring can't do. They start when they are needed.
@@ -28,18 +31,23 @@ const COPY_LIMIT: u64 = 8 << 20;
 /// An overlay as a device.
 #[derive(Debug)]
 pub struct OverlayDevice {
-    chain: Arc<Chain>,
-    layers: Vec<Arc<dyn BlockDevice>>,
-    raw: Option<Arc<dyn BlockDevice>>,
+    stack: RwLock<Arc<Stack>>,
     pool: Arc<Pool>,
 }
 
-impl OverlayDevice {
-    /// Of an open overlay.
-    pub fn new(open: OpenOverlay) -> Self {
-        let layers = open.images.into_iter().zip(open.chain.layers());
+// The layers as they are between two snapshots.
+#[derive(Debug)]
+struct Stack {
+    open: OpenOverlay,
+    layers: Vec<Arc<dyn BlockDevice>>,
+    raw: Option<Arc<dyn BlockDevice>>,
+}
+
+impl Stack {
+    fn new(open: OpenOverlay) -> Self {
+        let layers = open.images.iter().zip(open.chain.layers());
         let layers = layers.map(|(image, layer)| -> Arc<dyn BlockDevice> {
-            let file = Arc::new(FileDevice::new(image));
+            let file = Arc::new(FileDevice::new(Arc::clone(image)));
             match layer.cipher() {
                 Some(cipher) => {
                     let cipher = Arc::clone(cipher);
@@ -52,15 +60,39 @@ impl OverlayDevice {
             layers: layers.collect(),
             raw: open
                 .raw
+                .clone()
                 .map(|image| Arc::new(FileDevice::new(image)) as Arc<dyn BlockDevice>),
-            chain: open.chain,
+            open,
+        }
+    }
+}
+
+impl OverlayDevice {
+    /// Of an open overlay.
+    pub fn new(open: OpenOverlay) -> Self {
+        Self {
+            stack: RwLock::new(Arc::new(Stack::new(open))),
             pool: Arc::default(),
         }
     }
 
     /// The disk's layers.
-    pub fn chain(&self) -> &Arc<Chain> {
-        &self.chain
+    pub fn chain(&self) -> Arc<Chain> {
+        Arc::clone(&self.stack().open.chain)
+    }
+
+    /// Makes what the disk holds now a snapshot, and goes on in a new layer: see
+    /// [`files::snapshot`]. Channels have to be closed meanwhile. Returns the snapshot's path.
+    pub fn snapshot(&self, name: &str) -> Result<PathBuf, Error> {
+        let stack = self.stack();
+        let (snapshot, open) = files::snapshot_open(&stack.open, name)?;
+        let mut current = self.stack.write().unwrap_or_else(PoisonError::into_inner);
+        *current = Arc::new(Stack::new(open));
+        Ok(snapshot)
+    }
+
+    fn stack(&self) -> Arc<Stack> {
+        Arc::clone(&self.stack.read().unwrap_or_else(PoisonError::into_inner))
     }
 }
 
@@ -72,25 +104,24 @@ impl Drop for OverlayDevice {
 
 impl BlockDevice for OverlayDevice {
     fn properties(&self) -> Properties {
+        let stack = self.stack();
         let all = || {
-            let devices = self.layers.iter().chain(&self.raw);
+            let devices = stack.layers.iter().chain(&stack.raw);
             devices.map(|device| device.properties())
         };
-        let top = self.layers.first().map(|top| top.properties());
-        let mut block_sizes = top.map_or_else(
-            || crate::image::BlockSizes {
-                logical: 512,
-                physical: 512,
-                optimal: 0,
-            },
-            |top| top.block_sizes,
-        );
+        let unknown = BlockSizes {
+            logical: 512,
+            physical: 512,
+            optimal: 0,
+        };
+        let top = stack.layers.first().map(|top| top.properties());
+        let mut block_sizes = top.map_or(unknown, |top| top.block_sizes);
         let logical = all().map(|layer| layer.block_sizes.logical).max();
         block_sizes.logical = logical.unwrap_or(512);
         block_sizes.physical = block_sizes.physical.max(block_sizes.logical);
         let read_only = top.is_some_and(|top| top.read_only);
         Properties {
-            bytes: self.chain.bytes(),
+            bytes: stack.open.chain.bytes(),
             block_sizes,
             read_only,
             alignment: all().map(|layer| layer.alignment).max().unwrap_or(512),
@@ -99,23 +130,24 @@ impl BlockDevice for OverlayDevice {
     }
 
     fn open_channel(&self, context: &mut ChannelContext<'_>) -> io::Result<Box<dyn IoChannel>> {
+        let stack = self.stack();
         let mut layers = Vec::new();
-        for layer in &self.layers {
+        for layer in &stack.layers {
             layers.push(layer.open_channel(context)?);
         }
-        let raw = match &self.raw {
+        let raw = match &stack.raw {
             Some(raw) => Some(raw.open_channel(context)?),
             None => None,
         };
+        let chain = Arc::clone(&stack.open.chain);
         let (results, done) = channel();
         Ok(Box::new(OverlayChannel {
-            offsets: self
-                .chain
+            offsets: chain
                 .layers()
                 .iter()
                 .map(|layer| layer.data_offset())
                 .collect(),
-            chain: Arc::clone(&self.chain),
+            chain,
             layers,
             raw,
             pool: Arc::clone(&self.pool),
@@ -131,14 +163,15 @@ impl BlockDevice for OverlayDevice {
     }
 
     fn sync(&self) -> io::Result<()> {
-        self.chain.flush()
+        self.stack().open.chain.flush()
     }
 
     fn remeasure(&self) -> io::Result<u64> {
-        for layer in self.layers.iter().take(1) {
-            layer.remeasure()?;
+        let stack = self.stack();
+        if let Some(top) = stack.layers.first() {
+            top.remeasure()?;
         }
-        Ok(self.chain.bytes())
+        Ok(stack.open.chain.bytes())
     }
 }
 
@@ -221,7 +254,8 @@ impl OverlayChannel {
             }
             Operation::Flush => self.delegate(request, Action::Flush),
             _ if self.chain.is_in_top(request.offset, request.len)
-                && (!request.durable || self.chain.top().map_is_durable()) =>
+                && (!request.durable || self.chain.top().map_is_durable())
+                && self.chain.top().outlives_process() =>
             {
                 self.forward(request, Place::Layer(0), ring);
             }
@@ -461,6 +495,7 @@ impl IoChannel for OverlayChannel {
 }
 
 fn perform(chain: &Chain, job: Job) -> JobResult {
+    let modifies = !matches!(job.action, Action::Read { .. } | Action::Flush);
     let copied = job.action.copied();
     let mut bytes = None;
     let result = match job.action {
@@ -476,7 +511,7 @@ fn perform(chain: &Chain, job: Job) -> JobResult {
         Action::Flush => chain.flush(),
     };
     let result = match result {
-        Ok(()) if job.durable => chain.flush(),
+        Ok(()) if modifies && (job.durable || !chain.top().outlives_process()) => chain.flush(),
         result => result,
     };
     JobResult {

@@ -18,7 +18,7 @@ pub trait Source: Debug + Send + Sync {
 }
 
 /// What the lowest striped file stands on.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub enum Bottom {
     /// Nothing: all is zero.
     Zero,
@@ -78,6 +78,11 @@ impl Chain {
     /// The layers, the top one first.
     pub fn layers(&self) -> &[Arc<StripedFile>] {
         &self.layers
+    }
+
+    /// What the lowest layer stands on.
+    pub fn bottom(&self) -> &Bottom {
+        &self.bottom
     }
 
     /// The layer that is written.

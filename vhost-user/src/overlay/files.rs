@@ -11,7 +11,7 @@ use uuid::Uuid;
 use super::chain::{Bottom, Source};
 use super::header::{Base, Header, MAGIC, MAX_REFERENCE, MAX_SIZE, STRIPES_PER_BLOCK};
 use super::striped_file::StripedOptions;
-use super::{Chain, FileStorage, OverlayError, Storage, StripedFile, base};
+use super::{Chain, FileStorage, OverlayError, Storage, StripedFile, base, session};
 use crate::Error;
 use crate::image::{DirectMode, Image, ImageOptions};
 use crate::sector_cipher::SectorCipher;
@@ -222,6 +222,50 @@ pub fn snapshot(
     Ok(snapshot)
 }
 
+/// The same for a disk that is open here, and which nobody uses meanwhile. Returns the snapshot's
+/// path, and the disk on its new layer.
+pub fn snapshot_open(open: &OpenOverlay, name: &str) -> Result<(PathBuf, OpenOverlay), Error> {
+    let top = open.chain.top();
+    let path = top.path();
+    let failed = |action| move |error| OverlayError::io(action, path, error);
+    open.chain.flush().map_err(failed("flush"))?;
+    if open.chain.layers().len() >= MAX_LAYERS {
+        let (path, limit) = (path.into(), MAX_LAYERS);
+        return Err(OverlayError::TooDeep { path, limit }.into());
+    }
+    let (snapshot, _) = push_layer(path, name, top, top.cipher().map(AsRef::as_ref))?;
+    let uncached = open
+        .images
+        .first()
+        .is_some_and(|image| image.direct().is_some());
+    let options = OpenOptions {
+        read_only: false,
+        direct: if uncached {
+            DirectMode::Auto
+        } else {
+            DirectMode::Off
+        },
+        cipher: top.cipher().cloned(),
+    };
+    let (image, layer) = open_layer(path, &options, true)?;
+    top.seal().map_err(failed("seal"))?;
+    // Others may stand on it now.
+    if let Some(image) = open.images.first() {
+        image.share_lock().map_err(failed("unlock"))?;
+    }
+    let mut layers = vec![Arc::new(layer)];
+    layers.extend(open.chain.layers().iter().cloned());
+    let mut images = vec![image];
+    images.extend(open.images.iter().cloned());
+    let chain = Chain::new(layers, open.chain.bottom().clone()).map_err(failed("stack"))?;
+    let open = OpenOverlay {
+        chain: Arc::new(chain),
+        images,
+        raw: open.raw.clone(),
+    };
+    Ok((snapshot, open))
+}
+
 /// The file system's part of a snapshot of a flushed layer: returns the snapshot's path and the
 /// new top's header.
 pub fn push_layer(
@@ -320,12 +364,18 @@ pub fn open_layer(
     let image = open_image(path, read_only, options.direct)?;
     let storage = Arc::new(FileStorage(clone_file(&image, path)?));
     let header = StripedFile::read_header(storage.as_ref(), path)?;
+    let inode = storage
+        .0
+        .metadata()
+        .map(|metadata| (metadata.dev(), metadata.ino()))
+        .map_err(|error| OverlayError::io("examine", path, error))?;
     let layer = StripedFile::open(
         storage,
         path,
         StripedOptions {
             read_only,
             uncached: image.direct().is_some(),
+            session: session::folder().map(|folder| (folder, inode)),
             // Layers below may be in the clear: a stock image that others made layers of.
             cipher: options
                 .cipher

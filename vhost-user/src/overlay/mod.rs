@@ -10,6 +10,7 @@
 //! * [`storage`] is the little that the format needs of a file, so that tests can lose power.
 //! * [`StripedFile`] puts them together: data is durable before the bit that points to it.
 //! * [`Chain`] is an overlay with all the layers below it, as one disk.
+//! * [`session`] keeps a killed process from losing what it acknowledged and had not flushed.
 //! * [`files`] creates, checks, grows and snapshots overlays in the file system.
 
 pub mod base;
@@ -18,6 +19,7 @@ pub mod error;
 pub mod files;
 pub mod header;
 pub mod map;
+pub mod session;
 pub mod storage;
 pub mod striped_file;
 

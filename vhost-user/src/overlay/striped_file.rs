@@ -14,6 +14,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::header::{self, BLOCK_BYTES, Header, HeaderError};
 use super::map::{BlockBits, StripeMap, decode_block, encode_block};
+use super::session::{self, Session};
 use super::{OverlayError, Storage};
 use crate::aligned_buffer::AlignedBuffer;
 use crate::sector_cipher::SectorCipher;
@@ -33,6 +34,8 @@ pub struct StripedOptions {
     pub uncached: bool,
     /// The key, for an encrypted file.
     pub cipher: Option<Arc<SectorCipher>>,
+    /// Where to note what isn't flushed, and the file's device and inode; nowhere in tests.
+    pub session: Option<(PathBuf, (u64, u64))>,
 }
 
 /// An open striped file.
@@ -51,6 +54,9 @@ pub struct StripedFile {
     durable_changes: AtomicU64,
     writer: Mutex<Vec<BlockState>>,
     lost_writes: AtomicBool,
+    session: Option<Session>,
+    /// Some write could not be noted.
+    unnoted: AtomicBool,
 }
 
 // What is in the file of a block of the map.
@@ -125,7 +131,9 @@ impl StripedFile {
         }
         let map = StripeMap::new(header.map_capacity);
         let (blocks, damaged) = load_map(storage.as_ref(), path, &header, &map)?;
-        let file = Self {
+        let mut file = Self {
+            session: None,
+            unnoted: AtomicBool::new(false),
             path: path.into(),
             storage,
             options,
@@ -140,10 +148,17 @@ impl StripedFile {
             writer: Mutex::new(blocks),
             lost_writes: AtomicBool::new(false),
         };
+        let failed = |source| OverlayError::io("write the header and map of", path, source);
         if !file.options.read_only {
-            file.repair(&damaged)
-                .and_then(|()| file.change_header(|header| header.opened += 1))
-                .map_err(|source| OverlayError::io("write the header and map of", path, source))?;
+            file.repair(&damaged).map_err(failed)?;
+        }
+        file.take_over_session().map_err(|source| {
+            OverlayError::io("take over the unflushed writes of", path, source)
+        })?;
+        if !file.options.read_only {
+            file.change_header(|header| header.opened += 1)
+                .map_err(failed)?;
+            file.begin_session();
         }
         Ok(file)
     }
@@ -221,11 +236,24 @@ impl StripedFile {
 
     /// Says that all of a stripe is written.
     pub fn insert(&self, stripe: u64) {
+        // Noted first: once the bit is seen, others write to the stripe and are answered.
+        if let Some(session) = self.session.as_ref().filter(|_| !self.contains(stripe))
+            && let Err(error) = session.note(stripe)
+            && !self.unnoted.swap(true, Ordering::AcqRel)
+        {
+            let path = self.path.display();
+            tracing::warn!(image = %path, %error, "can't note writes; flushing them instead");
+        }
         if let Some(block) = self.map.insert(stripe) {
             let mut changed = lock(&self.changed);
             changed.insert(block);
             self.changes.fetch_add(1, Ordering::AcqRel);
         }
+    }
+
+    /// Whether what was written outlives this process without a flush.
+    pub fn outlives_process(&self) -> bool {
+        self.map_is_durable() || self.session.is_some() && !self.unnoted.load(Ordering::Acquire)
     }
 
     /// Makes everything that was written durable, data before map.
@@ -372,6 +400,53 @@ impl StripedFile {
         Ok(())
     }
 
+    // Adds what a killed process had written and not flushed.
+    fn take_over_session(&self) -> io::Result<()> {
+        let Some((folder, identity)) = self.session_identity() else {
+            return Ok(());
+        };
+        let stripes = session::left_behind(&folder, &identity)?;
+        if stripes.is_empty() {
+            return Ok(());
+        }
+        tracing::info!(
+            image = %self.path.display(), stripes = stripes.len(),
+            "taking over what a killed process had not flushed"
+        );
+        for stripe in stripes {
+            self.insert(stripe);
+        }
+        if self.options.read_only {
+            return Ok(());
+        }
+        // Before the session is replaced.
+        self.flush()
+    }
+
+    fn begin_session(&mut self) {
+        let session = self
+            .session_identity()
+            .map(|(folder, identity)| Session::begin(&folder, &identity));
+        match session {
+            Some(Ok(session)) => self.session = Some(session),
+            Some(Err(error)) => {
+                tracing::warn!(%error, "can't note writes; flushing them instead");
+            }
+            None => {}
+        }
+    }
+
+    fn session_identity(&self) -> Option<(PathBuf, session::Identity)> {
+        let (folder, inode) = self.options.session.clone()?;
+        let header = lock(&self.header);
+        let identity = session::Identity {
+            uuid: header.uuid,
+            opened: header.opened,
+            inode,
+        };
+        Some((folder, identity))
+    }
+
     // Makes both copies of what was found damaged or behind equal again.
     fn repair(&self, blocks: &[u64]) -> io::Result<()> {
         if blocks.is_empty() {
@@ -390,6 +465,16 @@ impl StripedFile {
         self.sync()?;
         self.write_blocks(&mut states, &bits)?;
         self.sync()
+    }
+}
+
+impl Drop for StripedFile {
+    fn drop(&mut self) {
+        if let Some(session) = &self.session
+            && self.flush().is_ok()
+        {
+            session.end();
+        }
     }
 }
 

@@ -1,0 +1,90 @@
+//! Prometheus' text format.
+
+use std::fmt::Write;
+
+use crate::catalog::DiskStatus;
+use crate::metrics::QueueCounters;
+
+type Counter = (&'static str, &'static str, fn(&QueueCounters) -> u64);
+
+const COUNTERS: [Counter; 9] = [
+    ("reads_total", "Read requests completed.", |queue| {
+        queue.reads
+    }),
+    ("writes_total", "Write requests completed.", |queue| {
+        queue.writes
+    }),
+    ("flushes_total", "Flush requests completed.", |queue| {
+        queue.flushes
+    }),
+    (
+        "other_requests_total",
+        "Requests of other types completed.",
+        |queue| queue.other,
+    ),
+    ("read_bytes_total", "Bytes read by the guest.", |queue| {
+        queue.bytes_read
+    }),
+    (
+        "written_bytes_total",
+        "Bytes written by the guest.",
+        |queue| queue.bytes_written,
+    ),
+    (
+        "errors_total",
+        "Requests answered with an error.",
+        |queue| queue.errors,
+    ),
+    (
+        "bounced_total",
+        "Transfers through a bounce buffer.",
+        |queue| queue.bounced,
+    ),
+    (
+        "notifications_total",
+        "Interrupts sent to the guest.",
+        |queue| queue.notifications,
+    ),
+];
+
+/// All metrics of these disks.
+pub fn text(disks: &[DiskStatus]) -> String {
+    let mut out = String::new();
+    // Writing to a string can't fail.
+    let _ = write_all(&mut out, disks);
+    out
+}
+
+fn write_all(out: &mut String, disks: &[DiskStatus]) -> std::fmt::Result {
+    writeln!(
+        out,
+        "# HELP keelson_blk_size_bytes The disk's size as the guest sees it."
+    )?;
+    writeln!(out, "# TYPE keelson_blk_size_bytes gauge")?;
+    for disk in disks {
+        let (id, bytes) = (escape(&disk.spec.id), disk.capacity_bytes);
+        writeln!(out, "keelson_blk_size_bytes{{disk=\"{id}\"}} {bytes}")?;
+    }
+    for (name, help, value) in COUNTERS {
+        writeln!(out, "# HELP keelson_blk_{name} {help}")?;
+        writeln!(out, "# TYPE keelson_blk_{name} counter")?;
+        for disk in disks {
+            let id = escape(&disk.spec.id);
+            for (queue, counters) in disk.counters.iter().enumerate() {
+                let value = value(counters);
+                writeln!(
+                    out,
+                    "keelson_blk_{name}{{disk=\"{id}\",queue=\"{queue}\"}} {value}"
+                )?;
+            }
+        }
+    }
+    Ok(())
+}
+
+fn escape(label: &str) -> String {
+    label
+        .replace('\\', "\\\\")
+        .replace('"', "\\\"")
+        .replace('\n', "\\n")
+}

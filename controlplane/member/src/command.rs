@@ -12,7 +12,7 @@ pub struct Command {
     #[prost(uint64, tag = "1")]
     pub id: u64,
     /// What to do.
-    #[prost(oneof = "Operation", tags = "2, 3, 4, 5, 6, 7, 8, 9, 10, 11")]
+    #[prost(oneof = "Operation", tags = "2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13")]
     pub operation: Option<Operation>,
     /// Who wants it; `None` if it is a member itself.
     #[prost(message, optional, tag = "15")]
@@ -63,6 +63,51 @@ pub enum Operation {
     /// Changes users and roles.
     #[prost(message, tag = "11")]
     Auth(AuthChange),
+    /// Gives leases their whole time again.
+    #[prost(message, tag = "12")]
+    LeaseRenewal(LeaseRenewal),
+    /// Ends a lease whose time is over.
+    #[prost(message, tag = "13")]
+    LeaseExpiry(LeaseExpiry),
+}
+
+impl Operation {
+    /// Whether it needs more room than there was before: what is refused while NOSPACE is raised.
+    pub fn grows(&self) -> bool {
+        match self {
+            Self::Put(_) | Self::LeaseGrant(_) => true,
+            Self::Txn(txn) => grows(txn),
+            _ => false,
+        }
+    }
+}
+
+fn grows(txn: &pb::TxnRequest) -> bool {
+    let mut operations = txn.success.iter().chain(&txn.failure);
+    operations.any(|operation| match &operation.request {
+        Some(pb::request_op::Request::RequestPut(_)) => true,
+        Some(pb::request_op::Request::RequestTxn(inner)) => grows(inner),
+        _ => false,
+    })
+}
+
+/// Gives leases their whole time again. Those that are gone stay gone.
+#[derive(Clone, PartialEq, Eq, Message)]
+pub struct LeaseRenewal {
+    /// Their ids.
+    #[prost(int64, repeated, tag = "1")]
+    pub ids: Vec<i64>,
+}
+
+/// Ends a lease whose time is over, unless another one has its id by now.
+#[derive(Clone, Copy, PartialEq, Eq, Message)]
+pub struct LeaseExpiry {
+    /// Its id.
+    #[prost(int64, tag = "1")]
+    pub id: i64,
+    /// Log index of its grant.
+    #[prost(uint64, tag = "2")]
+    pub granted_at: u64,
 }
 
 /// Changes users and roles.

@@ -16,7 +16,8 @@ use raft::{Config, ProgressState, RawNode, ReadOnlyOption, SnapshotStatus, State
 use crate::command::{Command, Response};
 use crate::disk::Disk;
 use crate::keyspace::{
-    FORMAT, History, Keyspace, Member as MemberInfo, Metadata, StagedSnapshot, remove_incoming,
+    FORMAT, History, Keyspace, LeaseChange, Member as MemberInfo, Metadata, StagedSnapshot,
+    remove_incoming,
 };
 use crate::log::{Log, Owner, Position, snapshot_of};
 use crate::logger;
@@ -82,6 +83,8 @@ pub struct Output {
     pub membership: Vec<(u64, Result<Vec<MemberInfo>, RequestError>)>,
     /// What was applied, for watches. Revision 0 if nothing was.
     pub history: History,
+    /// What happened to leases, in order.
+    pub leases: Vec<LeaseChange>,
     /// Reads, by the id given to [`Member::read_index`], that may read now.
     pub reads: Vec<u64>,
     /// A snapshot was installed: events up to this revision are in no history here.
@@ -222,6 +225,14 @@ impl Member {
             is_alone: is_leader && voters.voters == [raft.id] && voters.voters_outgoing.is_empty(),
             is_learner: voters.learners.contains(&raft.id),
         }
+    }
+
+    /// The term in which this member leads, once it has applied everything that was acknowledged
+    /// before.
+    pub fn leads_since(&self) -> Option<u64> {
+        let raft = &self.node.raft;
+        let leads = raft.state == StateRole::Leader && self.applied.term == raft.term;
+        leads.then_some(raft.term)
     }
 
     /// Whether `id` follows closely enough to vote.
@@ -521,6 +532,7 @@ impl Member {
             batch.applied(at.index, at.term);
             self.applied = at;
         }
+        output.leases.extend(batch.take_lease_changes());
         let history = batch.finish();
         output.history.revision = history.revision;
         output.history.events.extend(history.events);

@@ -1,6 +1,8 @@
 //! `keelson-state`: a member of a replicated state store that speaks etcd v3's API.
 
 mod check;
+mod compactor;
+mod disk;
 mod driver;
 mod grpc;
 mod http;
@@ -10,9 +12,9 @@ mod metrics;
 mod node;
 mod options;
 mod peers;
+mod room;
 mod serve;
 mod snapshot;
-mod timed;
 mod tls;
 mod token;
 

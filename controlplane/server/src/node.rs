@@ -34,6 +34,7 @@ pub struct Shared {
     status: Mutex<ConsensusStatus>,
     term: AtomicU64,
     alone: AtomicBool,
+    lacks_room: AtomicBool,
     request_timeout: Duration,
 }
 
@@ -60,6 +61,7 @@ pub fn start(
     let (inputs, received) = channel();
     let keyspace = Arc::clone(member.keyspace());
     let replica_options = ReplicaOptions {
+        tick_ms: u64::try_from(options.tick.as_millis()).unwrap_or(u64::MAX),
         election_ticks: options.election_ticks,
         id_prefix: options.id_prefix,
     };
@@ -70,6 +72,7 @@ pub fn start(
         status: Mutex::new(ConsensusStatus::default()),
         term: AtomicU64::new(0),
         alone: AtomicBool::new(false),
+        lacks_room: AtomicBool::new(false),
         request_timeout: Duration::from_secs(5) + options.tick * options.election_ticks * 2,
     });
     let maintenance = maintenance::start(keyspace, disk, inputs.clone())?;
@@ -155,6 +158,16 @@ impl Node {
     /// Milliseconds that a lease has left, if this member leads.
     pub async fn lease_remaining(&self, id: i64) -> Result<Option<u64>, RequestError> {
         self.ask(|reply| Request::LeaseRemaining(id, reply)).await
+    }
+
+    /// Says whether this member's disk is so full that its thread may wait for room.
+    pub fn set_lacks_room(&self, lacks: bool) {
+        self.shared.lacks_room.store(lacks, Ordering::Relaxed);
+    }
+
+    /// Whether what needs more room is to be refused.
+    pub fn refuses_growth(&self) -> bool {
+        self.shared.lacks_room.load(Ordering::Relaxed) || self.keyspace().refuses_growth()
     }
 
     /// Tells the thread something that needs no answer.

@@ -4,9 +4,11 @@ use std::net::{SocketAddr, ToSocketAddrs as _};
 use std::path::PathBuf;
 use std::time::Duration;
 
+use anyhow::Context as _;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use keelson_member::keyspace::Member as MemberInfo;
 
+use crate::compactor::Retention;
 use crate::identity;
 use crate::tls::TlsFiles;
 
@@ -64,6 +66,15 @@ pub struct Options {
     /// Bytes of one request.
     #[arg(long, default_value_t = 1_572_864, value_parser = clap::value_parser!(u64).range(1024..=33_554_432))]
     pub max_request_bytes: u64,
+    /// Bytes of keys and values in one answer to a range; RangeStream has no such limit.
+    #[arg(long, default_value_t = 536_870_912, value_parser = clap::value_parser!(u64).range(2_097_152..=2_000_000_000))]
+    pub max_response_bytes: u64,
+    /// What `--auto-compaction-retention` counts.
+    #[arg(long, value_enum, default_value = "periodic")]
+    pub auto_compaction_mode: CompactionMode,
+    /// History that is kept: a time (`5m`; a number is hours), or revisions; 0 keeps all.
+    #[arg(long, default_value = "0")]
+    pub auto_compaction_retention: String,
     /// Learners that the cluster may have.
     #[arg(long, default_value_t = 1)]
     pub max_learners: usize,
@@ -76,6 +87,10 @@ pub struct Options {
     /// Work that a hash of a password takes: twice as much for each one more.
     #[arg(long, default_value_t = 10, value_parser = clap::value_parser!(u32).range(4..=31))]
     pub bcrypt_cost: u32,
+    /// Room that is to be free on the disk, in MiB, or a tenth of the disk if that is less: with
+    /// less, what needs more is refused, and the alarm NOSPACE is raised until there is room.
+    #[arg(long, default_value_t = 256, value_parser = clap::value_parser!(u64).range(1..=1_048_576))]
+    pub disk_reserve_mib: u64,
     /// Memory for the storage engine's cache, in MiB.
     #[arg(long, default_value_t = 16)]
     pub cache_mib: usize,
@@ -184,6 +199,15 @@ pub struct TlsFlags {
     /// Who signs members' certificates (PEM).
     #[arg(long, env = "KEELSON_STATE_PEER_TRUSTED_CA_FILE")]
     pub peer_trusted_ca_file: Option<PathBuf>,
+}
+
+/// How history that is kept is counted.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum CompactionMode {
+    /// By time.
+    Periodic,
+    /// By revisions.
+    Revision,
 }
 
 /// Where a member begins.
@@ -328,6 +352,30 @@ impl Options {
     pub fn least_lease_ttl(&self) -> anyhow::Result<i64> {
         let least = u64::from(self.election_ticks()?) * 3 / 2 * self.heartbeat_interval;
         Ok(i64::try_from(least.div_ceil(1000))?)
+    }
+
+    /// How much history automatic compaction keeps; `None` if there is none.
+    pub fn retention(&self) -> anyhow::Result<Option<Retention>> {
+        let text = self.auto_compaction_retention.trim();
+        let number = text.parse::<u32>();
+        if number == Ok(0) {
+            return Ok(None);
+        }
+        let what = || format!("--auto-compaction-retention {text:?}");
+        Ok(Some(match (self.auto_compaction_mode, number) {
+            (CompactionMode::Revision, Ok(count)) => Retention::Revisions(i64::from(count)),
+            (CompactionMode::Revision, Err(error)) => {
+                return Err(error).with_context(|| format!("{}: not a number", what()));
+            }
+            (CompactionMode::Periodic, Ok(hours)) => {
+                Retention::Time(Duration::from_secs(u64::from(hours) * 3600))
+            }
+            (CompactionMode::Periodic, Err(_)) => {
+                let time =
+                    duration(text).map_err(|error| anyhow::anyhow!("{}: {error}", what()))?;
+                Retention::Time(time)
+            }
+        }))
     }
 
     /// What clients are told to use.

@@ -14,13 +14,15 @@ use tonic::service::Routes;
 use tonic::transport::server::TcpIncoming;
 use tonic::transport::{Server, ServerTlsConfig};
 
-use crate::grpc::{Limits, Passwords, Services};
+use crate::compactor;
+use crate::disk::{ServerDisk, Waiting};
+use crate::grpc::{Limits, Passwords, ResponseMemory, Services};
 use crate::http;
 use crate::metrics::Metrics;
 use crate::node::{self, Node, NodeOptions};
 use crate::options::{self, ClusterState, Listen, Options};
 use crate::peers::{self, Connector, Peers};
-use crate::timed::TimedDisk;
+use crate::room::Room;
 
 /// Serves a member with the given flags.
 pub fn run(options: &Options) -> anyhow::Result<()> {
@@ -34,6 +36,7 @@ pub fn run(options: &Options) -> anyhow::Result<()> {
 struct Opened {
     member: Member,
     disk: Arc<dyn Disk>,
+    waiting: Waiting,
     identity: Identity,
 }
 
@@ -49,10 +52,12 @@ async fn open(
         }
         _ => anyhow::anyhow!("cannot open {}: {error}", folder.display()),
     })?;
-    let disk: Arc<dyn Disk> = Arc::new(TimedDisk::new(
+    let waiting = Waiting::default();
+    let disk: Arc<dyn Disk> = Arc::new(ServerDisk::new(
         Arc::new(disk),
         metrics.log_syncs.clone(),
         metrics.engine_syncs.clone(),
+        waiting.clone(),
     ));
     let stored = Identity::load(&*disk).with_context(|| format!("in {}", folder.display()))?;
     let (identity, start) = match stored {
@@ -77,6 +82,7 @@ async fn open(
     Ok(Opened {
         member,
         disk,
+        waiting,
         identity,
     })
 }
@@ -133,6 +139,7 @@ async fn serve(options: &Options) -> anyhow::Result<()> {
         cluster_id: identity.cluster_id,
         member_id: identity.member_id,
         limits: limits(options)?,
+        responses: ResponseMemory::new(usize::try_from(options.max_response_bytes)?),
         passwords: Passwords {
             cost: options.bcrypt_cost,
             token_lifetime: Duration::from_secs(options.auth_token_ttl),
@@ -151,7 +158,12 @@ async fn serve(options: &Options) -> anyhow::Result<()> {
             .set_service_status("", tonic_health::ServingStatus::Serving)
             .await;
         let routes = services.clone().routes().add_service(health_service);
-        let with_http = http::routes(routes.into_axum_router(), node.clone(), metrics.clone());
+        let with_http = http::routes(
+            routes.into_axum_router(),
+            node.clone(),
+            identity.member_id,
+            metrics.clone(),
+        );
         listen(listen_on, client_tls.as_ref(), Routes::from(with_http)).await?;
     }
     tracing::info!(
@@ -162,6 +174,16 @@ async fn serve(options: &Options) -> anyhow::Result<()> {
         folder = %options.member.folder().display(),
         "keelson-state {} serves", env!("CARGO_PKG_VERSION")
     );
+    let room = Room {
+        folder: options.member.folder(),
+        reserve: options.disk_reserve_mib * 1024 * 1024,
+        waiting: opened.waiting,
+        member_id: identity.member_id,
+    };
+    tokio::spawn(room.watch(node.clone()));
+    if let Some(retention) = options.retention()? {
+        tokio::spawn(compactor::run(node.clone(), retention));
+    }
     tokio::spawn(introduce(
         node.clone(),
         peers,

@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 
 use keelson_etcd_api::etcdserverpb as pb;
 use pb::kv_client::KvClient;
+use pb::maintenance_client::MaintenanceClient;
 use tempfile::TempDir;
 use tonic::transport::{Channel, ClientTlsConfig, Endpoint};
 
@@ -36,12 +37,32 @@ impl Cluster {
         Self::start_with(program, count, flags, None).await
     }
 
+    /// As [`Cluster::start`]; `prepare` may first make the place where a member's data goes.
+    pub async fn start_on(
+        program: Program,
+        count: usize,
+        flags: &[&str],
+        prepare: impl Fn(usize, &Path),
+    ) -> Self {
+        Self::start_prepared(program, count, flags, None, prepare).await
+    }
+
     /// As [`Cluster::start`]; with TLS everywhere if `tls` says how a client connects.
     pub async fn start_with(
         program: Program,
         count: usize,
         flags: &[&str],
         tls: Option<ClientTlsConfig>,
+    ) -> Self {
+        Self::start_prepared(program, count, flags, tls, |_, _| {}).await
+    }
+
+    async fn start_prepared(
+        program: Program,
+        count: usize,
+        flags: &[&str],
+        tls: Option<ClientTlsConfig>,
+        prepare: impl Fn(usize, &Path),
     ) -> Self {
         let urls = |count| {
             let urls = free_urls(count).into_iter();
@@ -62,6 +83,7 @@ impl Cluster {
         };
         cluster.members.resize_with(count, || None);
         for at in 0..count {
+            prepare(at, &cluster.data(at));
             cluster.run(at);
         }
         for at in 0..count {
@@ -134,6 +156,30 @@ impl Cluster {
             process.kill().unwrap();
             process.wait().unwrap();
         }
+    }
+
+    /// Sends a signal to a member's process: `STOP`, `CONT`, `TERM`.
+    pub fn signal(&self, at: usize, name: &str) {
+        let process = self.members[at].as_ref().unwrap().id().to_string();
+        let status = Command::new("kill")
+            .args(["-s", name, &process])
+            .status()
+            .unwrap();
+        assert!(status.success(), "kill -s {name} {process}");
+    }
+
+    /// Waits for a leader; its number.
+    pub async fn leader(&self) -> usize {
+        let limit = Instant::now() + Duration::from_secs(30);
+        while Instant::now() < limit {
+            for at in 0..self.members.len() {
+                if self.leads(at).await {
+                    return at;
+                }
+            }
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+        panic!("there is no leader");
     }
 
     /// Waits until a member's process ends by itself; what it logged.
@@ -222,6 +268,26 @@ impl Cluster {
             ..pb::RangeRequest::default()
         };
         KvClient::new(channel).range(request).await.is_ok()
+    }
+
+    async fn leads(&self, at: usize) -> bool {
+        if self.members[at].is_none() {
+            return false;
+        }
+        let Ok(channel) = self.endpoint(at).connect().await else {
+            return false;
+        };
+        let mut client = MaintenanceClient::new(channel);
+        let status = client.status(pb::StatusRequest {});
+        match tokio::time::timeout(Duration::from_secs(1), status).await {
+            Ok(Ok(status)) => {
+                let status = status.into_inner();
+                status
+                    .header
+                    .is_some_and(|header| header.member_id == status.leader)
+            }
+            _ => false,
+        }
     }
 
     fn log(&self, at: usize) -> PathBuf {

@@ -7,14 +7,16 @@ use keelson_etcd_api::etcdserverpb as pb;
 use keelson_etcd_api::mvccpb::KeyValue;
 
 use super::auth::Auth;
-use super::lease::{Lease, LeaseRecord, MAX_LEASE_TTL};
+use super::lease::{Lease, LeaseChange, LeaseRecord, MAX_LEASE_TTL};
 use super::metadata::Alarm;
 use super::range::KeyRange;
 use super::read::{key_value, read};
 use super::state::State;
 use super::version::Version;
 use super::{Member, authorize, txn};
-use crate::command::{AlarmChange, AuthChange, AuthOperation, Command, Operation, Response};
+use crate::command::{
+    AlarmChange, AuthChange, AuthOperation, Command, LeaseExpiry, LeaseRenewal, Operation, Response,
+};
 use crate::{Failure, MemberError, RequestError};
 
 /// A change of a key, for watches.
@@ -28,6 +30,13 @@ pub struct Event {
     pub previous: Option<KeyValue>,
 }
 
+/// What applying commands brought about.
+#[derive(Debug, Default)]
+pub(super) struct Changes {
+    pub(super) events: Vec<Event>,
+    pub(super) leases: Vec<LeaseChange>,
+}
+
 /// Applies commands to a state, at the revision after the current one.
 pub(super) struct Applier<'a> {
     pub(super) state: &'a mut State,
@@ -35,17 +44,17 @@ pub(super) struct Applier<'a> {
     revision: i64,
     /// Changes made so far at that revision.
     sub: u32,
-    events: &'a mut Vec<Event>,
+    changes: &'a mut Changes,
 }
 
 impl<'a> Applier<'a> {
-    pub(super) fn new(state: &'a mut State, events: &'a mut Vec<Event>) -> Self {
+    pub(super) fn new(state: &'a mut State, changes: &'a mut Changes) -> Self {
         let revision = state.metadata.revision + 1;
         Self {
             state,
             revision,
             sub: 0,
-            events,
+            changes,
         }
     }
 
@@ -53,6 +62,12 @@ impl<'a> Applier<'a> {
     pub(super) fn apply(mut self, command: Command) -> Result<Response, Failure> {
         if let (Some(authority), Some(operation)) = (&command.authority, &command.operation) {
             authorize::command(self.state, authority, operation)?;
+        }
+        if !self.state.metadata.alarms.is_empty()
+            && command.operation.as_ref().is_some_and(Operation::grows)
+            && self.state.metadata.refuses_growth()
+        {
+            return Err(RequestError::NoSpace.into());
         }
         let response = match command.operation {
             Some(Operation::Put(put)) => {
@@ -70,6 +85,8 @@ impl<'a> Applier<'a> {
             Some(Operation::LeaseGrant(grant)) => Response::LeaseGrant(self.grant(&grant)?),
             Some(Operation::LeaseRevoke(revoke)) => Response::LeaseRevoke(self.revoke(revoke.id)?),
             Some(Operation::LeaseCheckpoint(request)) => self.checkpoint(&request),
+            Some(Operation::LeaseRenewal(renewal)) => self.renew(&renewal),
+            Some(Operation::LeaseExpiry(expiry)) => self.expire(expiry)?,
             Some(Operation::Member(member)) => self.describe_member(member),
             Some(Operation::Alarm(change)) => self.alarm(change),
             Some(Operation::Auth(change)) => self.change_auth(change)?,
@@ -144,7 +161,7 @@ impl<'a> Applier<'a> {
             value,
         };
         let previous = previous.map(|(at, version)| key_value(put.key.clone(), at, version));
-        self.events.push(Event {
+        self.changes.events.push(Event {
             kv: key_value(put.key.clone(), self.revision, version.clone()),
             deletion: false,
             previous: previous.clone(),
@@ -196,7 +213,7 @@ impl<'a> Applier<'a> {
     fn delete(&mut self, previous: KeyValue) {
         self.detach(previous.lease, &previous.key);
         let key = previous.key.clone();
-        self.events.push(Event {
+        self.changes.events.push(Event {
             kv: KeyValue {
                 key: key.clone(),
                 mod_revision: self.revision,
@@ -265,10 +282,13 @@ impl<'a> Applier<'a> {
         let record = LeaseRecord {
             granted: grant.ttl,
             remaining: 0,
+            granted_at: self.state.metadata.applied_index + 1,
         };
         let keys = BTreeSet::new();
         self.state.leases.insert(grant.id, Lease { record, keys });
         self.state.active.leases.insert(grant.id, Some(record));
+        let change = LeaseChange::Granted(grant.id, record);
+        self.changes.leases.push(change);
         Ok(pb::LeaseGrantResponse {
             header: self.header(),
             id: grant.id,
@@ -290,22 +310,46 @@ impl<'a> Applier<'a> {
         }
         self.state.leases.remove(&id);
         self.state.active.leases.insert(id, None);
+        self.changes.leases.push(LeaseChange::Ended(id));
         Ok(pb::LeaseRevokeResponse {
             header: self.header(),
         })
     }
 
-    fn checkpoint(&mut self, request: &pb::LeaseCheckpointRequest) -> Response {
-        for checkpoint in &request.checkpoints {
-            if let Some(lease) = self.state.leases.get_mut(&checkpoint.id) {
-                lease.record.remaining = checkpoint.remaining_ttl;
-                self.state
-                    .active
-                    .leases
-                    .insert(checkpoint.id, Some(lease.record));
+    /// Ends a lease whose time is over, if it is the one that was meant.
+    fn expire(&mut self, expiry: LeaseExpiry) -> Result<Response, Failure> {
+        match self.state.leases.get(&expiry.id) {
+            Some(lease) if lease.record.granted_at == expiry.granted_at => {
+                self.revoke(expiry.id).map(Response::LeaseRevoke)
             }
+            _ => Err(RequestError::LeaseNotFound.into()),
+        }
+    }
+
+    fn renew(&mut self, renewal: &LeaseRenewal) -> Response {
+        for id in &renewal.ids {
+            self.set_remaining(*id, 0, LeaseChange::Renewed(*id));
         }
         Response::Done
+    }
+
+    fn checkpoint(&mut self, request: &pb::LeaseCheckpointRequest) -> Response {
+        for checkpoint in &request.checkpoints {
+            let (id, remaining) = (checkpoint.id, checkpoint.remaining_ttl);
+            self.set_remaining(id, remaining, LeaseChange::Checkpoint(id, remaining));
+        }
+        Response::Done
+    }
+
+    fn set_remaining(&mut self, id: i64, remaining: i64, change: LeaseChange) {
+        let Some(lease) = self.state.leases.get_mut(&id) else {
+            return;
+        };
+        self.changes.leases.push(change);
+        if lease.record.remaining != remaining {
+            lease.record.remaining = remaining;
+            self.state.active.leases.insert(id, Some(lease.record));
+        }
     }
 
     fn describe_member(&mut self, member: Member) -> Response {

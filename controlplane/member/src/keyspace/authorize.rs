@@ -29,7 +29,10 @@ pub(super) fn command(
         }
         Operation::Compact(_) | Operation::LeaseGrant(_) => auth.check_user(authority).map(drop),
         // The member's own.
-        Operation::LeaseCheckpoint(_) | Operation::Member(_) => Ok(()),
+        Operation::LeaseCheckpoint(_)
+        | Operation::LeaseRenewal(_)
+        | Operation::LeaseExpiry(_)
+        | Operation::Member(_) => Ok(()),
         Operation::Alarm(_) | Operation::Auth(_) => auth.check_admin(authority),
     }
 }

@@ -33,6 +33,8 @@ pub(super) const RECORDS: TableDefinition<'_, RecordKey, &[u8]> = TableDefinitio
 /// To the record from which on the next compaction looks for what it makes superfluous.
 const COMPACTED: TableDefinition<'_, (), RecordKey> = TableDefinition::new("compacted");
 pub(super) const LEASES: TableDefinition<'_, i64, (i64, i64)> = TableDefinition::new("leases");
+/// To the log index of its grant.
+pub(super) const GRANTS: TableDefinition<'_, i64, u64> = TableDefinition::new("grants");
 pub(super) const ATTACHMENTS: TableDefinition<'_, (i64, &[u8]), ()> =
     TableDefinition::new("attachments");
 pub(super) const METADATA: TableDefinition<'_, (), &[u8]> = TableDefinition::new("metadata");
@@ -110,10 +112,21 @@ impl Engine {
             let (id, record) = entry.map_err(MemberError::engine(what))?;
             let (granted, remaining) = record.value();
             let lease = Lease {
-                record: LeaseRecord { granted, remaining },
+                record: LeaseRecord {
+                    granted,
+                    remaining,
+                    granted_at: 0,
+                },
                 keys: BTreeSet::new(),
             };
             leases.insert(id.value(), lease);
+        }
+        let table = txn.open_table(GRANTS).map_err(MemberError::engine(what))?;
+        for entry in table.iter().map_err(MemberError::engine(what))? {
+            let (id, index) = entry.map_err(MemberError::engine(what))?;
+            if let Some(lease) = leases.get_mut(&id.value()) {
+                lease.record.granted_at = index.value();
+            }
         }
         let table = txn
             .open_table(ATTACHMENTS)
@@ -314,6 +327,7 @@ fn open_tables(txn: &WriteTransaction) -> Result<(), redb::Error> {
     txn.open_table(RECORDS)?;
     txn.open_table(COMPACTED)?;
     txn.open_table(LEASES)?;
+    txn.open_table(GRANTS)?;
     txn.open_table(ATTACHMENTS)?;
     txn.open_table(METADATA)?;
     Ok(())
@@ -343,11 +357,15 @@ fn write_overlay(
         records.insert((change.revision, change.version.sub), &buffer[..])?;
     }
     let mut leases = txn.open_table(LEASES)?;
+    let mut grants = txn.open_table(GRANTS)?;
     for (id, record) in &overlay.leases {
-        match record {
-            Some(record) => leases.insert(id, (record.granted, record.remaining))?,
-            None => leases.remove(id)?,
-        };
+        if let Some(record) = record {
+            leases.insert(id, (record.granted, record.remaining))?;
+            grants.insert(id, record.granted_at)?;
+        } else {
+            leases.remove(id)?;
+            grants.remove(id)?;
+        }
     }
     let mut attachments = txn.open_table(ATTACHMENTS)?;
     for ((id, key), attached) in &overlay.attachments {

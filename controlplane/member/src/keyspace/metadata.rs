@@ -2,6 +2,7 @@
 
 use std::sync::LazyLock;
 
+use keelson_etcd_api::etcdserverpb as pb;
 use prost::Message;
 use raft::eraftpb::ConfState;
 
@@ -106,6 +107,24 @@ impl Metadata {
     /// Users and roles.
     pub fn auth(&self) -> &Auth {
         self.auth.as_ref().unwrap_or(&NO_AUTH)
+    }
+
+    /// Whether what needs more room is refused: NOSPACE is raised for so many voters that the others
+    /// are no quorum, or for none in particular.
+    pub fn refuses_growth(&self) -> bool {
+        let full = self
+            .alarms
+            .iter()
+            .filter(|alarm| alarm.kind == pb::AlarmType::Nospace as i32);
+        let mut voters = self.members.iter().filter(|member| !member.is_learner);
+        let quorum = voters.clone().count() / 2 + 1;
+        let full: Vec<u64> = full.map(|alarm| alarm.member_id).collect();
+        let is_member = |id: &u64| self.members.iter().any(|member| member.id == *id);
+        if !full.iter().all(is_member) {
+            return true;
+        }
+        let with_room = voters.by_ref().filter(|voter| !full.contains(&voter.id));
+        with_room.count() < quorum
     }
 
     /// Makes its members the voters of a cluster that begins here.

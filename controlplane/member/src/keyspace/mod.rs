@@ -30,16 +30,17 @@ use prost::Message as _;
 pub use self::apply::Event;
 pub use self::auth::{Access, Auth, UserRecord};
 pub use self::engine::ENGINE_FILE;
-pub use self::lease::{LeaseRecord, MAX_LEASE_TTL};
+pub use self::lease::{LeaseChange, LeaseRecord, MAX_LEASE_TTL};
 pub use self::metadata::{Alarm, Configuration, FORMAT, Member, Metadata};
 pub use self::range::{KeyRange, RangeEnd};
+pub use self::read::RangeReading;
 pub(crate) use self::snapshot::remove_incoming;
 pub use self::snapshot::{SnapshotReader, SnapshotWriter, StagedSnapshot};
 
-use self::apply::Applier;
+use self::apply::{Applier, Changes};
 use self::engine::Engine;
 use self::overlay::Overlay;
-use self::read::key_value;
+use self::read::{Step, key_value};
 use self::state::{Budget, State};
 use crate::command::{Authority, Command, Response};
 use crate::disk::{Disk, DiskFile};
@@ -56,14 +57,16 @@ pub struct Keyspace {
     file: RwLock<Arc<dyn DiskFile>>,
     /// Known without the lock, for every request asks.
     auth_enabled: AtomicBool,
+    /// As well.
+    refuses_growth: AtomicBool,
     limits: Limits,
 }
 
 /// Committed entries being applied, seen by readers all at once.
 pub struct Batch<'a> {
-    auth_enabled: &'a AtomicBool,
+    keyspace: &'a Keyspace,
     state: parking_lot::RwLockWriteGuard<'a, State>,
-    events: Vec<Event>,
+    changes: Changes,
 }
 
 /// Changes that were taken for a flush.
@@ -112,6 +115,7 @@ impl Keyspace {
         };
         Ok(Self {
             auth_enabled: AtomicBool::new(state.metadata.auth().enabled),
+            refuses_growth: AtomicBool::new(state.metadata.refuses_growth()),
             state: RwLock::new(state),
             file: RwLock::new(engine.file()),
             engine: Mutex::new(engine),
@@ -167,6 +171,23 @@ impl Keyspace {
         read::read(&state, request, state.metadata.revision)
     }
 
+    /// Begins to read keys in steps, between which commands are applied: for ranges of any size.
+    pub fn begin_range(
+        &self,
+        authority: &Authority,
+        request: pb::RangeRequest,
+    ) -> Result<RangeReading, RequestError> {
+        authorize::range(&self.state.read(), authority, &request)?;
+        Ok(RangeReading::new(request))
+    }
+
+    /// Takes the next step of a range. [`RequestError::Compacted`] if its revision was compacted
+    /// meanwhile.
+    pub fn read_on(&self, reading: &mut RangeReading) -> Result<(), Failure> {
+        let state = self.state.read();
+        reading.step(&state, state.metadata.revision, Step::SHORT)
+    }
+
     /// A checksum of every key at a revision (the current one if it is not positive), that revision,
     /// and the compacted one. Equal on members that have applied the same entries.
     pub fn hash(&self, revision: i64) -> Result<(u32, i64, i64), Failure> {
@@ -204,13 +225,44 @@ impl Keyspace {
         // It changes nothing, but the code that applies it could: so it takes the write lock.
         let mut state = self.state.write();
         authorize::txn(&state, authority, &request)?;
-        let mut events = Vec::new();
-        txn::apply(&mut Applier::new(&mut state, &mut events), request)
+        let mut changes = Changes::default();
+        txn::apply(&mut Applier::new(&mut state, &mut changes), request)
     }
 
     /// Calls `visit` with users and roles.
     pub fn with_auth<T>(&self, visit: impl FnOnce(&Auth) -> T) -> T {
         visit(self.state.read().metadata.auth())
+    }
+
+    /// Whether what needs more room is refused for lack of it.
+    pub fn refuses_growth(&self) -> bool {
+        self.refuses_growth.load(Ordering::Acquire)
+    }
+
+    /// Whether an alarm is raised.
+    pub fn has_alarm(&self, alarm: Alarm) -> bool {
+        self.state.read().metadata.alarms.contains(&alarm)
+    }
+
+    /// A voter that is not `but` and has not raised NOSPACE.
+    pub fn voter_with_room(&self, but: u64) -> Option<u64> {
+        let state = self.state.read();
+        let metadata = &state.metadata;
+        let is_full = |id| {
+            let nospace = pb::AlarmType::Nospace as i32;
+            let mut alarms = metadata.alarms.iter();
+            alarms.any(|alarm| alarm.member_id == id && alarm.kind == nospace)
+        };
+        let mut voters = metadata.members.iter().filter(|member| !member.is_learner);
+        let found = voters.find(|member| member.id != but && !is_full(member.id));
+        found.map(|member| member.id)
+    }
+
+    fn note(&self, metadata: &Metadata) {
+        let enabled = metadata.auth().enabled;
+        self.auth_enabled.store(enabled, Ordering::Release);
+        let refuses = !metadata.alarms.is_empty() && metadata.refuses_growth();
+        self.refuses_growth.store(refuses, Ordering::Release);
     }
 
     /// Whether requests need a user.
@@ -288,9 +340,9 @@ impl Keyspace {
     /// Starts applying entries.
     pub fn batch(&self) -> Batch<'_> {
         Batch {
-            auth_enabled: &self.auth_enabled,
+            keyspace: self,
             state: self.state.write(),
-            events: Vec::new(),
+            changes: Changes::default(),
         }
     }
 
@@ -357,8 +409,7 @@ impl Keyspace {
             flushing: None,
             base,
         };
-        let enabled = state.metadata.auth().enabled;
-        self.auth_enabled.store(enabled, Ordering::Release);
+        self.note(&state.metadata);
         *self.file.write() = staged.engine.file();
         *engine = staged.engine;
         Ok(())
@@ -397,7 +448,7 @@ impl Batch<'_> {
         &mut self,
         command: Command,
     ) -> Result<Result<Response, RequestError>, MemberError> {
-        match Applier::new(&mut self.state, &mut self.events).apply(command) {
+        match Applier::new(&mut self.state, &mut self.changes).apply(command) {
             Ok(response) => Ok(Ok(response)),
             Err(Failure::Request(error)) => Ok(Err(error)),
             Err(Failure::Member(error)) => Err(error),
@@ -415,13 +466,17 @@ impl Batch<'_> {
         &mut self.state.metadata
     }
 
+    /// Takes what happened to leases, in order.
+    pub fn take_lease_changes(&mut self) -> Vec<LeaseChange> {
+        std::mem::take(&mut self.changes.leases)
+    }
+
     /// Shows the changes to readers. Returns their events, in order, and the revision reached.
     pub fn finish(self) -> History {
-        let enabled = self.state.metadata.auth().enabled;
-        self.auth_enabled.store(enabled, Ordering::Release);
+        self.keyspace.note(&self.state.metadata);
         History {
             revision: self.state.metadata.revision,
-            events: self.events,
+            events: self.changes.events,
         }
     }
 }

@@ -13,61 +13,190 @@ use super::state::State;
 use super::version::Version;
 use crate::{Failure, RequestError};
 
-/// Reads at `current`, or at the request's revision.
+/// Reads at `current`, or at the request's revision, all at once.
 pub(super) fn read(
     state: &State,
     request: &pb::RangeRequest,
     current: i64,
 ) -> Result<pb::RangeResponse, Failure> {
-    if request.revision > current {
-        return Err(RequestError::FutureRevision.into());
-    }
-    let revision = if request.revision <= 0 {
-        current
-    } else {
-        request.revision
+    let mut reading = RangeReading::new(request.clone());
+    reading.step(state, current, Step::UNLIMITED)?;
+    Ok(reading.finish())
+}
+
+/// How much is read in one step.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Step {
+    /// Keys that are looked at.
+    keys: usize,
+    /// Bytes of keys and values that are taken.
+    bytes: usize,
+}
+
+impl Step {
+    /// Short enough for writers to wait.
+    pub(super) const SHORT: Self = Self {
+        keys: 4096,
+        bytes: 1024 * 1024,
     };
-    if revision < state.metadata.compact_revision {
-        return Err(RequestError::Compacted.into());
-    }
-    let limit = usize::try_from(request.limit).unwrap_or(0);
-    let fetch = fetch_limit(request, limit);
-    let with_values = !request.keys_only || request.sort_target == SortTarget::Value as i32;
-    let mut kvs = Vec::new();
-    let mut count = 0;
-    let range = KeyRange::new(&request.key, &request.range_end);
-    state.walk(&range, revision, |found| {
-        count += 1;
-        if !request.count_only && kvs.len() < fetch {
-            kvs.push(if with_values {
-                found.pair()?
-            } else {
-                found.pair_without_value()
-            });
-        }
-        Ok(ControlFlow::Continue(()))
-    })?;
-    kvs.retain(|kv| is_selected(request, kv));
-    sort(request, &mut kvs);
-    let more = limit > 0 && kvs.len() > limit;
-    if more {
-        kvs.truncate(limit);
-    }
-    if request.keys_only {
-        for kv in &mut kvs {
-            kv.value = Bytes::new();
-        }
-    }
-    let header = pb::ResponseHeader {
-        revision: current,
-        ..Default::default()
+    const UNLIMITED: Self = Self {
+        keys: usize::MAX,
+        bytes: usize::MAX,
     };
-    Ok(pb::RangeResponse {
-        header: Some(header),
-        kvs,
-        more,
-        count,
-    })
+}
+
+/// A range that is read in steps, all at the revision of the first one.
+#[derive(Debug)]
+pub struct RangeReading {
+    request: pb::RangeRequest,
+    /// What is left of the range.
+    range: KeyRange,
+    limit: usize,
+    fetch: usize,
+    /// The revision it reads at, and the one that was current then.
+    revisions: Option<(i64, i64)>,
+    kvs: Vec<KeyValue>,
+    fetched: usize,
+    bytes: usize,
+    count: i64,
+    done: bool,
+}
+
+impl RangeReading {
+    /// Nothing is read yet.
+    pub(super) fn new(request: pb::RangeRequest) -> Self {
+        let limit = usize::try_from(request.limit).unwrap_or(0);
+        Self {
+            range: KeyRange::new(&request.key, &request.range_end),
+            limit,
+            fetch: fetch_limit(&request, limit),
+            request,
+            revisions: None,
+            kvs: Vec::new(),
+            fetched: 0,
+            bytes: 0,
+            count: 0,
+            done: false,
+        }
+    }
+
+    /// Whether everything is read.
+    pub fn is_done(&self) -> bool {
+        self.done
+    }
+
+    /// Bytes of the pairs that it holds.
+    pub fn bytes(&self) -> usize {
+        self.bytes
+    }
+
+    /// Whether it began with what was current, and could begin again at what is current now.
+    pub fn may_begin_again(&self) -> bool {
+        self.request.revision <= 0
+    }
+
+    /// Begins again.
+    pub fn begin_again(&mut self) {
+        *self = Self::new(std::mem::take(&mut self.request));
+    }
+
+    /// The revision that was current when it began; 0 before.
+    pub fn revision(&self) -> i64 {
+        self.revisions.map_or(0, |(_, current)| current)
+    }
+
+    /// Keys found so far.
+    pub fn count(&self) -> i64 {
+        self.count
+    }
+
+    /// Reads on. `current` counts in the first step.
+    pub(super) fn step(&mut self, state: &State, current: i64, step: Step) -> Result<(), Failure> {
+        let (revision, _) = match self.revisions {
+            Some(revisions) => revisions,
+            None if self.request.revision > current => {
+                return Err(RequestError::FutureRevision.into());
+            }
+            None if self.request.revision <= 0 => (current, current),
+            None => (self.request.revision, current),
+        };
+        self.revisions.get_or_insert((revision, current));
+        if revision < state.metadata.compact_revision {
+            return Err(RequestError::Compacted.into());
+        }
+        let request = &self.request;
+        let with_values = !request.keys_only || request.sort_target == SortTarget::Value as i32;
+        let (mut keys, mut bytes) = (step.keys, step.bytes);
+        let mut last = None;
+        state.walk(&self.range, revision, |found| {
+            if keys == 0 || bytes == 0 {
+                last = Some(found.key.clone());
+                return Ok(ControlFlow::Break(()));
+            }
+            keys -= 1;
+            self.count += 1;
+            if !request.count_only && self.fetched < self.fetch {
+                let kv = if with_values {
+                    found.pair()?
+                } else {
+                    found.pair_without_value()
+                };
+                self.fetched += 1;
+                if is_selected(request, &kv) {
+                    let size = kv.key.len() + kv.value.len();
+                    self.bytes += size;
+                    bytes = bytes.saturating_sub(size);
+                    self.kvs.push(kv);
+                }
+            }
+            Ok(ControlFlow::Continue(()))
+        })?;
+        match last {
+            Some(next) => self.range.start = next,
+            None => self.done = true,
+        }
+        Ok(())
+    }
+
+    /// The answer, when everything is read.
+    pub fn finish(mut self) -> pb::RangeResponse {
+        let mut kvs = self.kvs;
+        sort(&self.request, &mut kvs);
+        let more = self.limit > 0 && kvs.len() > self.limit;
+        if more {
+            kvs.truncate(self.limit);
+        }
+        if self.request.keys_only {
+            for kv in &mut kvs {
+                kv.value = Bytes::new();
+            }
+        }
+        let header = pb::ResponseHeader {
+            revision: self.revisions.take().map_or(0, |(_, current)| current),
+            ..Default::default()
+        };
+        pb::RangeResponse {
+            header: Some(header),
+            kvs,
+            more,
+            count: self.count,
+        }
+    }
+
+    /// Pairs that were read since the last call, of a range in the order of its keys, and whether
+    /// there are more than the limit.
+    pub fn take_part(&mut self, taken: &mut usize) -> (Vec<KeyValue>, bool) {
+        self.bytes = 0;
+        let mut kvs = std::mem::take(&mut self.kvs);
+        let left = match self.limit {
+            0 => usize::MAX,
+            limit => limit - *taken,
+        };
+        let more = kvs.len() > left;
+        kvs.truncate(left);
+        *taken += kvs.len();
+        (kvs, more)
+    }
 }
 
 /// A version as clients see it.

@@ -2,7 +2,7 @@
 
 use redb::{ReadableDatabase as _, WriteTransaction};
 
-use super::engine::{ATTACHMENTS, Engine, INDEX, IndexKey, LEASES, METADATA, RECORDS};
+use super::engine::{ATTACHMENTS, Engine, GRANTS, INDEX, IndexKey, LEASES, METADATA, RECORDS};
 use super::metadata::Metadata;
 use crate::MemberError;
 
@@ -20,6 +20,8 @@ pub(super) enum Table {
     Leases = 3,
     /// Id and key to nothing.
     Attachments = 4,
+    /// Id to the log index of its grant.
+    Grants = 5,
 }
 
 /// A table, a key and a value.
@@ -32,6 +34,7 @@ impl Table {
             2 => Some(Self::Records),
             3 => Some(Self::Leases),
             4 => Some(Self::Attachments),
+            5 => Some(Self::Grants),
             _ => None,
         }
     }
@@ -43,6 +46,7 @@ pub(super) struct RecordReader {
     records: redb::Range<'static, (i64, u32), &'static [u8]>,
     leases: redb::Range<'static, i64, (i64, i64)>,
     attachments: redb::Range<'static, (i64, &'static [u8]), ()>,
+    grants: redb::Range<'static, i64, u64>,
 }
 
 impl RecordReader {
@@ -80,6 +84,12 @@ impl RecordReader {
             key.extend_from_slice(attached);
             return Ok(Some((Table::Attachments, key, Vec::new())));
         }
+        if let Some(entry) = self.grants.next() {
+            let (id, index) = entry.map_err(MemberError::engine(READ))?;
+            let key = id.value().to_le_bytes().to_vec();
+            let value = index.value().to_le_bytes().to_vec();
+            return Ok(Some((Table::Grants, key, value)));
+        }
         Ok(None)
     }
 }
@@ -105,6 +115,7 @@ impl Engine {
                 records: txn.open_table(RECORDS)?.range::<(i64, u32)>(..)?,
                 leases: txn.open_table(LEASES)?.range::<i64>(..)?,
                 attachments: txn.open_table(ATTACHMENTS)?.range::<(i64, &[u8])>(..)?,
+                grants: txn.open_table(GRANTS)?.range::<i64>(..)?,
             })
         };
         Ok((metadata, open().map_err(MemberError::engine(READ))?))
@@ -167,6 +178,13 @@ fn insert(
             };
             txn.open_table(ATTACHMENTS)?
                 .insert((i64::from_le_bytes(*id), attached), ())?;
+        }
+        Table::Grants => {
+            let (Ok(id), Ok(index)) = (key.try_into(), value.try_into()) else {
+                return Ok(false);
+            };
+            txn.open_table(GRANTS)?
+                .insert(i64::from_le_bytes(id), u64::from_le_bytes(index))?;
         }
     }
     Ok(true)

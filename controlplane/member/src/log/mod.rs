@@ -498,11 +498,29 @@ impl Log {
     }
 }
 
-/// Creates a prepared file for [`Log::add_spare`]. Slow: may run beside the log.
-pub fn prepare_spare(disk: &dyn Disk, number: u64, limits: &Limits) -> Result<String, MemberError> {
+/// Creates a prepared file for [`Log::add_spare`]; `None` if there is no room for it now. Slow: may
+/// run beside the log.
+pub fn prepare_spare(
+    disk: &dyn Disk,
+    number: u64,
+    limits: &Limits,
+) -> Result<Option<String>, MemberError> {
     let name = format!("spare-new-{number:016x}");
-    segment::prepare(disk, &name, limits.segment_bytes)?;
-    Ok(name)
+    match segment::prepare(disk, &name, limits.segment_bytes) {
+        Ok(()) => Ok(Some(name)),
+        Err(MemberError::Disk { source, .. })
+            if source.kind() == std::io::ErrorKind::StorageFull =>
+        {
+            // What there is of it is room that others need more.
+            match disk.remove(&name) {
+                Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+                    Err(MemberError::disk(format!("remove {name}"))(error))
+                }
+                _ => Ok(None),
+            }
+        }
+        Err(error) => Err(error),
+    }
 }
 
 fn spare_name(sequence: u64) -> String {

@@ -78,11 +78,10 @@ impl Maintenance {
                 let flushed = keyspace.flush(*flush)?;
                 Ok(flushed.map(|metadata| Input::Flushed(Box::new(metadata))))
             }
-            Job::PrepareSpare(number) => Ok(Some(Input::Spare(prepare_spare(
-                disk,
-                number,
-                keyspace.limits(),
-            )?))),
+            Job::PrepareSpare(number) => {
+                let spare = prepare_spare(disk, number, keyspace.limits())?;
+                Ok(spare.map(Input::Spare))
+            }
             Job::ClearCompacted(revision) => {
                 while keyspace.clear_compacted()? {}
                 self.cleared = revision;

@@ -3,6 +3,7 @@
 //! and the clock are its caller's, so that a simulation can take their place.
 
 mod input;
+mod leases;
 pub mod maintenance;
 pub mod membership;
 mod proposals;
@@ -11,21 +12,15 @@ mod reads;
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use keelson_etcd_api::etcdserverpb as pb;
-
 pub use self::input::{Answer, Effect, Input, Progress, RequestId};
 pub use self::maintenance::{Job, Maintenance, Wanted};
 
+use self::leases::Leases;
 use self::proposals::Proposals;
 use self::reads::{Confirmation, Reads};
-use crate::command::{Operation, Response};
 use crate::keyspace::Keyspace;
-use crate::lessor::Lessor;
 use crate::watch::Watches;
 use crate::{ConsensusStatus, Member, MemberError, Output, RequestError};
-
-/// Leases revoked at each tick.
-const REVOCATIONS_AT_ONCE: usize = 1000;
 
 /// Takes effects as they come.
 pub type Emit<'a> = &'a mut dyn FnMut(Effect);
@@ -33,6 +28,8 @@ pub type Emit<'a> = &'a mut dyn FnMut(Effect);
 /// How a replica runs.
 #[derive(Debug, Clone, Copy)]
 pub struct ReplicaOptions {
+    /// Milliseconds of one tick.
+    pub tick_ms: u64,
     /// Ticks until an election.
     pub election_ticks: u32,
     /// In the upper half of the ids of commands, so that members' ids differ.
@@ -55,7 +52,7 @@ pub struct Statistics {
 pub struct Replica {
     member: Member,
     watches: Arc<Watches>,
-    lessor: Lessor,
+    leases: Leases,
     proposals: Proposals,
     /// Who waits for a change of membership, by the change's id.
     changes: BTreeMap<u64, RequestId>,
@@ -78,10 +75,15 @@ pub struct Replica {
 impl Replica {
     /// Nobody waits yet. The first [`Replica::advance`] says how the member begins.
     pub fn new(member: Member, options: ReplicaOptions) -> Self {
+        let leases = Leases::new(
+            member.keyspace().leases(),
+            options.tick_ms,
+            options.election_ticks,
+        );
         Self {
             watches: Watches::new(Arc::clone(member.keyspace())),
             member,
-            lessor: Lessor::default(),
+            leases,
             proposals: Proposals::default(),
             changes: BTreeMap::new(),
             reads: Reads::default(),
@@ -143,13 +145,15 @@ impl Replica {
                 }
             }
             Input::Read(request) => self.reads.push(Confirmation::Read(request)),
-            Input::RenewLease(request, id) => self.renew_lease(request, id, emit),
+            Input::RenewLease(request, id) if self.member.status().is_leader => {
+                self.reads.push(Confirmation::RenewLease(request, id));
+            }
+            Input::RenewLease(request, _) => {
+                let refused = Err(RequestError::NotLeader);
+                emit(Effect::Answer(request, Answer::Renewed(refused)));
+            }
             Input::LeaseRemaining(request, id) => {
-                let remaining = if self.lessor.is_primary() {
-                    Ok(self.lessor.remaining(id, now))
-                } else {
-                    Err(RequestError::NotLeader)
-                };
+                let remaining = self.leases.remaining(id, now);
                 emit(Effect::Answer(request, Answer::Remaining(remaining)));
             }
             Input::Progress(request, id) => {
@@ -190,13 +194,11 @@ impl Replica {
         }
         self.member.tick();
         self.proposals.submit_held(&mut self.member);
-        for id in self.lessor.expired(now, REVOCATIONS_AT_ONCE) {
-            let revoke = Operation::LeaseRevoke(pb::LeaseRevokeRequest { id });
-            let id_of_command = self.new_id();
-            self.proposals
-                .propose_own(&mut self.member, id_of_command, revoke);
+        for operation in self.leases.tick(now, is_waiting) {
+            let id = self.new_id();
+            self.proposals.propose_own(&mut self.member, id, operation);
         }
-        self.reads.ask_again(is_waiting);
+        self.reads.tick(is_waiting);
         self.proposals.retain(is_waiting);
         self.changes.retain(|_, request| is_waiting(*request));
         self.maintain = true;
@@ -210,10 +212,19 @@ impl Replica {
             let id = self.new_id();
             self.reads.ask(&mut self.member, id);
         }
+        let next_id = &mut self.next_id;
+        let id = || {
+            *next_id += 1;
+            *next_id
+        };
+        if let Some((id, renewal)) = self.leases.renewal(id, now) {
+            self.proposals.propose_own(&mut self.member, id, renewal);
+        }
         let output = self
             .member
             .advance(&mut |message| emit(Effect::Send(message)))?;
-        self.update_status(now, emit);
+        self.update_status(emit);
+        self.follow_leases(&output, emit);
         self.answer(output, now, emit);
         let (flush, full) = self.keyspace().unflushed();
         self.is_full = full;
@@ -226,13 +237,17 @@ impl Replica {
         Ok(())
     }
 
-    fn renew_lease(&mut self, request: RequestId, id: i64, emit: Emit<'_>) {
-        if self.lessor.is_primary() {
-            self.reads.push(Confirmation::RenewLease(request, id));
-        } else {
-            let refused = Err(RequestError::NotLeader);
-            emit(Effect::Answer(request, Answer::Renewed(refused)));
+    /// Leases follow what was applied, before anybody hears of it; and who leads.
+    fn follow_leases(&mut self, output: &Output, emit: Emit<'_>) {
+        let leads = self.member.leads_since();
+        if self.leases.term() != leads {
+            self.leases.lead(None, emit);
         }
+        if output.installed.is_some() {
+            self.leases.replace(self.keyspace().leases());
+        }
+        self.leases.apply(&output.leases, emit);
+        self.leases.lead(leads, emit);
     }
 
     fn progress(&self, id: u64) -> Result<Progress, RequestError> {
@@ -259,16 +274,10 @@ impl Replica {
             self.watches.publish(output.history);
         }
         for (id, outcome) in output.outcomes {
-            if let Ok(Response::LeaseGrant(grant)) = &outcome {
-                self.lessor.renew(grant.id, grant.ttl, now);
+            self.leases.outcome(id, now, emit);
+            if let Some(request) = self.proposals.take(id) {
+                emit(Effect::Answer(request, Answer::Outcome(outcome)));
             }
-            let Some(waiter) = self.proposals.take(id) else {
-                continue;
-            };
-            if let (Some(lease), Ok(_)) = (waiter.revokes, &outcome) {
-                self.lessor.remove(lease);
-            }
-            emit(Effect::Answer(waiter.request, Answer::Outcome(outcome)));
         }
         for (id, outcome) in output.membership {
             self.flush_to = self.member.status().applied;
@@ -278,47 +287,18 @@ impl Replica {
         }
         for id in output.reads {
             for confirmed in self.reads.take(id) {
-                let (request, answer) = match confirmed {
-                    Confirmation::Read(request) => (request, Answer::Read),
+                match confirmed {
+                    Confirmation::Read(request) => emit(Effect::Answer(request, Answer::Read)),
                     Confirmation::RenewLease(request, lease) => {
-                        (request, Answer::Renewed(self.renewed(lease, now)))
+                        self.leases.keep_alive(request, lease, now, emit);
                     }
-                };
-                emit(Effect::Answer(request, answer));
+                }
             }
         }
     }
 
-    /// Renews a lease, now that consensus has confirmed that this member leads.
-    fn renewed(&mut self, id: i64, now: u64) -> Result<Option<i64>, RequestError> {
-        if !self.lessor.is_primary() {
-            return Err(RequestError::NotLeader);
-        }
-        let Some((record, _)) = self.keyspace().lease(id) else {
-            return Ok(None);
-        };
-        self.lessor.renew(id, record.granted, now);
-        Ok(Some(record.granted))
-    }
-
-    fn update_status(&mut self, now: u64, emit: Emit<'_>) {
+    fn update_status(&mut self, emit: Emit<'_>) {
         let status = self.member.status();
-        if status.is_leader != self.status.is_leader {
-            if status.is_leader {
-                let leases = self.keyspace().leases();
-                let leases = leases.into_iter().map(|(id, record)| {
-                    let remaining = if record.remaining > 0 {
-                        record.remaining
-                    } else {
-                        record.granted
-                    };
-                    (id, remaining)
-                });
-                self.lessor.promote(leases, now);
-            } else {
-                self.lessor.demote();
-            }
-        }
         if status.leader != self.status.leader {
             self.leader_changes += 1;
             tracing::info!(leader = %format_args!("{:x}", status.leader), term = status.term, "leader changed");

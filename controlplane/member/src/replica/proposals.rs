@@ -15,17 +15,10 @@ const MAX_WAITERS: usize = 100_000;
 #[derive(Debug, Default)]
 pub(super) struct Proposals {
     /// By the command's id.
-    waiters: BTreeMap<u64, Waiter>,
+    waiters: BTreeMap<u64, RequestId>,
     /// Commands that wait for a leader.
     held: Vec<Vec<u8>>,
     failed: u64,
-}
-
-/// Who waits for a command, and the lease that it ends, if it does.
-#[derive(Debug)]
-pub(super) struct Waiter {
-    pub(super) request: RequestId,
-    pub(super) revokes: Option<i64>,
 }
 
 impl Proposals {
@@ -43,11 +36,7 @@ impl Proposals {
         operation: Operation,
         authority: Option<Authority>,
     ) {
-        let revokes = match &operation {
-            Operation::LeaseRevoke(revoke) => Some(revoke.id),
-            _ => None,
-        };
-        self.waiters.insert(id, Waiter { request, revokes });
+        self.waiters.insert(id, request);
         let command = Command {
             id,
             operation: Some(operation),
@@ -76,13 +65,13 @@ impl Proposals {
     }
 
     /// Who waits for the outcome of this command.
-    pub(super) fn take(&mut self, id: u64) -> Option<Waiter> {
+    pub(super) fn take(&mut self, id: u64) -> Option<RequestId> {
         self.waiters.remove(&id)
     }
 
     /// Forgets clients that gave up.
     pub(super) fn retain(&mut self, is_waiting: &dyn Fn(RequestId) -> bool) {
-        self.waiters.retain(|_, waiter| is_waiting(waiter.request));
+        self.waiters.retain(|_, request| is_waiting(*request));
     }
 
     /// Clients that wait.

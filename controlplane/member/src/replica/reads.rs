@@ -5,12 +5,15 @@ use std::collections::BTreeMap;
 use super::RequestId;
 use crate::Member;
 
-/// Requests by the round of consensus that they wait for.
+/// Requests by the round of consensus that they wait for. One round at a time serves all that came
+/// before it: what comes meanwhile shares the next one.
 #[derive(Debug, Default)]
 pub(super) struct Reads {
     rounds: BTreeMap<u64, Vec<Confirmation>>,
     /// They wait for the next round.
     new: Vec<Confirmation>,
+    /// A tick has passed since the last round was asked for: it may be lost.
+    overdue: bool,
 }
 
 /// What waits.
@@ -38,26 +41,38 @@ impl Reads {
 
     /// Whether a round is to be asked for.
     pub(super) fn wants_round(&self) -> bool {
-        !self.new.is_empty()
+        if self.rounds.is_empty() {
+            !self.new.is_empty()
+        } else {
+            self.overdue
+        }
     }
 
-    /// One round of consensus serves every request that waits.
+    /// One round of consensus serves every request that waits. Ids of rounds grow.
     pub(super) fn ask(&mut self, member: &mut Member, id: u64) {
         if member.read_index(id) {
-            self.rounds.insert(id, std::mem::take(&mut self.new));
+            self.overdue = false;
+            if !self.new.is_empty() {
+                self.rounds.insert(id, std::mem::take(&mut self.new));
+            }
         }
     }
 
-    /// What a round has confirmed.
+    /// What a round has confirmed: also what was asked for by earlier ones, whose answers were lost
+    /// or are late.
     pub(super) fn take(&mut self, id: u64) -> Vec<Confirmation> {
-        self.rounds.remove(&id).unwrap_or_default()
+        let later = self.rounds.split_off(&(id + 1));
+        let confirmed = std::mem::replace(&mut self.rounds, later);
+        confirmed.into_values().flatten().collect()
     }
 
-    /// Requests whose round was lost ask again; clients that gave up are forgotten.
-    pub(super) fn ask_again(&mut self, is_waiting: &dyn Fn(RequestId) -> bool) {
-        for waiting in std::mem::take(&mut self.rounds).into_values() {
-            self.new.extend(waiting);
-        }
+    /// A tick passed: rounds may be lost; clients that gave up are forgotten.
+    pub(super) fn tick(&mut self, is_waiting: &dyn Fn(RequestId) -> bool) {
+        self.rounds.retain(|_, waiting| {
+            waiting.retain(|confirmation| is_waiting(confirmation.request()));
+            !waiting.is_empty()
+        });
+        self.overdue = !self.rounds.is_empty();
         self.new
             .retain(|confirmation| is_waiting(confirmation.request()));
     }

@@ -5,6 +5,7 @@ use keelson_member::RequestError;
 use keelson_member::command::{Operation, Response as Outcome};
 use pb::kv_server::Kv;
 use prost::Message as _;
+use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status};
 
 use super::credentials::Credentials;
@@ -26,25 +27,32 @@ impl Kv for Services {
         let authority = self
             .authority(&credentials)
             .map_err(|error| refused(&error))?;
-        let mut response = self
-            .node
-            .keyspace()
-            .range(&authority, &request)
-            .map_err(failed)?;
+        let (mut response, held) = self.whole_range(&authority, request).await?;
         self.complete(&mut response.header);
-        Ok(Response::new(response))
+        let mut response = Response::new(response);
+        if !held.is_nothing() {
+            response.extensions_mut().insert(held);
+        }
+        Ok(response)
     }
 
-    type RangeStreamStream =
-        tokio_stream::Iter<std::vec::IntoIter<Result<pb::RangeStreamResponse, Status>>>;
+    type RangeStreamStream = ReceiverStream<Result<pb::RangeStreamResponse, Status>>;
 
     async fn range_stream(
         &self,
-        _request: Request<pb::RangeRequest>,
+        request: Request<pb::RangeRequest>,
     ) -> Result<Response<Self::RangeStreamStream>, Status> {
-        Err(Status::unimplemented(
-            "RangeStream is of etcd 3.7: use Range with a limit",
-        ))
+        let credentials = self.credentials(&request);
+        let request = request.into_inner();
+        check::range(&request).map_err(|error| refused(&error))?;
+        if !request.serializable {
+            self.linearize().await?;
+        }
+        let authority = self
+            .authority(&credentials)
+            .map_err(|error| refused(&error))?;
+        let parts = self.streamed_range(&authority, request)?;
+        Ok(Response::new(parts))
     }
 
     async fn put(
@@ -148,6 +156,9 @@ impl Services {
         let authority = self
             .authority(credentials)
             .map_err(|error| refused(&error))?;
+        if operation.grows() && self.node.refuses_growth() {
+            return Err(refused(&RequestError::NoSpace));
+        }
         self.node
             .propose(operation, Some(authority))
             .await

@@ -11,6 +11,9 @@ use tonic::{Request, Response, Status, Streaming};
 
 use super::{Services, refused, unexpected};
 
+/// Keep-alives of one stream that may wait at once.
+const KEEP_ALIVES_AT_ONCE: usize = 1024;
+
 type KeepAlives = Pin<Box<dyn Stream<Item = Result<pb::LeaseKeepAliveResponse, Status>> + Send>>;
 
 #[tonic::async_trait]
@@ -62,7 +65,7 @@ impl Lease for Services {
     ) -> Result<Response<KeepAlives>, Status> {
         self.require_user(&request)?;
         let services = self.clone();
-        let answers = request.into_inner().then(move |request| {
+        let answers = request.into_inner().map(move |request| {
             let services = services.clone();
             async move {
                 let id = request?.id;
@@ -74,7 +77,10 @@ impl Lease for Services {
                 })
             }
         });
-        Ok(Response::new(Box::pin(answers)))
+        // One client may keep many leases alive over one stream: they share rounds of consensus.
+        Ok(Response::new(Box::pin(
+            answers.buffered(KEEP_ALIVES_AT_ONCE),
+        )))
     }
 
     async fn lease_time_to_live(

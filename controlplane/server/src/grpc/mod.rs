@@ -9,6 +9,7 @@ mod lease;
 mod lock;
 mod maintenance;
 mod queue;
+mod ranges;
 mod watch;
 
 use std::sync::Arc;
@@ -27,6 +28,7 @@ use tonic::service::Routes;
 use tonic::{Code, Status};
 
 pub use self::auth::Passwords;
+pub use self::ranges::{ResponseMemory, hold};
 
 use crate::node::Node;
 use crate::peers::Peers;
@@ -48,6 +50,8 @@ pub struct Services {
     pub member_id: u64,
     /// Limits that flags set.
     pub limits: Limits,
+    /// Memory for large answers.
+    pub responses: ResponseMemory,
     /// How passwords are handled.
     pub passwords: Passwords,
 }

@@ -48,6 +48,8 @@ pub struct Peers {
     member_id: u64,
     connector: Connector,
     links: Mutex<HashMap<u64, Link>>,
+    /// For single calls, by URL.
+    clients: Mutex<HashMap<String, PeerClient<Channel>>>,
 }
 
 struct Link {
@@ -70,6 +72,7 @@ impl Peers {
             member_id,
             connector,
             links: Mutex::new(HashMap::new()),
+            clients: Mutex::new(HashMap::new()),
         })
     }
 
@@ -133,6 +136,9 @@ impl Peers {
     pub fn prune(&self, node: &Node) {
         let mut links = self.links.lock();
         links.retain(|to, link| url_of(node, *to).as_deref() == Some(&link.url));
+        let members = node.keyspace().metadata().members;
+        let known = |url: &String| members.iter().any(|member| member.peer_urls.contains(url));
+        self.clients.lock().retain(|url, _| known(url));
     }
 
     fn send_snapshot(&self, node: &Node, message: PeerMessage) {
@@ -183,9 +189,16 @@ impl Peers {
 
     fn leader(&self, node: &Node) -> Result<PeerClient<Channel>, RequestError> {
         let url = url_of(node, node.status().leader).ok_or(RequestError::NoLeader)?;
-        self.connector
+        let mut clients = self.clients.lock();
+        if let Some(client) = clients.get(&url) {
+            return Ok(client.clone());
+        }
+        let client = self
+            .connector
             .client(&url)
-            .map_err(|_| RequestError::NoLeader)
+            .map_err(|_| RequestError::NoLeader)?;
+        clients.insert(url, client.clone());
+        Ok(client)
     }
 }
 

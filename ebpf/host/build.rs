@@ -68,7 +68,12 @@ fn compile(programs: &Path, target_dir: &Path, linker: &Path) -> Result<(), Stri
         .arg(target_dir)
         // -Zbuild-std is what an unstable option is needed for.
         .env("RUSTC_BOOTSTRAP", "1")
-        .env("CARGO_TARGET_BPFEL_UNKNOWN_NONE_LINKER", linker);
+        .env("CARGO_TARGET_BPFEL_UNKNOWN_NONE_LINKER", linker)
+        // BTF, which describes the maps that hold maps.
+        .env(
+            "CARGO_TARGET_BPFEL_UNKNOWN_NONE_RUSTFLAGS",
+            "-C link-arg=--btf",
+        );
     if let Some(architecture) = env::var_os("CARGO_CFG_TARGET_ARCH") {
         command.env("AYA_BPF_TARGET_ARCH", architecture);
     }

@@ -6,8 +6,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use keelson_api::{IngressRule, MacAddress, NetworkSpec, Protocol};
 use keelson_ebpf::{
-    Datapath, DatapathConfig, DatapathError, EgressPolicy, HookChoice, InterfaceCounters,
-    InterfacePolicy, Ipv4Prefix, Rule,
+    Datapath, DatapathConfig, DatapathError, HookChoice, InterfaceCounters, InterfacePolicy,
+    IpPrefix, Rule,
 };
 use sha2::{Digest, Sha256};
 
@@ -59,9 +59,11 @@ impl GuestPort {
         Ok(InterfacePolicy {
             name: self.device(),
             mac: keelson_ebpf::MacAddress(self.mac.0),
-            ipv4: self.address,
+            ipv4: Some(self.address),
+            network: hash_number(&self.network),
+            mtu: self.network_spec.mtu,
             ingress,
-            egress: EgressPolicy::AllowAll,
+            ..InterfacePolicy::default()
         })
     }
 }
@@ -210,9 +212,13 @@ async fn blocking<T: Send + 'static>(
 
 /// A device name of at most 15 bytes, the same for the same `identity`.
 fn device_name(prefix: &str, identity: &str) -> String {
+    format!("{prefix}{:08x}", hash_number(identity))
+}
+
+/// The same number for the same `identity`; of a network, also what the eBPF programs know it by.
+fn hash_number(identity: &str) -> u32 {
     let hash = Sha256::digest(identity);
-    let number = u32::from_be_bytes([hash[0], hash[1], hash[2], hash[3]]);
-    format!("{prefix}{number:08x}")
+    u32::from_be_bytes([hash[0], hash[1], hash[2], hash[3]])
 }
 
 /// Every combination of a rule's ports and source networks, as the eBPF programs take them.
@@ -233,10 +239,11 @@ fn push_rules(rule: &IngressRule, rules: &mut Vec<Rule>) -> Result<()> {
     }
     let mut peers = Vec::new();
     for network in &rule.from {
-        peers.push(Ipv4Prefix::new(network.network(), network.prefix_len()).map_err(invalid_rule)?);
+        let peer = IpPrefix::new(network.network().into(), network.prefix_len());
+        peers.push(peer.map_err(invalid_rule)?);
     }
     if peers.is_empty() {
-        peers.push(Ipv4Prefix::ANY);
+        peers.push(IpPrefix::ANY_IPV4);
     }
     for ports in ports {
         rules.extend(peers.iter().map(|&peer| Rule {

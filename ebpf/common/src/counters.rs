@@ -8,7 +8,18 @@ pub enum Direction {
     ToGuest = 1,
 }
 
-/// Key of the counters map.
+impl Direction {
+    /// The other way.
+    #[must_use]
+    pub const fn reverse(self) -> Self {
+        match self {
+            Self::FromGuest => Self::ToGuest,
+            Self::ToGuest => Self::FromGuest,
+        }
+    }
+}
+
+/// Key of the map of dropped packets.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct CounterKey {
@@ -32,12 +43,17 @@ pub struct Tally {
 /// needs no new layout, and a power of two, so that a mask keeps an index in bounds.
 pub const REASON_SLOTS: usize = 32;
 
-/// The counters of one interface and direction on one CPU.
+/// Index of an interface's passed packets of one direction: one element is all that a packet which
+/// passes touches.
+#[inline]
+pub const fn passed_index(slot: u32, direction: Direction) -> u32 {
+    slot * 2 + direction as u32
+}
+
+/// What was dropped on one interface in one direction on one CPU.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct DirectionTallies {
-    /// What went on.
-    pub passed: Tally,
     /// What was dropped, by [`DropReason`].
     pub dropped: [Tally; REASON_SLOTS],
 }
@@ -49,7 +65,7 @@ pub struct DirectionTallies {
 pub enum DropReason {
     /// The interface has no policy (yet, or any more).
     NoPolicy = 0,
-    /// A header is cut short or contradicts itself.
+    /// A header is cut short, contradicts itself, or is none that a sane host sends.
     Malformed = 1,
     /// The frame carries a VLAN tag.
     Vlan = 2,
@@ -59,23 +75,35 @@ pub enum DropReason {
     SpoofedIpv4 = 4,
     /// The guest sent ARP in another's name.
     SpoofedArp = 5,
-    /// The guest answered as a DHCP server.
+    /// The guest answered as a DHCP server, of either version.
     DhcpServer = 6,
-    /// IPv6, which has no policy yet.
-    Ipv6 = 7,
-    /// Neither IPv4 nor ARP.
+    /// One guest to another in a network that keeps them apart.
+    Isolated = 7,
+    /// Neither IPv4, IPv6 nor ARP.
     UnknownProtocol = 8,
     /// Not addressed to this guest.
     WrongDestination = 9,
-    /// A later fragment of a datagram whose first fragment has not passed.
+    /// A later fragment of a datagram whose first fragment has not passed, or one that overlaps the first.
     Fragment = 10,
     /// No rule allows it.
     NotAllowed = 11,
+    /// A source IPv6 address that the sender can't have.
+    SpoofedIpv6 = 12,
+    /// The guest sent neighbour discovery in another's name.
+    SpoofedNeighbour = 13,
+    /// The guest acted as a router: an advertisement or a redirect.
+    RouterAdvertisement = 14,
+    /// A chain of IPv6 extension headers that is too long or holds a forbidden one.
+    ExtensionHeaders = 15,
+    /// Larger than the network's MTU.
+    Oversized = 16,
+    /// An IPv4 header with options.
+    IpOptions = 17,
 }
 
 impl DropReason {
     /// All reasons, in order of their numbers.
-    pub const ALL: [Self; 12] = [
+    pub const ALL: [Self; 18] = [
         Self::NoPolicy,
         Self::Malformed,
         Self::Vlan,
@@ -83,11 +111,17 @@ impl DropReason {
         Self::SpoofedIpv4,
         Self::SpoofedArp,
         Self::DhcpServer,
-        Self::Ipv6,
+        Self::Isolated,
         Self::UnknownProtocol,
         Self::WrongDestination,
         Self::Fragment,
         Self::NotAllowed,
+        Self::SpoofedIpv6,
+        Self::SpoofedNeighbour,
+        Self::RouterAdvertisement,
+        Self::ExtensionHeaders,
+        Self::Oversized,
+        Self::IpOptions,
     ];
 
     /// The slot in [`DirectionTallies::dropped`].
@@ -105,11 +139,17 @@ impl DropReason {
             Self::SpoofedIpv4 => "spoofed-ipv4",
             Self::SpoofedArp => "spoofed-arp",
             Self::DhcpServer => "dhcp-server",
-            Self::Ipv6 => "ipv6",
+            Self::Isolated => "isolated",
             Self::UnknownProtocol => "unknown-protocol",
             Self::WrongDestination => "wrong-destination",
             Self::Fragment => "fragment",
             Self::NotAllowed => "not-allowed",
+            Self::SpoofedIpv6 => "spoofed-ipv6",
+            Self::SpoofedNeighbour => "spoofed-neighbour",
+            Self::RouterAdvertisement => "router-advertisement",
+            Self::ExtensionHeaders => "extension-headers",
+            Self::Oversized => "oversized",
+            Self::IpOptions => "ip-options",
         }
     }
 
@@ -123,11 +163,21 @@ impl DropReason {
             Self::SpoofedIpv4 => "The source IPv4 address is not one that the sender can have.",
             Self::SpoofedArp => "The guest sent ARP in another's name.",
             Self::DhcpServer => "The guest answered as a DHCP server.",
-            Self::Ipv6 => "IPv6 is not supported yet.",
-            Self::UnknownProtocol => "The frame carries neither IPv4 nor ARP.",
+            Self::Isolated => "The network keeps its guests apart.",
+            Self::UnknownProtocol => "The frame carries neither IPv4, IPv6 nor ARP.",
             Self::WrongDestination => "The packet is not addressed to this guest.",
-            Self::Fragment => "The datagram's first fragment has not passed.",
+            Self::Fragment => {
+                "The datagram's first fragment has not passed, or this one overlaps it."
+            }
             Self::NotAllowed => "No rule allows the packet.",
+            Self::SpoofedIpv6 => "The source IPv6 address is not one that the sender can have.",
+            Self::SpoofedNeighbour => "The guest sent neighbour discovery in another's name.",
+            Self::RouterAdvertisement => "The guest acted as a router.",
+            Self::ExtensionHeaders => {
+                "The chain of IPv6 extension headers is too long or holds a forbidden one."
+            }
+            Self::Oversized => "The packet is larger than the network's MTU.",
+            Self::IpOptions => "The IPv4 header has options.",
         }
     }
 }

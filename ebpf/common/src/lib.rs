@@ -6,6 +6,7 @@
 //! types is a change of [`LAYOUT_VERSION`].
 #![no_std]
 
+mod address;
 mod counters;
 mod flow;
 #[cfg(feature = "host")]
@@ -13,13 +14,19 @@ mod pod;
 mod policy;
 mod rules;
 
-pub use counters::{CounterKey, Direction, DirectionTallies, DropReason, REASON_SLOTS, Tally};
-pub use flow::{FlowKey, FlowState, FragmentKey, phase, timeout};
-pub use policy::{NAME_LENGTH, PolicyEntry};
-pub use rules::{ALLOW_ALL, PortKey, SourceKey, port_prefix_length};
+pub use address::{Address, IPV4_PREFIX_BITS, NO_ADDRESS, from_ipv4};
+pub use counters::{
+    CounterKey, Direction, DirectionTallies, DropReason, REASON_SLOTS, Tally, passed_index,
+};
+pub use flow::{FlowKey, FlowState, FragmentKey, FragmentState, local, phase, timeout};
+pub use policy::{NAME_LENGTH, Neighbour, NeighbourKey, PolicyEntry, StationKey, flag};
+pub use rules::{ALLOW_ALL, PeerKey, PortKey, port_prefix_length};
 
 /// Version of the pinned maps' layout. The host refuses pinned maps of another version.
-pub const LAYOUT_VERSION: u64 = 1;
+pub const LAYOUT_VERSION: u64 = 2;
+
+/// Guest interfaces that one host can have, plus one: slot zero is nobody's.
+pub const SLOTS: u32 = 4096;
 
 /// Names of the maps, which are also their file names below the pin root.
 pub mod map_name {
@@ -29,12 +36,20 @@ pub mod map_name {
     pub const PEER_CLASSES: &str = "PEER_CLASSES";
     /// Class of peers, protocol and port → allowed (longest prefix match).
     pub const ALLOWED_PORTS: &str = "ALLOWED_PORTS";
-    /// Flows that guests opened.
+    /// Slot → map of the interface's flows in which both sides have sent.
     pub const FLOWS: &str = "FLOWS";
-    /// Fragmented datagrams whose first fragment passed.
+    /// Slot → map of the interface's flows in which only one side has sent.
+    pub const OPENING_FLOWS: &str = "OPENING_FLOWS";
+    /// Slot → map of fragmented datagrams whose first fragment passed.
     pub const FRAGMENTS: &str = "FRAGMENTS";
+    /// Network and MAC address → index of the guest's interface on this host.
+    pub const STATIONS: &str = "STATIONS";
+    /// Network and address → [`Neighbour`](crate::Neighbour).
+    pub const NEIGHBOURS: &str = "NEIGHBOURS";
+    /// Slot and direction → [`Tally`](crate::Tally) of passed packets, per CPU.
+    pub const PASSED: &str = "PASSED";
     /// Interface index and direction → [`DirectionTallies`](crate::DirectionTallies), per CPU.
-    pub const COUNTERS: &str = "COUNTERS";
+    pub const DROPPED: &str = "DROPPED";
 }
 
 /// Names of the programs in the object.

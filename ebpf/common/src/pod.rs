@@ -3,7 +3,8 @@
 use aya::Pod;
 
 use crate::{
-    CounterKey, DirectionTallies, FlowKey, FlowState, FragmentKey, PolicyEntry, PortKey, SourceKey,
+    CounterKey, DirectionTallies, FlowKey, FlowState, FragmentKey, FragmentState, Neighbour,
+    NeighbourKey, PeerKey, PolicyEntry, PortKey, StationKey, Tally,
 };
 
 /// Each type is `repr(C)`, made of integers only, without padding, as the sizes prove.
@@ -19,11 +20,16 @@ macro_rules! pod {
 
 pod! {
     CounterKey = 8,
-    DirectionTallies = 528,
-    FlowKey = 20,
+    DirectionTallies = 512,
+    FlowKey = 24,
     FlowState = 16,
-    FragmentKey = 16,
-    PolicyEntry = 40,
+    FragmentKey = 24,
+    FragmentState = 16,
+    Neighbour = 8,
+    NeighbourKey = 20,
+    PeerKey = 20,
+    PolicyEntry = 88,
     PortKey = 8,
-    SourceKey = 8,
+    StationKey = 12,
+    Tally = 16,
 }

@@ -1,3 +1,5 @@
+use crate::Address;
+
 /// Bytes of an interface name with its terminating zero (`IFNAMSIZ`).
 pub const NAME_LENGTH: usize = 16;
 
@@ -8,21 +10,71 @@ pub const NAME_LENGTH: usize = 16;
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct PolicyEntry {
-    /// Number of this attachment, never used again: flows of an interface that is gone can't be
-    /// taken for those of a later one with the same index.
-    pub interface_id: u32,
-    /// The guest's IPv4 address, network byte order.
-    pub ipv4: [u8; 4],
+    /// The guest's IPv6 address, or zeros.
+    pub ipv6: Address,
+    /// Its link-local address: `fe80::/64` and its MAC address (RFC 4291, appendix A); zeros if it
+    /// has no IPv6.
+    pub link_local: Address,
+    /// The guest's IPv4 address, network byte order, or zero.
+    pub ipv4: u32,
+    /// Number of this policy, never used again: flows that another one let be are judged again.
+    pub generation: u32,
     /// Table of the rules for packets toward the guest.
     pub ingress_table: u32,
     /// Table of the rules for packets from the guest, or [`ALLOW_ALL`](crate::ALLOW_ALL).
     pub egress_table: u32,
+    /// Number of the network that the interface is in.
+    pub network: u32,
+    /// The interface's place in the maps that hold one element or one map per interface.
+    pub slot: u32,
     /// The guest's MAC address.
     pub mac: [u8; 6],
+    /// The largest IP packet, in bytes.
+    pub mtu: u16,
     /// How the host attached the programs, for its own use: 1 TCX, 2 clsact.
     pub hook: u8,
+    /// Bits of [`flag`].
+    pub flags: u8,
     /// Zero.
-    pub reserved: u8,
+    pub reserved: [u8; 6],
     /// The interface's name, zero-terminated, for the host's use.
     pub name: [u8; NAME_LENGTH],
+}
+
+/// Bits of [`PolicyEntry::flags`].
+pub mod flag {
+    /// Guests of the network don't reach each other.
+    pub const ISOLATED: u8 = 1;
+}
+
+/// A guest's place in a network, by its MAC address.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct StationKey {
+    /// [`PolicyEntry::network`].
+    pub network: u32,
+    /// The guest's MAC address.
+    pub mac: [u8; 6],
+    /// Zero.
+    pub reserved: [u8; 2],
+}
+
+/// An address in a network.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct NeighbourKey {
+    /// [`PolicyEntry::network`].
+    pub network: u32,
+    /// The address.
+    pub address: Address,
+}
+
+/// Who has an address in a network.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Neighbour {
+    /// The MAC address.
+    pub mac: [u8; 6],
+    /// Zero.
+    pub reserved: [u8; 2],
 }

@@ -4,24 +4,26 @@
 //! peer's *class*. The host gives a class all ports that any rule covering the prefix allows, so two
 //! lookups decide, whatever the number of rules.
 
+use crate::Address;
+
 /// The rule table that allows everything and has no entries.
 pub const ALLOW_ALL: u32 = 0;
 
-/// Key of the peer class map after its prefix length: up to 64 bits are matched.
+/// Key of the peer class map after its prefix length: up to 160 bits are matched.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct SourceKey {
+pub struct PeerKey {
     /// Rule table; always matched wholly.
     pub table: u32,
-    /// Peer address, network byte order.
-    pub address: [u8; 4],
+    /// Peer address.
+    pub address: Address,
 }
 
-impl SourceKey {
+impl PeerKey {
     /// Bits of the table, which precede those of the address prefix.
     pub const TABLE_BITS: u32 = 32;
     /// Bits of a lookup's key.
-    pub const BITS: u32 = 64;
+    pub const BITS: u32 = 160;
 }
 
 /// Key of the allowed ports map after its prefix length: up to 56 bits are matched.
@@ -34,7 +36,7 @@ pub struct PortKey {
     pub class: u32,
     /// IP protocol number.
     pub protocol: u8,
-    /// Destination port, network byte order; zero for protocols without ports.
+    /// Destination port, network byte order; ICMP's type and code; zero for protocols without ports.
     pub port: [u8; 2],
     /// Zero, never matched.
     pub reserved: u8,

@@ -1,24 +1,19 @@
 //! Compiles a list of rules to classes of peers and their ports; see `keelson_ebpf_common`.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::ops::RangeInclusive;
 
-use crate::address::Ipv4Prefix;
+use crate::address::IpPrefix;
 use crate::policy::{Protocol, Rule};
 
-/// Port entries that one table may have. Reached only by many ranges for peers that contain each
-/// other; each entry is one element of a map.
-pub const MAX_ENTRIES: usize = 65_536;
-
-const ICMP: u8 = 1;
-const TCP: u8 = 6;
-const UDP: u8 = 17;
+/// Port entries that one table may have; each is one element of a map.
+pub const MAX_ENTRIES: usize = 1 << 20;
 
 /// Rules in the form that the programs look up.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub struct CompiledRules {
     /// Each peer prefix and its class, an index of `classes`.
-    pub peers: Vec<(Ipv4Prefix, usize)>,
+    pub peers: Vec<(IpPrefix, usize)>,
     /// What the peers of each class may use.
     pub classes: Vec<BTreeSet<PortPrefix>>,
 }
@@ -45,55 +40,112 @@ pub enum PortPrefix {
 #[derive(Debug, PartialEq, Eq)]
 pub struct TooManyEntries;
 
-/// Compiles `rules`. A peer that several rules' networks cover may use what any of them allows.
-pub fn compile(rules: &[Rule]) -> Result<CompiledRules, TooManyEntries> {
-    let prefixes: BTreeSet<Ipv4Prefix> = rules.iter().map(|rule| rule.peer).collect();
-    let mut class_of: BTreeMap<BTreeSet<PortPrefix>, usize> = BTreeMap::new();
-    let mut entries = 0;
-    let mut compiled = CompiledRules::default();
-    for prefix in prefixes {
-        let allowed = ports_of(rules.iter().filter(|rule| rule.peer.covers(prefix)));
-        let next = class_of.len();
-        let class = *class_of.entry(allowed.clone()).or_insert(next);
-        if class == next {
-            entries += allowed.len();
-            if entries > MAX_ENTRIES {
-                return Err(TooManyEntries);
-            }
-            compiled.classes.push(allowed);
-        }
-        compiled.peers.push((prefix, class));
-    }
-    Ok(compiled)
+/// What some peers may use.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
+struct Allowed {
+    everything: bool,
+    /// By IP protocol; in order, without overlaps.
+    ports: BTreeMap<u8, Vec<RangeInclusive<u16>>>,
 }
 
-/// The smallest set of prefixes that allows what any of the rules allows.
-fn ports_of<'a>(rules: impl Iterator<Item = &'a Rule>) -> BTreeSet<PortPrefix> {
-    let mut everything = false;
-    let mut icmp = false;
-    let mut tcp = Vec::new();
-    let mut udp = Vec::new();
+/// Compiles `rules`. A peer that several rules' networks cover may use what any of them allows.
+///
+/// Takes the prefixes in order of their addresses, wider ones first, so that those which cover a
+/// prefix are the ones that are still open when it comes.
+pub fn compile(rules: &[Rule]) -> Result<CompiledRules, TooManyEntries> {
+    let mut own: BTreeMap<(bool, u128, u32), (IpPrefix, Vec<&Rule>)> = BTreeMap::new();
     for rule in rules {
-        match rule.protocol {
-            Protocol::Any => everything = true,
-            Protocol::Icmp => icmp = true,
-            Protocol::Tcp => tcp.push(rule.ports.clone()),
-            Protocol::Udp => udp.push(rule.ports.clone()),
+        let place = own
+            .entry(order(rule.peer))
+            .or_insert((rule.peer, Vec::new()));
+        place.1.push(rule);
+    }
+    // Among the addresses of maps those of IPv4 are a part of IPv6's, whose rules they don't obey.
+    if !rules.is_empty() {
+        own.entry(order(IpPrefix::ANY_IPV4))
+            .or_insert((IpPrefix::ANY_IPV4, Vec::new()));
+    }
+    let mut classes = Classes::default();
+    let mut peers = Vec::with_capacity(own.len());
+    let mut covering: Vec<(IpPrefix, Allowed)> = Vec::new();
+    for (prefix, rules) in own.into_values() {
+        while covering
+            .pop_if(|(wider, _)| !wider.covers(prefix))
+            .is_some()
+        {}
+        let inherited = covering.last().map(|(_, allowed)| allowed.clone());
+        let allowed = inherited.unwrap_or_default().and(&rules);
+        peers.push((prefix, classes.number(&allowed)?));
+        covering.push((prefix, allowed));
+    }
+    Ok(CompiledRules {
+        peers,
+        classes: classes.list,
+    })
+}
+
+fn order(prefix: IpPrefix) -> (bool, u128, u32) {
+    let is_ipv6 = prefix.address().is_ipv6();
+    (is_ipv6, prefix.bits(), prefix.mapped_length())
+}
+
+/// The classes so far, each once.
+#[derive(Default)]
+struct Classes {
+    numbers: HashMap<Allowed, usize>,
+    list: Vec<BTreeSet<PortPrefix>>,
+    entries: usize,
+}
+
+impl Classes {
+    fn number(&mut self, allowed: &Allowed) -> Result<usize, TooManyEntries> {
+        if let Some(number) = self.numbers.get(allowed) {
+            return Ok(*number);
         }
-    }
-    if everything {
-        return BTreeSet::from([PortPrefix::Everything]);
-    }
-    let mut prefixes = BTreeSet::new();
-    if icmp {
-        prefixes.insert(PortPrefix::Protocol(ICMP));
-    }
-    for (protocol, ranges) in [(TCP, tcp), (UDP, udp)] {
-        for range in merge(ranges) {
-            split(protocol, &range, &mut prefixes);
+        let prefixes = allowed.prefixes();
+        self.entries += prefixes.len();
+        if self.entries > MAX_ENTRIES {
+            return Err(TooManyEntries);
         }
+        let number = self.list.len();
+        self.list.push(prefixes);
+        self.numbers.insert(allowed.clone(), number);
+        Ok(number)
     }
-    prefixes
+}
+
+impl Allowed {
+    fn and(mut self, rules: &[&Rule]) -> Self {
+        for rule in rules {
+            match rule.protocol {
+                Protocol::Any => self.everything = true,
+                protocol => {
+                    let ports = self.ports.entry(protocol.number()).or_default();
+                    ports.push(rule.ports.clone());
+                }
+            }
+        }
+        if self.everything {
+            self.ports.clear();
+        }
+        for ranges in self.ports.values_mut() {
+            *ranges = merge(std::mem::take(ranges));
+        }
+        self
+    }
+
+    fn prefixes(&self) -> BTreeSet<PortPrefix> {
+        let mut prefixes = BTreeSet::new();
+        if self.everything {
+            prefixes.insert(PortPrefix::Everything);
+        }
+        for (protocol, ranges) in &self.ports {
+            for range in ranges {
+                split(*protocol, range, &mut prefixes);
+            }
+        }
+        prefixes
+    }
 }
 
 /// Joins ranges that overlap or touch.
@@ -140,6 +192,8 @@ mod tests {
 
     use super::*;
 
+    const TCP: u8 = 6;
+
     fn rule(protocol: Protocol, ports: RangeInclusive<u16>, peer: &str) -> Rule {
         let peer = peer.parse().expect("valid prefix");
         Rule {
@@ -149,11 +203,19 @@ mod tests {
         }
     }
 
+    fn class_of<'a>(compiled: &'a CompiledRules, peer: &str) -> &'a BTreeSet<PortPrefix> {
+        let peer = peer.parse().expect("valid prefix");
+        let found = compiled.peers.iter().find(|(prefix, _)| *prefix == peer);
+        &compiled.classes[found.expect("the prefix is there").1]
+    }
+
     #[test]
     fn a_narrow_peer_inherits_what_its_wider_networks_may() {
         let compiled = compile(&[
             rule(Protocol::Tcp, 80..=80, "0.0.0.0/0"),
             rule(Protocol::Tcp, 22..=22, "10.0.0.0/8"),
+            rule(Protocol::Tcp, 25..=25, "10.1.0.0/16"),
+            rule(Protocol::Tcp, 53..=53, "11.0.0.0/8"),
         ])
         .expect("few");
         let port = |port| PortPrefix::Ports {
@@ -161,14 +223,25 @@ mod tests {
             port,
             bits: 16,
         };
+        for (peer, ports) in [
+            ("0.0.0.0/0", vec![80]),
+            ("10.0.0.0/8", vec![22, 80]),
+            ("10.1.0.0/16", vec![22, 25, 80]),
+            ("11.0.0.0/8", vec![53, 80]),
+        ] {
+            let expected: BTreeSet<_> = ports.into_iter().map(port).collect();
+            assert_eq!(*class_of(&compiled, peer), expected, "{peer}");
+        }
+    }
+
+    #[test]
+    fn ipv4_does_not_inherit_from_ipv6() {
+        let compiled = compile(&[rule(Protocol::Any, Rule::ALL_PORTS, "::/0")]).expect("few");
+        assert_eq!(*class_of(&compiled, "0.0.0.0/0"), BTreeSet::new());
         assert_eq!(
-            compiled.classes,
-            [
-                BTreeSet::from([port(80)]),
-                BTreeSet::from([port(22), port(80)])
-            ]
+            *class_of(&compiled, "::/0"),
+            BTreeSet::from([PortPrefix::Everything])
         );
-        assert_eq!(compiled.peers.len(), 2);
     }
 
     #[test]
@@ -177,12 +250,13 @@ mod tests {
             .map(|index| rule(Protocol::Udp, 53..=53, &format!("10.0.{index}.0/24")))
             .collect();
         let compiled = compile(&rules).expect("few");
-        assert_eq!((compiled.peers.len(), compiled.classes.len()), (256, 1));
+        // And the class of everyone else, who may nothing.
+        assert_eq!((compiled.peers.len(), compiled.classes.len()), (257, 2));
     }
 
     #[test]
     fn rules_that_would_need_too_many_entries_are_refused() {
-        let wide = (0..512)
+        let wide = (0..1024)
             .map(|index| rule(Protocol::Tcp, index * 64 + 1..=index * 64 + 62, "0.0.0.0/0"));
         let narrow = (0..512).map(|index| {
             rule(
@@ -196,6 +270,8 @@ mod tests {
     }
 
     proptest! {
+        #![proptest_config(ProptestConfig::with_cases(32))]
+
         /// Aligned blocks match exactly the ports of the ranges, checked port by port.
         #[test]
         fn port_prefixes_match_exactly_the_ranges(

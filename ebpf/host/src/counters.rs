@@ -28,10 +28,16 @@ impl DirectionCounters {
         self.dropped.get(&reason).copied().unwrap_or_default()
     }
 
-    pub(crate) fn sum<'a>(per_cpu: impl Iterator<Item = &'a DirectionTallies>) -> Self {
+    /// Sums what each CPU counted.
+    pub(crate) fn sum<'a>(
+        passed: impl Iterator<Item = &'a Tally>,
+        dropped: impl Iterator<Item = &'a DirectionTallies>,
+    ) -> Self {
         let mut sum = Self::default();
-        for tallies in per_cpu {
-            add(&mut sum.passed, tallies.passed);
+        for tally in passed {
+            add(&mut sum.passed, *tally);
+        }
+        for tallies in dropped {
             for reason in DropReason::ALL {
                 let tally = tallies.dropped[reason.slot()];
                 if tally.packets != 0 {

@@ -1,16 +1,16 @@
 //! The datapath of a host: attach, change and detach policies, read counters.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::net::Ipv4Addr;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::path::PathBuf;
 
-use aya::maps::PerCpuValues;
 use aya::programs::{TestRun as _, TestRunOptions};
 use keelson_ebpf_common::{
-    ALLOW_ALL, CounterKey, Direction, DirectionTallies, PolicyEntry, map_name, program_name,
+    ALLOW_ALL, CounterKey, Direction, DirectionTallies, NO_ADDRESS, PolicyEntry, flag, map_name,
+    passed_index, program_name,
 };
 
-use crate::address::MacAddress;
+use crate::address::{self, MacAddress};
 use crate::compile::{MAX_ENTRIES, compile};
 use crate::counters::{DirectionCounters, InterfaceCounters};
 use crate::error::DatapathError;
@@ -19,7 +19,7 @@ use crate::object::{Object, chain};
 use crate::pin_root::PinRoot;
 use crate::policy::{EgressPolicy, InterfacePolicy, Rule};
 use crate::rule_tables::{RuleTables, ignore_missing};
-use crate::{grace_period, interface};
+use crate::{grace_period, interface, slots, stations};
 
 /// How a [`Datapath`] is opened.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -29,8 +29,9 @@ pub struct DatapathConfig {
     pub pin_root: PathBuf,
     /// The hooks of interfaces attached from now on. Those that are attached keep theirs.
     pub hook: HookChoice,
-    /// Flows that guests opened and that are remembered at a time, on the whole host; about 100
-    /// bytes each. Takes effect when the maps are made.
+    /// Flows that each interface attached from now on can have at a time, and a quarter of that of
+    /// flows that wait for their first answer; about 120 bytes each, set aside at once. The least
+    /// recently used make room for new ones.
     pub max_flows: u32,
 }
 
@@ -39,7 +40,7 @@ impl Default for DatapathConfig {
         Self {
             pin_root: "/sys/fs/bpf/keelson".into(),
             hook: HookChoice::Auto,
-            max_flows: 1 << 17,
+            max_flows: 1 << 14,
         }
     }
 }
@@ -54,7 +55,9 @@ pub struct Attached {
     /// The guest's MAC address.
     pub mac: MacAddress,
     /// The guest's IPv4 address.
-    pub ipv4: Ipv4Addr,
+    pub ipv4: Option<Ipv4Addr>,
+    /// The guest's IPv6 address.
+    pub ipv6: Option<Ipv6Addr>,
     /// How the programs are attached.
     pub hook: HookMode,
 }
@@ -74,6 +77,7 @@ pub struct Datapath {
     object: Object,
     tables: RuleTables,
     mode: HookMode,
+    max_flows: u32,
     // What this process applied, so that applying it again costs nothing.
     applied: BTreeMap<u32, InterfacePolicy>,
 }
@@ -90,7 +94,7 @@ impl Datapath {
     pub fn open(config: &DatapathConfig) -> Result<Self, DatapathError> {
         let mode = hook::choose(config.hook)?;
         let root = PinRoot::open(&config.pin_root)?;
-        let mut object = Object::load(&root, config.max_flows)?;
+        let mut object = Object::load(&root)?;
         let referenced: BTreeSet<u32> = entries(&object)?
             .values()
             .flat_map(|entry| [entry.ingress_table, entry.egress_table])
@@ -101,9 +105,10 @@ impl Datapath {
             object,
             tables,
             mode,
+            max_flows: config.max_flows,
             applied: BTreeMap::new(),
         };
-        if datapath.read_counters(0)?.is_none() {
+        if datapath.read_counters(0, 0)?.is_none() {
             datapath.zero_counters(0)?;
         }
         let gone = datapath.collect_garbage()?;
@@ -124,7 +129,9 @@ impl Datapath {
     pub fn attach(&mut self, policy: &InterfacePolicy) -> Result<Attached, DatapathError> {
         policy.validate()?;
         let ifindex = interface::index(&policy.name)?;
-        for (old_ifindex, entry) in entries(&self.object)? {
+        let entries = entries(&self.object)?;
+        stations::check_unique(policy, ifindex, &entries)?;
+        for (old_ifindex, entry) in entries {
             let same_name = interface::from_bytes(&entry.name) == policy.name;
             if old_ifindex == ifindex {
                 let target = target(&policy.name, ifindex, &entry);
@@ -140,7 +147,7 @@ impl Datapath {
     }
 
     /// Replaces the policy of an attached interface: each packet sees the old or the new one, whole.
-    /// Flows that the guest opened go on.
+    /// A flow that the new one allows goes on; another ends with its next packet.
     ///
     /// # Errors
     /// [`DatapathError::NotAttached`], [`DatapathError::InvalidPolicy`], [`DatapathError::Full`];
@@ -148,6 +155,7 @@ impl Datapath {
     pub fn update(&mut self, policy: &InterfacePolicy) -> Result<(), DatapathError> {
         policy.validate()?;
         let (ifindex, entry) = self.find(&policy.name)?;
+        stations::check_unique(policy, ifindex, &entries(&self.object)?)?;
         self.swap(ifindex, &entry, policy).map(drop)
     }
 
@@ -182,8 +190,8 @@ impl Datapath {
     /// # Errors
     /// [`DatapathError::NotAttached`].
     pub fn counters(&self, interface: &str) -> Result<InterfaceCounters, DatapathError> {
-        let (ifindex, _) = self.find(interface)?;
-        let counters = self.read_counters(ifindex)?;
+        let (ifindex, entry) = self.find(interface)?;
+        let counters = self.read_counters(ifindex, entry.slot)?;
         Ok(counters.unwrap_or_default())
     }
 
@@ -193,7 +201,7 @@ impl Datapath {
     /// # Errors
     /// [`DatapathError::Map`] if the kernel doesn't let the map be read.
     pub fn unattributed_counters(&self) -> Result<InterfaceCounters, DatapathError> {
-        Ok(self.read_counters(0)?.unwrap_or_default())
+        Ok(self.read_counters(0, 0)?.unwrap_or_default())
     }
 
     /// Removes the records of interfaces that are gone, and returns their names. Hooks that
@@ -218,7 +226,7 @@ impl Datapath {
     ///
     /// # Errors
     /// [`DatapathError::NotAttached`]; [`DatapathError::Load`] if the kernel refuses the frame, which
-    /// must have 14 bytes and fit a page.
+    /// must have 15 bytes and fit a page.
     pub fn evaluate(
         &mut self,
         interface: &str,
@@ -275,7 +283,11 @@ impl Datapath {
         let target = target(&name, ifindex, entry);
         if name == recorded {
             let hooks = hook::ensure(&mut self.object, &self.root, target)?;
-            return Ok(hooks == Hooks::InForce);
+            if hooks != Hooks::InForce {
+                return Ok(false);
+            }
+            stations::add(&mut self.object, ifindex, entry)?;
+            return Ok(true);
         }
         // Another name: the same interface, renamed, if it has our hooks; else one that came later.
         if hook::replace(&mut self.object, &self.root, target)? != Hooks::InForce {
@@ -296,13 +308,16 @@ impl Datapath {
     ) -> Result<Attached, DatapathError> {
         // Links that are here are those of an earlier interface with this index.
         hook::remove_links(&self.root, ifindex)?;
-        let interface_id = self.root.reserve_numbers(1)?;
-        let entry = self.install(policy, interface_id, self.mode)?;
+        let taken = entries(&self.object)?;
+        let slot = slots::lowest_free(taken.values().map(|entry| entry.slot))?;
+        slots::fill(&mut self.object, slot, self.max_flows)?;
+        let entry = self.install(policy, slot, self.mode)?;
         let attach = |datapath: &mut Self| {
             datapath.zero_counters(ifindex)?;
             datapath.write_entry(ifindex, entry)?;
             let target = target(&policy.name, ifindex, &entry);
-            hook::ensure(&mut datapath.object, &datapath.root, target)
+            hook::ensure(&mut datapath.object, &datapath.root, target)?;
+            stations::add(&mut datapath.object, ifindex, &entry)
         };
         if let Err(error) = attach(self) {
             if let Err(second) = self.forget(ifindex, &entry) {
@@ -323,12 +338,14 @@ impl Datapath {
         if self.applied.get(&ifindex) == Some(policy) {
             return Ok(attached(ifindex, old));
         }
-        let entry = self.install(policy, old.interface_id, HookMode::from_byte(old.hook))?;
+        let entry = self.install(policy, old.slot, HookMode::from_byte(old.hook))?;
         if let Err(error) = self.write_entry(ifindex, entry) {
             self.remove_tables(&entry)?;
             return Err(error);
         }
         self.applied.insert(ifindex, policy.clone());
+        stations::add(&mut self.object, ifindex, &entry)?;
+        stations::remove(&mut self.object, old, Some(&entry))?;
         self.remove_tables(old)?;
         Ok(attached(ifindex, &entry))
     }
@@ -337,7 +354,7 @@ impl Datapath {
     fn install(
         &mut self,
         policy: &InterfacePolicy,
-        interface_id: u32,
+        slot: u32,
         mode: HookMode,
     ) -> Result<PolicyEntry, DatapathError> {
         let mut install = |field: &str, rules: &[Rule]| {
@@ -363,14 +380,25 @@ impl Datapath {
                 return Err(error);
             }
         };
+        let has_ipv6 = policy.ipv6.is_some();
+        let ipv6 = policy.ipv6.map(|ipv6| address::to_map(ipv6.into()));
+        let link_local = has_ipv6.then(|| address::to_map(policy.mac.link_local().into()));
         Ok(PolicyEntry {
-            interface_id,
-            ipv4: policy.ipv4.octets(),
+            ipv6: ipv6.unwrap_or(NO_ADDRESS),
+            link_local: link_local.unwrap_or(NO_ADDRESS),
+            ipv4: policy
+                .ipv4
+                .map_or(0, |ipv4| u32::from_ne_bytes(ipv4.octets())),
+            generation: self.root.reserve_numbers(1)?,
             ingress_table,
             egress_table,
+            network: policy.network,
+            slot,
             mac: policy.mac.0,
+            mtu: policy.mtu,
             hook: mode.to_byte(),
-            reserved: 0,
+            flags: if policy.isolated { flag::ISOLATED } else { 0 },
+            reserved: [0; 6],
             name: interface::to_bytes(&policy.name),
         })
     }
@@ -398,18 +426,16 @@ impl Datapath {
             Some(name) => hook::detach(&self.root, target(&name, ifindex, entry))?,
             None => hook::remove_links(&self.root, ifindex)?,
         }
+        stations::remove(&mut self.object, entry, None)?;
         ignore_missing(self.object.policies.remove(&ifindex))
             .map_err(DatapathError::map("write", map_name::POLICIES))?;
         for direction in [Direction::FromGuest, Direction::ToGuest] {
-            ignore_missing(
-                self.object
-                    .counters
-                    .remove(&counter_key(ifindex, direction)),
-            )
-            .map_err(DatapathError::map("write", map_name::COUNTERS))?;
+            ignore_missing(self.object.dropped.remove(&counter_key(ifindex, direction)))
+                .map_err(DatapathError::map("write", map_name::DROPPED))?;
         }
         grace_period::wait();
         self.applied.remove(&ifindex);
+        slots::empty(&mut self.object, entry.slot)?;
         self.remove_tables(entry)
     }
 
@@ -423,14 +449,23 @@ impl Datapath {
         Ok(())
     }
 
-    fn read_counters(&self, ifindex: u32) -> Result<Option<InterfaceCounters>, DatapathError> {
+    /// What was counted on an interface; interface zero has slot zero. `None` if it has no counters.
+    fn read_counters(
+        &self,
+        ifindex: u32,
+        slot: u32,
+    ) -> Result<Option<InterfaceCounters>, DatapathError> {
         let read = |direction| {
-            let key = counter_key(ifindex, direction);
-            match self.object.counters.get(&key, 0) {
-                Ok(values) => Ok(Some(DirectionCounters::sum(values.iter()))),
+            let passed = self
+                .object
+                .passed
+                .get(&passed_index(slot, direction), 0)
+                .map_err(DatapathError::map("read", map_name::PASSED))?;
+            match self.object.dropped.get(&counter_key(ifindex, direction), 0) {
+                Ok(dropped) => Ok(Some(DirectionCounters::sum(passed.iter(), dropped.iter()))),
                 Err(error) => ignore_missing(Err(error))
                     .map(|()| None)
-                    .map_err(DatapathError::map("read", map_name::COUNTERS)),
+                    .map_err(DatapathError::map("read", map_name::DROPPED)),
             }
         };
         let from_guest = read(Direction::FromGuest)?;
@@ -444,17 +479,12 @@ impl Datapath {
     }
 
     fn zero_counters(&mut self, ifindex: u32) -> Result<(), DatapathError> {
-        let cpus = aya::util::nr_cpus().map_err(|(path, error)| DatapathError::Load {
-            what: "the number of CPUs".into(),
-            problem: format!("{path}: {error}"),
-        })?;
         for direction in [Direction::FromGuest, Direction::ToGuest] {
-            let zeros = PerCpuValues::try_from(vec![DirectionTallies::default(); cpus])
-                .map_err(|error| DatapathError::map("write", map_name::COUNTERS)(error.into()))?;
+            let zeros = slots::per_cpu(DirectionTallies::default())?;
             self.object
-                .counters
+                .dropped
                 .insert(counter_key(ifindex, direction), zeros, 0)
-                .map_err(DatapathError::map("write", map_name::COUNTERS))?;
+                .map_err(DatapathError::map("write", map_name::DROPPED))?;
         }
         Ok(())
     }
@@ -481,7 +511,11 @@ fn attached(ifindex: u32, entry: &PolicyEntry) -> Attached {
         name: interface::from_bytes(&entry.name),
         ifindex,
         mac: MacAddress(entry.mac),
-        ipv4: entry.ipv4.into(),
+        ipv4: (entry.ipv4 != 0).then(|| Ipv4Addr::from(entry.ipv4.to_ne_bytes())),
+        ipv6: match address::from_map(entry.ipv6) {
+            IpAddr::V6(ipv6) if !ipv6.is_unspecified() => Some(ipv6),
+            _ => None,
+        },
         hook: HookMode::from_byte(entry.hook),
     }
 }

@@ -20,8 +20,10 @@ mod object;
 mod pin_root;
 mod policy;
 mod rule_tables;
+mod slots;
+mod stations;
 
-pub use address::{AddressError, Ipv4Prefix, MacAddress};
+pub use address::{AddressError, IpPrefix, MacAddress};
 pub use counters::{DirectionCounters, InterfaceCounters};
 pub use datapath::{Attached, Datapath, DatapathConfig, Verdict};
 pub use error::DatapathError;

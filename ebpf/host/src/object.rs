@@ -2,12 +2,15 @@
 
 use std::error::Error;
 
-use aya::maps::{HashMap, LpmTrie, Map, MapData, MapError, PerCpuHashMap};
+use aya::maps::{
+    ArrayOfMaps, HashMap, LpmTrie, Map, MapData, MapError, PerCpuArray, PerCpuHashMap,
+};
 use aya::programs::{ProgramError, SchedClassifier};
 use aya::util::KernelVersion;
 use aya::{Ebpf, EbpfError, EbpfLoader};
 use keelson_ebpf_common::{
-    CounterKey, DirectionTallies, PolicyEntry, PortKey, SourceKey, map_name, program_name,
+    CounterKey, DirectionTallies, Neighbour, NeighbourKey, PeerKey, PolicyEntry, PortKey,
+    StationKey, Tally, map_name, program_name,
 };
 
 use crate::error::DatapathError;
@@ -22,17 +25,23 @@ struct Aligned<T: ?Sized>(T);
 
 /// The loaded programs and the maps that the host writes.
 pub struct Object {
-    // Owns the programs, and the maps that only programs use.
+    // Owns the programs.
     ebpf: Ebpf,
     pub policies: HashMap<MapData, u32, PolicyEntry>,
-    pub peer_classes: LpmTrie<MapData, SourceKey, u32>,
+    pub peer_classes: LpmTrie<MapData, PeerKey, u32>,
     pub allowed_ports: LpmTrie<MapData, PortKey, u32>,
-    pub counters: PerCpuHashMap<MapData, CounterKey, DirectionTallies>,
+    pub flows: ArrayOfMaps<MapData>,
+    pub opening_flows: ArrayOfMaps<MapData>,
+    pub fragments: ArrayOfMaps<MapData>,
+    pub stations: HashMap<MapData, StationKey, u32>,
+    pub neighbours: HashMap<MapData, NeighbourKey, Neighbour>,
+    pub passed: PerCpuArray<MapData, Tally>,
+    pub dropped: PerCpuHashMap<MapData, CounterKey, DirectionTallies>,
 }
 
 impl Object {
     /// Opens or creates the maps and loads the programs. Attaches nothing.
-    pub fn load(root: &PinRoot, max_flows: u32) -> Result<Self, DatapathError> {
+    pub fn load(root: &PinRoot) -> Result<Self, DatapathError> {
         require_kernel()?;
         let mut loader = EbpfLoader::new();
         for name in [
@@ -40,12 +49,15 @@ impl Object {
             map_name::PEER_CLASSES,
             map_name::ALLOWED_PORTS,
             map_name::FLOWS,
+            map_name::OPENING_FLOWS,
             map_name::FRAGMENTS,
-            map_name::COUNTERS,
+            map_name::STATIONS,
+            map_name::NEIGHBOURS,
+            map_name::PASSED,
+            map_name::DROPPED,
         ] {
             loader.map_pin_path(name, root.map(name));
         }
-        loader.map_max_entries(map_name::FLOWS, max_flows);
         let mut ebpf = loader.load(&OBJECT.0).map_err(|error| load_error(&error))?;
         for name in [program_name::FROM_GUEST, program_name::TO_GUEST] {
             program(&mut ebpf, name)?
@@ -56,7 +68,13 @@ impl Object {
             policies: take(&mut ebpf, map_name::POLICIES)?,
             peer_classes: take(&mut ebpf, map_name::PEER_CLASSES)?,
             allowed_ports: take(&mut ebpf, map_name::ALLOWED_PORTS)?,
-            counters: take(&mut ebpf, map_name::COUNTERS)?,
+            flows: take(&mut ebpf, map_name::FLOWS)?,
+            opening_flows: take(&mut ebpf, map_name::OPENING_FLOWS)?,
+            fragments: take(&mut ebpf, map_name::FRAGMENTS)?,
+            stations: take(&mut ebpf, map_name::STATIONS)?,
+            neighbours: take(&mut ebpf, map_name::NEIGHBOURS)?,
+            passed: take(&mut ebpf, map_name::PASSED)?,
+            dropped: take(&mut ebpf, map_name::DROPPED)?,
             ebpf,
         })
     }

@@ -1,15 +1,15 @@
 //! What a guest interface may send and receive, as the agent says it.
 
 use std::fmt;
-use std::net::Ipv4Addr;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::ops::RangeInclusive;
 use std::str::FromStr;
 
-use crate::address::{Ipv4Prefix, MacAddress};
+use crate::address::{IpPrefix, MacAddress};
 use crate::error::DatapathError;
 
 /// Rules that one interface may have per direction.
-pub const MAX_RULES: usize = 1024;
+pub const MAX_RULES: usize = 1 << 17;
 
 /// The identity and rules of one guest interface.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -18,12 +18,39 @@ pub struct InterfacePolicy {
     pub name: String,
     /// The guest's MAC address (not the TAP device's).
     pub mac: MacAddress,
-    /// The guest's IPv4 address.
-    pub ipv4: Ipv4Addr,
-    /// What may reach the guest besides replies to what it opened itself, and ARP.
+    /// The guest's IPv4 address, if it has one.
+    pub ipv4: Option<Ipv4Addr>,
+    /// The guest's IPv6 address, if it has one; it then has a link-local one as well, made of its
+    /// MAC address.
+    pub ipv6: Option<Ipv6Addr>,
+    /// Number of the network that the interface is in: what is for another guest of the same network
+    /// goes straight to it. Zero for none.
+    pub network: u32,
+    /// Whether guests of the network are kept apart from each other.
+    pub isolated: bool,
+    /// The largest IP packet that the guest may send, in bytes.
+    pub mtu: u16,
+    /// What may reach the guest besides replies to what it opened itself, ARP and neighbour discovery.
     pub ingress: Vec<Rule>,
-    /// What the guest may send besides replies to what `ingress` let in, and ARP.
+    /// What the guest may send besides replies to what `ingress` let in, ARP and neighbour discovery.
     pub egress: EgressPolicy,
+}
+
+impl Default for InterfacePolicy {
+    /// Addresses of nobody, an Ethernet's MTU, nothing in, everything out.
+    fn default() -> Self {
+        Self {
+            name: String::new(),
+            mac: MacAddress([0; 6]),
+            ipv4: None,
+            ipv6: None,
+            network: 0,
+            isolated: false,
+            mtu: 1500,
+            ingress: Vec::new(),
+            egress: EgressPolicy::AllowAll,
+        }
+    }
 }
 
 /// What a guest may send, in its own name.
@@ -41,16 +68,35 @@ pub enum EgressPolicy {
 pub struct Rule {
     /// The protocol.
     pub protocol: Protocol,
-    /// Destination ports: the guest's for ingress, the peer's for egress. [`Rule::ALL_PORTS`] for
-    /// protocols without ports.
+    /// Destination ports: the guest's for ingress, the peer's for egress. For ICMP, 256 times the
+    /// type plus the code, see [`Rule::icmp_type`]. [`Rule::ALL_PORTS`] for every protocol.
     pub ports: RangeInclusive<u16>,
     /// Where the traffic comes from (ingress) or goes to (egress).
-    pub peer: Ipv4Prefix,
+    pub peer: IpPrefix,
 }
 
 impl Rule {
     /// Every port.
     pub const ALL_PORTS: RangeInclusive<u16> = 0..=u16::MAX;
+
+    /// What [`Rule::ports`] says of an ICMP type, and of one code where given.
+    pub fn icmp_type(icmp_type: u8, code: Option<u8>) -> RangeInclusive<u16> {
+        let of = |code| u16::from_be_bytes([icmp_type, code]);
+        match code {
+            Some(code) => of(code)..=of(code),
+            None => of(0)..=of(u8::MAX),
+        }
+    }
+
+    /// Whether the rule allows what `protocol` (an IP protocol number) with `port` to or from `peer`
+    /// is; the port as in [`Rule::ports`].
+    pub fn allows(&self, peer: IpAddr, protocol: u8, port: u16) -> bool {
+        self.peer.contains(peer)
+            && match self.protocol {
+                Protocol::Any => true,
+                own => own.number() == protocol && self.ports.contains(&port),
+            }
+    }
 }
 
 /// Protocols that a rule can name.
@@ -62,24 +108,44 @@ pub enum Protocol {
     Tcp,
     /// UDP.
     Udp,
-    /// ICMP, all types.
+    /// ICMP over IPv4.
     Icmp,
+    /// ICMPv6, but for neighbour discovery, which needs no rule.
+    Icmpv6,
+    /// Another IP protocol by its number, such as 132 for SCTP; it has no ports here.
+    Number(u8),
+}
+
+impl Protocol {
+    /// The IP protocol number; zero for [`Protocol::Any`].
+    pub const fn number(self) -> u8 {
+        match self {
+            Self::Any => 0,
+            Self::Icmp => 1,
+            Self::Tcp => 6,
+            Self::Udp => 17,
+            Self::Icmpv6 => 58,
+            Self::Number(number) => number,
+        }
+    }
 }
 
 impl fmt::Display for Protocol {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
-        formatter.write_str(match self {
-            Self::Any => "any",
-            Self::Tcp => "tcp",
-            Self::Udp => "udp",
-            Self::Icmp => "icmp",
-        })
+        match self {
+            Self::Any => formatter.write_str("any"),
+            Self::Tcp => formatter.write_str("tcp"),
+            Self::Udp => formatter.write_str("udp"),
+            Self::Icmp => formatter.write_str("icmp"),
+            Self::Icmpv6 => formatter.write_str("icmpv6"),
+            Self::Number(number) => write!(formatter, "{number}"),
+        }
     }
 }
 
 /// Text that names no [`Protocol`].
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("{0:?} is not a protocol; use tcp, udp, icmp or any")]
+#[error("{0:?} is not a protocol; use tcp, udp, icmp, icmpv6, any or a number")]
 pub struct UnknownProtocol(String);
 
 impl FromStr for Protocol {
@@ -91,7 +157,11 @@ impl FromStr for Protocol {
             "tcp" => Ok(Self::Tcp),
             "udp" => Ok(Self::Udp),
             "icmp" => Ok(Self::Icmp),
-            other => Err(UnknownProtocol(other.to_owned())),
+            "icmpv6" => Ok(Self::Icmpv6),
+            other => match other.parse() {
+                Ok(number) => Ok(Self::Number(number)),
+                Err(_) => Err(UnknownProtocol(other.to_owned())),
+            },
         }
     }
 }
@@ -106,12 +176,25 @@ impl InterfacePolicy {
         if !self.mac.is_unicast() {
             return Err(self.invalid("mac", format!("{} can't be one guest's address", self.mac)));
         }
-        if self.ipv4.is_unspecified()
-            || self.ipv4.is_broadcast()
-            || self.ipv4.is_multicast()
-            || self.ipv4.is_loopback()
-        {
-            return Err(self.invalid("ipv4", format!("{} can't be a guest's address", self.ipv4)));
+        if let Some(ipv4) = self.ipv4.filter(|ipv4| {
+            ipv4.is_unspecified()
+                || ipv4.is_broadcast()
+                || ipv4.is_multicast()
+                || ipv4.is_loopback()
+        }) {
+            return Err(self.invalid("ipv4", format!("{ipv4} can't be a guest's address")));
+        }
+        if let Some(ipv6) = self.ipv6.filter(|ipv6| {
+            ipv6.is_unspecified()
+                || ipv6.is_multicast()
+                || ipv6.is_loopback()
+                || ipv6.is_unicast_link_local()
+                || ipv6.to_ipv4_mapped().is_some()
+        }) {
+            return Err(self.invalid("ipv6", format!("{ipv6} can't be a guest's address")));
+        }
+        if self.mtu < 576 {
+            return Err(self.invalid("mtu", format!("{} is less than 576", self.mtu)));
         }
         self.validate_rules("ingress", &self.ingress)?;
         match &self.egress {
@@ -134,7 +217,7 @@ impl InterfacePolicy {
                 let (first, last) = (rule.ports.start(), rule.ports.end());
                 return Err(self.invalid(field, format!("the range {first}-{last} is empty")));
             }
-            if matches!(rule.protocol, Protocol::Any | Protocol::Icmp)
+            if matches!(rule.protocol, Protocol::Any | Protocol::Number(_))
                 && rule.ports != Rule::ALL_PORTS
             {
                 let problem = format!("protocol {} takes no ports", rule.protocol);

@@ -6,8 +6,9 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use aya::maps::lpm_trie::Key;
-use keelson_ebpf_common::{PortKey, SourceKey, map_name, port_prefix_length};
+use keelson_ebpf_common::{PeerKey, PortKey, map_name, port_prefix_length};
 
+use crate::address::to_map;
 use crate::compile::{CompiledRules, PortPrefix};
 use crate::error::DatapathError;
 use crate::object::Object;
@@ -25,7 +26,7 @@ pub struct RuleTables {
 /// A table's elements, by prefix length and key.
 #[derive(Default)]
 struct Elements {
-    peers: Vec<(u32, SourceKey)>,
+    peers: Vec<(u32, PeerKey)>,
     ports: Vec<(u32, PortKey)>,
 }
 
@@ -38,10 +39,10 @@ impl RuleTables {
         for element in &object.peer_classes {
             let (key, class) =
                 element.map_err(DatapathError::map("read", map_name::PEER_CLASSES))?;
-            let source = key.data();
-            table_of_class.insert(class, source.table);
-            let elements = tables.entry(source.table).or_default();
-            elements.peers.push((key.prefix_len(), source));
+            let peer = key.data();
+            table_of_class.insert(class, peer.table);
+            let elements = tables.entry(peer.table).or_default();
+            elements.peers.push((key.prefix_len(), peer));
         }
         let mut stray = Elements::default();
         for element in &object.allowed_ports {
@@ -83,11 +84,11 @@ impl RuleTables {
             }
         }
         for (prefix, _) in &rules.peers {
-            let key = SourceKey {
+            let key = PeerKey {
                 table,
-                address: prefix.address().octets(),
+                address: to_map(prefix.address()),
             };
-            let bits = SourceKey::TABLE_BITS + u32::from(prefix.length());
+            let bits = PeerKey::TABLE_BITS + prefix.mapped_length();
             elements.peers.push((bits, key));
         }
         let classes = rules.peers.iter().map(|(_, class)| class_number(*class));

@@ -12,7 +12,7 @@ use network::{Guest, HOST_IP, HOST_MAC, Network, host_socket};
 with_both_hooks!(
     own_identity_passes_and_every_other_is_dropped,
     arp_is_only_sent_in_the_own_name,
-    frames_that_are_no_plain_ipv4_or_arp_are_dropped
+    frames_that_are_no_plain_ip_or_arp_are_dropped
 );
 
 const OTHER_MAC: MacAddress = MacAddress([0x52, 0x54, 0, 0, 0, 0xee]);
@@ -154,7 +154,7 @@ fn arp_is_only_sent_in_the_own_name(hook: HookChoice) {
     assert_eq!(counters.to_guest.passed.packets, 2);
 }
 
-fn frames_that_are_no_plain_ipv4_or_arp_are_dropped(hook: HookChoice) {
+fn frames_that_are_no_plain_ip_or_arp_are_dropped(hook: HookChoice) {
     expect_drops(hook, |guest| {
         let plain = frames::udp(own(guest), 4000, 9000, b"data");
         let ip_packet = &plain[14..];
@@ -173,7 +173,7 @@ fn frames_that_are_no_plain_ipv4_or_arp_are_dropped(hook: HookChoice) {
             ..Ip::default()
         };
         vec![
-            (DropReason::Ipv6, ethernet(0x86dd, &[0x60; 40])),
+            (DropReason::Malformed, ethernet(0x86dd, &[0x60; 39])),
             (
                 DropReason::Vlan,
                 ethernet(0x8100, &[&[0, 5, 8, 0], ip_packet].concat()),

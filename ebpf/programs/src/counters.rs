@@ -1,44 +1,44 @@
-//! Counts packets and bytes per interface, direction and outcome (map `COUNTERS`).
+//! Counts packets and bytes per interface, direction and outcome (maps `PASSED`, `DROPPED`).
 
 use core::hint::black_box;
 
-use keelson_ebpf_common::{CounterKey, Direction, DropReason, REASON_SLOTS};
+use keelson_ebpf_common::{CounterKey, Direction, DropReason, REASON_SLOTS, passed_index};
 
-use crate::maps::COUNTERS;
+use crate::maps::{DROPPED, PASSED};
 
-/// Adds a packet of `length` bytes to the interface's counters, or to those of interface zero if it
-/// has none.
+/// Adds a packet of `length` bytes that goes on.
 #[inline(always)]
-pub fn count(
-    ifindex: u32,
-    direction: Direction,
-    length: u32,
-    decision: Result<(), DropReason>,
-) {
+pub fn count_passed(slot: u32, direction: Direction, length: u32) {
+    let Some(tally) = PASSED.get_ptr_mut(passed_index(slot, direction)) else {
+        return;
+    };
+    // SAFETY: the map is per CPU and the tc hooks run with preemption off: no one else writes.
+    let tally = unsafe { &mut *tally };
+    tally.packets += 1;
+    tally.bytes += u64::from(length);
+}
+
+/// Adds a packet of `length` bytes that is dropped, to interface zero if this one has no counters.
+#[inline(always)]
+pub fn count_dropped(ifindex: u32, direction: Direction, length: u32, reason: DropReason) {
     let direction = direction as u32;
-    let tallies = COUNTERS
+    let tallies = DROPPED
         .get_ptr_mut(CounterKey { ifindex, direction })
         .or_else(|| {
-            COUNTERS.get_ptr_mut(CounterKey {
+            DROPPED.get_ptr_mut(CounterKey {
                 ifindex: 0,
                 direction,
             })
         });
     let Some(tallies) = tallies else { return };
-    // SAFETY: the map is per CPU and the tc hooks run with preemption off: no one else writes.
+    // SAFETY: see `count_passed`.
     let tallies = unsafe { &mut *tallies };
-    let tally = match decision {
-        Ok(()) => &mut tallies.passed,
-        // The compiler knows that a reason is less than the number of slots and leaves out the
-        // bounds check; the verifier no longer knows, once the reason was packed into other bits.
-        // A mask of an opaque number convinces both, on every kernel.
-        Err(reason) => match tallies
-            .dropped
-            .get_mut(black_box(reason.slot()) & (REASON_SLOTS - 1))
-        {
-            Some(tally) => tally,
-            None => return,
-        },
+    // The compiler knows that a reason is less than the number of slots and leaves out the bounds
+    // check; the verifier no longer knows, once the reason was packed into other bits. A mask of an
+    // opaque number convinces both, on every kernel.
+    let slot = black_box(reason.slot()) & (REASON_SLOTS - 1);
+    let Some(tally) = tallies.dropped.get_mut(slot) else {
+        return;
     };
     tally.packets += 1;
     tally.bytes += u64::from(length);

@@ -1,158 +1,297 @@
-//! Remembers the flows that guests open, so that replies may come back (map `FLOWS`).
+//! Connection tracking and the verdict that depends on it (maps `FLOWS`, `OPENING_FLOWS`).
 //!
-//! A flow that a rule lets in needs no entry: the rule decides about each of its packets, so a flood
-//! of allowed packets can't push the guests' own flows out, and a rule that is taken away takes its
-//! connections with it.
+//! A packet of a flow passes because the rules let the flow's first packet pass. The flow remembers
+//! which policy that was: under another one its opener is judged again, and the flow ends if it may
+//! not be any more. Every other packet is a first one, judged by the rules of its own direction, and
+//! opens a flow so that answers may come back, whatever the rules of the other direction say.
+//!
+//! A flow moves to `FLOWS` with its first answer. TCP may be picked up in the middle, as after a flow
+//! was evicted; what only closes opens nothing.
 
 use aya_ebpf::helpers::generated::bpf_ktime_get_coarse_ns;
-use keelson_ebpf_common::{FlowKey, FlowState, PolicyEntry, phase, timeout};
+use aya_ebpf::programs::TcContext;
+use keelson_ebpf_common::{
+    Address, Direction, DropReason, FlowKey, FlowState, PolicyEntry, phase, timeout,
+};
 
-use crate::maps::FLOWS;
+use crate::ip::{self, Ip, protocol};
+use crate::maps::{FLOWS, Flows, OPENING_FLOWS};
 use crate::rules;
-use crate::transport::{Quoted, Transport, icmp_type, protocol};
+use crate::transport::{self, Transport, icmp_type, icmpv6_type};
 
 /// How long `last_seen_ns` may lag: writing it for every packet would move its cache line between
 /// CPUs.
 const REFRESH_NS: u64 = 1_000_000_000;
 
-/// A packet from the guest: refreshes its flow, or opens one.
-///
-/// TCP opens a flow only with a SYN; a UDP packet opens none where the rules let its reply in.
+/// `FlowKey::peer_port` of an ICMP echo: who asks. The identifier alone doesn't say.
+const GUEST_ASKS: u16 = 1;
+const PEER_ASKS: u16 = 2;
+
+/// Who a packet is between, seen from the guest.
+#[derive(Clone, Copy)]
+pub struct Ends {
+    /// The guest's own address.
+    pub own: Address,
+    /// Which of its addresses that is, one of `keelson_ebpf_common::local`.
+    pub local: u8,
+    pub peer: Address,
+}
+
+/// Whether a packet between `ends` may go on. Opens, moves on and ends flows.
 #[inline(always)]
-pub fn sent(policy: &PolicyEntry, peer: [u8; 4], transport: &Transport) {
-    if transport.protocol == protocol::ICMP && !transport.is_icmp(icmp_type::ECHO_REQUEST) {
-        return;
-    }
-    let key = key(
-        policy,
-        peer,
-        transport.protocol,
-        transport.source_port,
-        transport.destination_port,
-    );
+pub fn judge(
+    packet: &TcContext,
+    policy: &PolicyEntry,
+    direction: Direction,
+    ends: &Ends,
+    ip: &Ip,
+) -> Result<(), DropReason> {
+    let transport = transport::transport(packet, ip)?;
+    let (Some(established), Some(opening)) =
+        (FLOWS.get(policy.slot), OPENING_FLOWS.get(policy.slot))
+    else {
+        return Err(DropReason::NoPolicy);
+    };
+    let is_error = transport.is_icmp_error();
+    let mut key = FlowKey {
+        peer: ends.peer,
+        guest_port: 0,
+        peer_port: 0,
+        protocol: transport.protocol,
+        local: ends.local,
+        reserved: [0; 2],
+    };
+    let has_key = if is_error {
+        set_quoted_key(&mut key, packet, direction, ends, ip)?
+    } else {
+        set_own_key(&mut key, direction, &transport)
+    };
     // SAFETY: the helper has no preconditions.
     let now = unsafe { bpf_ktime_get_coarse_ns() };
-    if !transport.opens() && refresh(&key, transport, now, false) {
-        return;
+    if has_key {
+        let found = find(established, opening, &key, now);
+        if let Some((flow, is_opening)) = found {
+            // SAFETY: map values stay readable and writable while the program runs. Two CPUs may
+            // race on one flow: each field is one aligned word, and either order is a state that the
+            // flow was in. An entry that was evicted and used again meanwhile gets one flow's time
+            // for another's: a timeout that is off once, no more.
+            let flow = unsafe { &mut *flow };
+            if is_still_allowed(policy, &key, flow) {
+                if is_error {
+                    return Ok(());
+                }
+                if continues(flow, direction, &transport) {
+                    let answered = advance(flow, direction, &transport, now);
+                    if answered && is_opening {
+                        promote(established, opening, &key, flow);
+                    }
+                    return Ok(());
+                }
+            } else {
+                let _ = established.remove(&key);
+                let _ = opening.remove(&key);
+            }
+        }
     }
-    let opens = match transport.protocol {
-        protocol::TCP => transport.opens(),
-        protocol::ICMP => true,
-        _ => !rules::allow(
-            policy.ingress_table,
-            peer,
-            transport.protocol,
-            transport.source_port,
-        ),
+    let table = match direction {
+        Direction::FromGuest => policy.egress_table,
+        Direction::ToGuest => policy.ingress_table,
     };
-    if opens {
-        let state = FlowState {
+    if !rules::allow(table, ends.peer, transport.protocol, transport.rule_port) {
+        return Err(DropReason::NotAllowed);
+    }
+    if has_key && !is_error && can_open(&transport) {
+        let flow = FlowState {
             last_seen_ns: now,
+            generation: policy.generation,
+            opener: direction as u8,
             phase: phase::OPENING,
+            finished: 0,
             reserved: 0,
         };
-        // Without memory for it the reply is dropped, which is the safe outcome.
-        let _ = FLOWS.insert(key, state, 0);
+        // Without memory for it the answer is dropped, which is the safe outcome.
+        let _ = opening.insert(&key, flow, 0);
+        let _ = established.remove(&key);
     }
+    Ok(())
 }
 
-/// A packet to the guest: whether it belongs to a flow that the guest opened. Refreshes it.
+/// Completes the key of the flow that a packet belongs to; false for ICMP that belongs to none.
 #[inline(always)]
-pub fn answers(policy: &PolicyEntry, peer: [u8; 4], transport: &Transport) -> bool {
-    if transport.protocol == protocol::ICMP && !transport.is_icmp(icmp_type::ECHO_REPLY) {
-        return false;
+fn set_own_key(key: &mut FlowKey, direction: Direction, transport: &Transport) -> bool {
+    if transport.is_any_icmp() {
+        let asks = transport.is_echo_request();
+        key.guest_port = transport.source_port;
+        key.peer_port = echo_asker(direction, asks);
+        return asks || transport.is_echo_reply();
     }
-    let key = key(
-        policy,
-        peer,
-        transport.protocol,
-        transport.destination_port,
-        transport.source_port,
-    );
-    // SAFETY: the helper has no preconditions.
-    let now = unsafe { bpf_ktime_get_coarse_ns() };
-    refresh(&key, transport, now, true)
-}
-
-/// Whether the packet that an ICMP error quotes belongs to a flow that the guest opened.
-#[inline(always)]
-pub fn has_quoted(policy: &PolicyEntry, quoted: &Quoted) -> bool {
-    let key = key(
-        policy,
-        quoted.destination,
-        quoted.protocol,
-        quoted.source_port,
-        quoted.destination_port,
-    );
-    // SAFETY: the helper has no preconditions.
-    let now = unsafe { bpf_ktime_get_coarse_ns() };
-    FLOWS.get_ptr(key).is_some_and(|state| {
-        // SAFETY: map values stay readable while the program runs; see `refresh` on races.
-        let state = unsafe { &*state };
-        is_alive(state, quoted.protocol, now)
-    })
-}
-
-#[inline(always)]
-fn key(
-    policy: &PolicyEntry,
-    peer: [u8; 4],
-    protocol: u8,
-    guest_port: u16,
-    peer_port: u16,
-) -> FlowKey {
-    FlowKey {
-        interface_id: policy.interface_id,
-        guest: policy.ipv4,
-        peer,
-        guest_port,
-        peer_port,
-        protocol,
-        reserved: [0; 3],
-    }
-}
-
-/// Finds a living flow and moves it on.
-#[inline(always)]
-fn refresh(key: &FlowKey, transport: &Transport, now: u64, is_reply: bool) -> bool {
-    let Some(state) = FLOWS.get_ptr_mut(key) else {
-        return false;
+    (key.guest_port, key.peer_port) = match direction {
+        Direction::FromGuest => (transport.source_port, transport.destination_port),
+        Direction::ToGuest => (transport.destination_port, transport.source_port),
     };
-    // SAFETY: map values stay readable and writable while the program runs. Two CPUs may race on one
-    // flow: each field is one aligned word, and either order is a state that the flow was in. An
-    // entry that was evicted and used again meanwhile gets one flow's time for another's: a timeout
-    // that is off once, no more.
-    let state = unsafe { &mut *state };
-    if !is_alive(state, transport.protocol, now) {
-        return false;
-    }
-    if is_reply {
-        // A new connection toward the guest is no reply, whatever the ports; only while the guest's
-        // own SYN is open it is one half of a simultaneous open (RFC 9293, 3.5).
-        if transport.opens() && state.phase != phase::OPENING {
-            return false;
-        }
-        if state.phase == phase::OPENING {
-            state.phase = phase::ESTABLISHED;
-        }
-    }
-    if transport.closes() {
-        state.phase = phase::CLOSING;
-    }
-    if now.wrapping_sub(state.last_seen_ns) > REFRESH_NS {
-        state.last_seen_ns = now;
-    }
     true
 }
 
+/// Makes the key that of the flow which the packet that an ICMP error quotes belongs to. False if it
+/// can't belong to one, or the error doesn't go to whoever sent that packet.
 #[inline(always)]
-fn is_alive(state: &FlowState, ip_protocol: u8, now: u64) -> bool {
-    let limit = match (ip_protocol, state.phase) {
+fn set_quoted_key(
+    key: &mut FlowKey,
+    packet: &TcContext,
+    direction: Direction,
+    ends: &Ends,
+    ip: &Ip,
+) -> Result<bool, DropReason> {
+    let quoted = transport::quoted(packet, ip)?;
+    let own = match direction {
+        // The guest reports what became of a packet that it got, to its sender.
+        Direction::FromGuest => {
+            key.peer = quoted.source;
+            key.guest_port = quoted.destination_port;
+            key.peer_port = quoted.source_port;
+            quoted.destination
+        }
+        // Anyone on the way may report what became of a packet that the guest sent.
+        Direction::ToGuest => {
+            key.peer = quoted.destination;
+            key.guest_port = quoted.source_port;
+            key.peer_port = quoted.destination_port;
+            quoted.source
+        }
+    };
+    key.protocol = quoted.protocol;
+    if matches!(quoted.protocol, protocol::ICMP | protocol::ICMPV6) {
+        // The quoted packet went the other way, and it asked.
+        key.guest_port = quoted.source_port;
+        key.peer_port = echo_asker(direction.reverse(), true);
+    }
+    let is_to_sender = match direction {
+        Direction::FromGuest => ip::same(key.peer, ends.peer),
+        Direction::ToGuest => true,
+    };
+    Ok(quoted.has_flow && is_to_sender && ip::same(own, ends.own))
+}
+
+#[inline(always)]
+fn echo_asker(direction: Direction, asks: bool) -> u16 {
+    match (direction, asks) {
+        (Direction::FromGuest, true) | (Direction::ToGuest, false) => GUEST_ASKS,
+        _ => PEER_ASKS,
+    }
+}
+
+/// A living flow, and whether it waits for its first answer.
+#[inline(always)]
+fn find(
+    established: &Flows,
+    opening: &Flows,
+    key: &FlowKey,
+    now: u64,
+) -> Option<(*mut FlowState, bool)> {
+    let (flow, is_opening) = match established.get_ptr_mut(key) {
+        Some(flow) => (flow, false),
+        None => (opening.get_ptr_mut(key)?, true),
+    };
+    // SAFETY: see `judge`.
+    let state = unsafe { &*flow };
+    is_alive(state, key.protocol, now).then_some((flow, is_opening))
+}
+
+#[inline(always)]
+fn is_alive(flow: &FlowState, ip_protocol: u8, now: u64) -> bool {
+    let limit = match (ip_protocol, flow.phase) {
         (protocol::TCP, phase::OPENING) => timeout::TCP_OPENING,
         (protocol::TCP, phase::ESTABLISHED) => timeout::TCP_ESTABLISHED,
-        (protocol::TCP, _) => timeout::TCP_CLOSING,
-        (protocol::ICMP, _) => timeout::ICMP_ECHO,
+        (protocol::TCP, phase::HALF_CLOSED) => timeout::TCP_HALF_CLOSED,
+        (protocol::TCP, _) => timeout::TCP_CLOSED,
+        (protocol::ICMP | protocol::ICMPV6, _) => timeout::ICMP_ECHO,
         _ => timeout::DATAGRAM,
     };
-    now.wrapping_sub(state.last_seen_ns) < limit
+    now.wrapping_sub(flow.last_seen_ns) < limit
+}
+
+/// Whether the flow may still be; one that an earlier policy let be is judged by the present one. One
+/// that a later policy let be was judged by a program that began after this one.
+#[inline(always)]
+fn is_still_allowed(policy: &PolicyEntry, key: &FlowKey, flow: &mut FlowState) -> bool {
+    if flow.generation >= policy.generation {
+        return true;
+    }
+    let from_guest = flow.opener == Direction::FromGuest as u8;
+    let (table, port) = if from_guest {
+        (policy.egress_table, key.peer_port)
+    } else {
+        (policy.ingress_table, key.guest_port)
+    };
+    let port = match key.protocol {
+        protocol::ICMP => u16::from(icmp_type::ECHO_REQUEST) << 8,
+        protocol::ICMPV6 => u16::from(icmpv6_type::ECHO_REQUEST) << 8,
+        _ => port,
+    };
+    if !rules::allow(table, key.peer, key.protocol, port) {
+        return false;
+    }
+    flow.generation = policy.generation;
+    true
+}
+
+/// Whether a packet goes on with the flow, instead of asking for a new connection in its place.
+#[inline(always)]
+fn continues(flow: &FlowState, direction: Direction, transport: &Transport) -> bool {
+    if !transport.opens() {
+        return true;
+    }
+    if flow.opener == direction as u8 {
+        // The same SYN again.
+        flow.phase <= phase::ESTABLISHED
+    } else {
+        // One half of a simultaneous open (RFC 9293, 3.5).
+        flow.phase == phase::OPENING
+    }
+}
+
+/// Moves a flow on; says whether this was its first answer.
+#[inline(always)]
+fn advance(flow: &mut FlowState, direction: Direction, transport: &Transport, now: u64) -> bool {
+    let side = direction as u8;
+    let mut answered = false;
+    if transport.resets() {
+        flow.phase = phase::CLOSED;
+    } else {
+        if flow.opener != side && flow.phase == phase::OPENING {
+            flow.phase = phase::ESTABLISHED;
+            answered = true;
+        }
+        if transport.finishes() && flow.phase < phase::CLOSED {
+            flow.finished |= 1 << (side & 1);
+            flow.phase = if flow.finished == 3 {
+                phase::CLOSED
+            } else {
+                phase::HALF_CLOSED
+            };
+        }
+    }
+    if now.wrapping_sub(flow.last_seen_ns) > REFRESH_NS {
+        flow.last_seen_ns = now;
+    }
+    answered
+}
+
+#[inline(always)]
+fn promote(established: &Flows, opening: &Flows, key: &FlowKey, flow: &FlowState) {
+    let state = *flow;
+    // Without memory for it the flow stays where it is.
+    if established.insert(key, state, 0).is_ok() {
+        let _ = opening.remove(key);
+    }
+}
+
+/// Whether a packet that no flow exists for opens one.
+#[inline(always)]
+fn can_open(transport: &Transport) -> bool {
+    match transport.protocol {
+        protocol::TCP => !transport.resets() && !transport.finishes(),
+        protocol::ICMP | protocol::ICMPV6 => transport.is_echo_request(),
+        _ => true,
+    }
 }

@@ -1,51 +1,71 @@
 //! Lets later fragments follow a first fragment that passed (map `FRAGMENTS`).
 //!
 //! Only a first fragment has ports, so it alone is judged by the rules; the others pass if they come
-//! after it, in time. One that would rewrite the TCP flags of the first is refused (RFC 3128).
+//! after it, in time. One that would rewrite a part of the first is refused (RFC 3128, RFC 5722).
 
 use aya_ebpf::helpers::generated::bpf_ktime_get_coarse_ns;
-use keelson_ebpf_common::{Direction, DropReason, FragmentKey, PolicyEntry, timeout};
+use keelson_ebpf_common::{
+    Direction, DropReason, FragmentKey, FragmentState, PolicyEntry, timeout,
+};
 
-use crate::frame::Ipv4;
+use crate::flows::Ends;
+use crate::ip::Ip;
 use crate::maps::FRAGMENTS;
-use crate::transport::protocol;
 
 #[inline(always)]
-fn key(policy: &PolicyEntry, ip: &Ipv4, direction: Direction) -> FragmentKey {
+fn key(ends: &Ends, ip: &Ip, direction: Direction) -> FragmentKey {
     FragmentKey {
-        interface_id: policy.interface_id,
-        source: ip.header.src_addr,
-        destination: ip.header.dst_addr,
-        identification: ip.header.id,
-        protocol: ip.header.proto,
+        peer: ends.peer,
+        identification: ip.identification,
+        protocol: if ip.is_ipv6 { 0 } else { ip.protocol },
         direction: direction as u8,
+        local: ends.local,
+        reserved: 0,
     }
 }
 
 /// A fragment that is not the first: passes after a first one that did.
 #[inline(always)]
-pub fn follow(policy: &PolicyEntry, ip: &Ipv4, direction: Direction) -> Result<(), DropReason> {
-    if ip.fragment_offset == 1 && ip.header.proto == protocol::TCP {
+pub fn follow(
+    policy: &PolicyEntry,
+    ends: &Ends,
+    ip: &Ip,
+    direction: Direction,
+) -> Result<(), DropReason> {
+    let Some(fragments) = FRAGMENTS.get(policy.slot) else {
         return Err(DropReason::Fragment);
-    }
-    // SAFETY: reads one aligned number; an entry that was evicted meanwhile gives another one,
-    // which at worst lets a fragment pass that can't be reassembled.
-    let first_seen = unsafe { FRAGMENTS.get(key(policy, ip, direction)) };
+    };
+    // SAFETY: reads aligned numbers; an entry that was evicted meanwhile gives others, which at
+    // worst let a fragment pass that can't be reassembled.
+    let first = unsafe { fragments.get(key(ends, ip, direction)) };
     // SAFETY: the helper has no preconditions.
     let now = unsafe { bpf_ktime_get_coarse_ns() };
-    match first_seen {
-        Some(&first_seen) if now.wrapping_sub(first_seen) < timeout::FRAGMENTS => Ok(()),
+    match first {
+        Some(first)
+            if now.wrapping_sub(first.first_seen_ns) < timeout::FRAGMENTS
+                && ip.fragment_offset >= first.first_end =>
+        {
+            Ok(())
+        }
         _ => Err(DropReason::Fragment),
     }
 }
 
 /// Notes that a packet passed, if it is a first fragment.
 #[inline(always)]
-pub fn note(policy: &PolicyEntry, ip: &Ipv4, direction: Direction) {
-    if ip.more_fragments {
-        // SAFETY: the helper has no preconditions.
-        let now = unsafe { bpf_ktime_get_coarse_ns() };
-        // Without memory for it the other fragments are dropped, which is the safe outcome.
-        let _ = FRAGMENTS.insert(key(policy, ip, direction), now, 0);
+pub fn note(policy: &PolicyEntry, ends: &Ends, ip: &Ip, direction: Direction) {
+    if !ip.more_fragments {
+        return;
     }
+    let Some(fragments) = FRAGMENTS.get(policy.slot) else {
+        return;
+    };
+    let state = FragmentState {
+        // SAFETY: the helper has no preconditions.
+        first_seen_ns: unsafe { bpf_ktime_get_coarse_ns() },
+        first_end: ip.fragment_length,
+        reserved: 0,
+    };
+    // Without memory for it the other fragments are dropped, which is the safe outcome.
+    let _ = fragments.insert(key(ends, ip, direction), state, 0);
 }

@@ -1,13 +1,12 @@
-//! Reads and checks the headers up to IPv4 and ARP. Uses no maps.
+//! Reads and checks the Ethernet header and ARP. Uses no maps.
 
 use aya_ebpf::programs::TcContext;
-use keelson_ebpf_common::DropReason;
+use keelson_ebpf_common::{DropReason, PolicyEntry};
 use network_types::arp::ArpHdr;
 use network_types::eth::EthHdr;
-use network_types::ip::Ipv4Hdr;
 
 /// EtherTypes as the header has them read as a big-endian number.
-pub mod ether_type {
+mod ether_type {
     pub const IPV4: u16 = 0x0800;
     pub const ARP: u16 = 0x0806;
     pub const IPV6: u16 = 0x86dd;
@@ -17,8 +16,10 @@ pub mod ether_type {
 }
 
 /// What a frame carries.
+#[derive(Clone, Copy, PartialEq, Eq)]
 pub enum Payload {
     Ipv4,
+    Ipv6,
     Arp,
 }
 
@@ -51,12 +52,25 @@ pub fn ethernet(packet: &TcContext) -> Result<EthHdr, DropReason> {
 pub fn payload(ethernet: &EthHdr) -> Result<Payload, DropReason> {
     match u16::from_be(ethernet.ether_type) {
         ether_type::IPV4 => Ok(Payload::Ipv4),
+        ether_type::IPV6 => Ok(Payload::Ipv6),
         ether_type::ARP => Ok(Payload::Arp),
-        ether_type::IPV6 => Err(DropReason::Ipv6),
         ether_type::VLAN | ether_type::SERVICE_VLAN | ether_type::OLD_SERVICE_VLAN => {
             Err(DropReason::Vlan)
         }
         _ => Err(DropReason::UnknownProtocol),
+    }
+}
+
+/// Refuses what is larger than the MTU, unless the kernel will cut it into segments that aren't.
+#[inline(always)]
+pub fn check_size(packet: &TcContext, policy: &PolicyEntry) -> Result<(), DropReason> {
+    if packet.len() <= u32::from(policy.mtu) + EthHdr::LEN as u32 {
+        return Ok(());
+    }
+    // SAFETY: the kernel gives the program a valid context.
+    match unsafe { (*packet.skb.skb).gso_size } {
+        0 => Err(DropReason::Oversized),
+        _ => Ok(()),
     }
 }
 
@@ -73,48 +87,6 @@ pub fn arp(packet: &TcContext) -> Result<ArpHdr, DropReason> {
         return Err(DropReason::Malformed);
     }
     Ok(arp)
-}
-
-/// An IPv4 header whose lengths agree with each other and with the frame.
-pub struct Ipv4 {
-    pub header: Ipv4Hdr,
-    /// Where the transport header begins in the frame, behind any IP options.
-    pub transport_offset: usize,
-    /// Bytes of the datagram behind the IP header, in this fragment.
-    pub transport_length: u16,
-    /// Where this fragment belongs in the datagram, in units of 8 bytes.
-    pub fragment_offset: u16,
-    /// More fragments follow.
-    pub more_fragments: bool,
-}
-
-/// Reads the IPv4 header.
-#[inline(always)]
-pub fn ipv4(packet: &TcContext) -> Result<Ipv4, DropReason> {
-    let header: Ipv4Hdr = read(packet, EthHdr::LEN)?;
-    let header_length = u16::from(header.vihl & 0x0f) * 4;
-    let total_length = header.tot_len();
-    if header.vihl >> 4 != 4
-        || usize::from(header_length) < Ipv4Hdr::LEN
-        || total_length < header_length
-        || packet.len() < u32::from(total_length) + 14
-    {
-        return Err(DropReason::Malformed);
-    }
-    let transport_length = total_length - header_length;
-    let fragmentation = u16::from_be_bytes(header.frags);
-    let fragment_offset = fragmentation & 0x1fff;
-    // A reassembled datagram must fit the length field: the "ping of death" doesn't.
-    if u32::from(fragment_offset) * 8 + u32::from(total_length) > 0xffff {
-        return Err(DropReason::Malformed);
-    }
-    Ok(Ipv4 {
-        header,
-        transport_offset: EthHdr::LEN + usize::from(header_length),
-        transport_length,
-        fragment_offset,
-        more_fragments: fragmentation & 0x2000 != 0,
-    })
 }
 
 /// Compares MAC addresses in two steps instead of six.

@@ -1,91 +1,146 @@
-//! Decides what a guest may send: frames from its own MAC address, IPv4 from its own address, ARP in
-//! its own name, nothing else; no answers of a DHCP server; and of that what its egress rules allow,
-//! or what answers something that its ingress rules let in.
+//! Decides what a guest may send: frames from its own MAC address; IPv4 and IPv6 from its own
+//! addresses; ARP and neighbour discovery in its own name; nothing that only routers and DHCP
+//! servers send; and of that what its flows and egress rules allow. What is for a guest of the same
+//! network on this host goes straight to it.
 //!
-//! Maps: the rules of the guest's tables (`PEER_CLASSES`, `ALLOWED_PORTS`); opens and refreshes
-//! `FLOWS`, so that replies come back; `FRAGMENTS`.
+//! Maps: those of `flows`, `rules`, `fragments` and `stations`.
 
 use aya_ebpf::programs::TcContext;
-use keelson_ebpf_common::{ALLOW_ALL, Direction, DropReason, PolicyEntry};
+use keelson_ebpf_common::{
+    Direction, DropReason, NO_ADDRESS, PolicyEntry, flag, from_ipv4, local,
+};
+use network_types::eth::EthHdr;
 
-use crate::frame::{self, Ipv4, Payload};
-use crate::transport::{self, Transport, icmp_type, protocol};
-use crate::{flows, fragments, rules};
+use crate::flows::{self, Ends};
+use crate::frame::{self, Payload};
+use crate::ip::{self, Ip, protocol};
+use crate::transport::icmp_type;
+use crate::{Passed, fragments, neighbour_discovery, stations};
 
-const DHCP_SERVER_PORT: u16 = 67;
-const DHCP_CLIENT_PORT: u16 = 68;
+const DHCP_PORTS: [u16; 2] = [67, 68];
+const DHCPV6_PORTS: [u16; 2] = [547, 546];
 
 /// The decision; see the module.
 #[inline(always)]
-pub fn decide(packet: &TcContext, policy: &PolicyEntry) -> Result<(), DropReason> {
+pub fn decide(packet: &TcContext, policy: &PolicyEntry) -> Result<Passed, DropReason> {
     let ethernet = frame::ethernet(packet)?;
     if !frame::same_mac(ethernet.src_addr, policy.mac) {
         return Err(DropReason::SpoofedMac);
     }
-    match frame::payload(&ethernet)? {
-        Payload::Arp => decide_arp(packet, policy),
-        Payload::Ipv4 => decide_ipv4(packet, policy),
+    let payload = frame::payload(&ethernet)?;
+    if payload == Payload::Arp {
+        return decide_arp(packet, policy);
     }
+    frame::check_size(packet, policy)?;
+    let (ip, ends) = if payload == Payload::Ipv4 {
+        let ip = ip::ipv4(packet)?;
+        let own = from_ipv4(policy.ipv4);
+        if policy.ipv4 == 0 || !ip::same(ip.source, own) {
+            return Err(DropReason::SpoofedIpv4);
+        }
+        let ends = Ends {
+            own,
+            local: local::IPV4,
+            peer: ip.destination,
+        };
+        (ip, ends)
+    } else {
+        let ip = ip::ipv6(packet)?;
+        if neighbour_discovery::is_housekeeping(packet, &ip)? {
+            check_ipv6_source(policy, &ip, true)?;
+            return neighbour_discovery::sent(packet, policy, &ip).map(|()| Passed::On);
+        }
+        let local = check_ipv6_source(policy, &ip, false)?;
+        let ends = Ends {
+            own: ip.source,
+            local,
+            peer: ip.destination,
+        };
+        (ip, ends)
+    };
+    if ip.fragment_offset == 0 {
+        refuse_servers(packet, &ip)?;
+    }
+    decide_ip(packet, policy, &ethernet, &ip, &ends)
+}
+
+#[inline(always)]
+fn decide_ip(
+    packet: &TcContext,
+    policy: &PolicyEntry,
+    ethernet: &EthHdr,
+    ip: &Ip,
+    ends: &Ends,
+) -> Result<Passed, DropReason> {
+    let station = stations::find(policy, ethernet.dst_addr);
+    if station.is_some() && policy.flags & flag::ISOLATED != 0 {
+        return Err(DropReason::Isolated);
+    }
+    if ip.fragment_offset != 0 {
+        fragments::follow(policy, ends, ip, Direction::FromGuest)?;
+    } else {
+        flows::judge(packet, policy, Direction::FromGuest, ends, ip)?;
+        fragments::note(policy, ends, ip, Direction::FromGuest);
+    }
+    Ok(match station {
+        Some(ifindex) => Passed::To(ifindex),
+        None => Passed::On,
+    })
 }
 
 /// The sender's identity must be the guest's own. A probe for an address conflict has no sender
 /// address yet (RFC 5227).
 #[inline(always)]
-fn decide_arp(packet: &TcContext, policy: &PolicyEntry) -> Result<(), DropReason> {
+fn decide_arp(packet: &TcContext, policy: &PolicyEntry) -> Result<Passed, DropReason> {
     let arp = frame::arp(packet)?;
-    let is_probe = arp.spa() == [0; 4] && arp.oper() == 1;
-    if !frame::same_mac(arp.sha(), policy.mac) || !(is_probe || arp.spa() == policy.ipv4) {
+    let sender = u32::from_ne_bytes(arp.spa());
+    let is_probe = sender == 0 && arp.oper() == 1;
+    let is_own = sender == policy.ipv4 && policy.ipv4 != 0;
+    if !frame::same_mac(arp.sha(), policy.mac) || !(is_probe || is_own) {
         return Err(DropReason::SpoofedArp);
     }
+    if is_own && arp.oper() == 1 {
+        return Ok(stations::answer_arp(packet, policy, &arp));
+    }
+    Ok(Passed::On)
+}
+
+/// Which of the guest's addresses the source is.
+#[inline(always)]
+fn check_ipv6_source(policy: &PolicyEntry, ip: &Ip, may_be_none: bool) -> Result<u8, DropReason> {
+    if ip::same(policy.link_local, NO_ADDRESS) || ip::is_mapped(ip.destination) {
+        return Err(DropReason::SpoofedIpv6);
+    }
+    if ip::same(ip.source, policy.link_local) {
+        return Ok(local::LINK_LOCAL);
+    }
+    let is_none = ip::same(ip.source, NO_ADDRESS);
+    if ip::same(ip.source, policy.ipv6) && !is_none || is_none && may_be_none {
+        return Ok(local::IPV6);
+    }
+    Err(DropReason::SpoofedIpv6)
+}
+
+/// Refuses what only DHCP servers and routers send.
+#[inline(always)]
+fn refuse_servers(packet: &TcContext, ip: &Ip) -> Result<(), DropReason> {
+    if ip.protocol == protocol::UDP {
+        let ports: [u8; 4] = frame::read(packet, ip.offset)?;
+        let source = u16::from_be_bytes([ports[0], ports[1]]);
+        let destination = u16::from_be_bytes([ports[2], ports[3]]);
+        let server = if ip.is_ipv6 { DHCPV6_PORTS } else { DHCP_PORTS };
+        if [source, destination] == server {
+            return Err(DropReason::DhcpServer);
+        }
+    } else if ip.protocol == protocol::ICMP && !ip.is_ipv6 {
+        let [icmp_type, _]: [u8; 2] = frame::read(packet, ip.offset)?;
+        if matches!(
+            icmp_type,
+            icmp_type::REDIRECT | icmp_type::ROUTER_ADVERTISEMENT
+        ) {
+            return Err(DropReason::RouterAdvertisement);
+        }
+    }
     Ok(())
 }
 
-#[inline(always)]
-fn decide_ipv4(packet: &TcContext, policy: &PolicyEntry) -> Result<(), DropReason> {
-    let ip = frame::ipv4(packet)?;
-    if ip.header.src_addr != policy.ipv4 {
-        return Err(DropReason::SpoofedIpv4);
-    }
-    if ip.fragment_offset != 0 {
-        return fragments::follow(policy, &ip, Direction::FromGuest);
-    }
-    let transport = transport::transport(packet, &ip)?;
-    if transport.protocol == protocol::UDP
-        && transport.source_port == DHCP_SERVER_PORT
-        && transport.destination_port == DHCP_CLIENT_PORT
-    {
-        return Err(DropReason::DhcpServer);
-    }
-    if policy.egress_table != ALLOW_ALL && !is_allowed(policy, &ip, &transport) {
-        return Err(DropReason::NotAllowed);
-    }
-    flows::sent(policy, ip.header.dst_addr, &transport);
-    fragments::note(policy, &ip, Direction::FromGuest);
-    Ok(())
-}
-
-/// Whether the egress rules allow it, or the ingress rules what it answers.
-#[inline(always)]
-fn is_allowed(policy: &PolicyEntry, ip: &Ipv4, transport: &Transport) -> bool {
-    let peer = ip.header.dst_addr;
-    if rules::allow(
-        policy.egress_table,
-        peer,
-        transport.protocol,
-        transport.destination_port,
-    ) {
-        return true;
-    }
-    let can_answer = match transport.protocol {
-        protocol::TCP => !transport.opens(),
-        protocol::ICMP => transport.is_icmp(icmp_type::ECHO_REPLY) || transport.is_icmp_error(),
-        _ => true,
-    };
-    can_answer
-        && rules::allow(
-            policy.ingress_table,
-            peer,
-            transport.protocol,
-            transport.source_port,
-        )
-}

@@ -11,15 +11,27 @@ mod flows;
 mod fragments;
 mod frame;
 mod from_guest;
+mod ip;
 mod maps;
+mod neighbour_discovery;
 mod rules;
+mod stations;
 mod to_guest;
 mod transport;
 
 use aya_ebpf::bindings::{TC_ACT_SHOT, TC_ACT_UNSPEC};
+use aya_ebpf::helpers::generated::bpf_redirect;
 use aya_ebpf::macros::classifier;
 use aya_ebpf::programs::TcContext;
 use keelson_ebpf_common::{Direction, DropReason, PolicyEntry};
+
+/// Where a packet that passed goes.
+pub enum Passed {
+    /// On its way through the host.
+    On,
+    /// Out of the interface with this index.
+    To(u32),
+}
 
 /// Decides about a packet that a guest sent.
 #[classifier]
@@ -33,29 +45,38 @@ pub fn to_guest(packet: TcContext) -> i32 {
     enforce(&packet, Direction::ToGuest, to_guest::decide)
 }
 
-/// Runs `decide` with the interface's policy and counts what it says.
+/// Runs `decide` with the interface's policy, counts what it says, and does it.
 ///
-/// A passed packet gets `TC_ACT_UNSPEC` (`TCX_NEXT`): programs that others attached behind these
-/// still see it, and none of them can pass what was dropped here.
+/// A packet that goes on gets `TC_ACT_UNSPEC` (`TCX_NEXT`): programs that others attached behind
+/// these still see it, and none of them can pass what was dropped here.
 #[inline(always)]
 fn enforce(
     packet: &TcContext,
     direction: Direction,
-    decide: impl FnOnce(&TcContext, &PolicyEntry) -> Result<(), DropReason>,
+    decide: impl FnOnce(&TcContext, &PolicyEntry) -> Result<Passed, DropReason>,
 ) -> i32 {
     let ifindex = frame::ifindex(packet);
     // SAFETY: the host replaces entries as a whole and waits for running programs before it
     // changes the map again, so the entry stays what it is for as long as this program runs.
     let policy = unsafe { maps::POLICIES.get(ifindex) };
-    let decision = match policy {
-        Some(policy) => decide(packet, policy),
-        None => Err(DropReason::NoPolicy),
+    let Some(policy) = policy else {
+        counters::count_dropped(ifindex, direction, packet.len(), DropReason::NoPolicy);
+        return TC_ACT_SHOT;
     };
-    counters::count(ifindex, direction, packet.len(), decision);
-    if decision.is_ok() {
-        TC_ACT_UNSPEC
-    } else {
-        TC_ACT_SHOT
+    let length = packet.len();
+    match decide(packet, policy) {
+        Ok(passed) => {
+            counters::count_passed(policy.slot, direction, length);
+            match passed {
+                Passed::On => TC_ACT_UNSPEC,
+                // SAFETY: the helper takes two numbers; an index that is gone drops the packet.
+                Passed::To(ifindex) => unsafe { bpf_redirect(ifindex, 0) as i32 },
+            }
+        }
+        Err(reason) => {
+            counters::count_dropped(ifindex, direction, length, reason);
+            TC_ACT_SHOT
+        }
     }
 }
 

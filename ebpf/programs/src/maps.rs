@@ -1,35 +1,62 @@
 //! The maps, all pinned by the host under the names they have here.
 
 use aya_ebpf::bindings::BPF_F_NO_PREALLOC;
-use aya_ebpf::macros::map;
-use aya_ebpf::maps::{HashMap, LpmTrie, LruHashMap, PerCpuHashMap};
+use aya_ebpf::btf_maps::{self, ArrayOfMaps};
+use aya_ebpf::macros::{btf_map, map};
+use aya_ebpf::maps::{HashMap, LpmTrie, PerCpuArray, PerCpuHashMap};
 use keelson_ebpf_common::{
-    CounterKey, DirectionTallies, FlowKey, FlowState, FragmentKey, PolicyEntry, PortKey, SourceKey,
+    CounterKey, DirectionTallies, FlowKey, FlowState, FragmentKey, FragmentState, Neighbour,
+    NeighbourKey, PeerKey, PolicyEntry, PortKey, SLOTS, StationKey, Tally,
 };
 
 /// Interface index → what the programs enforce there.
 #[map]
-pub static POLICIES: HashMap<u32, PolicyEntry> = HashMap::with_max_entries(4096, 0);
+pub static POLICIES: HashMap<u32, PolicyEntry> = HashMap::with_max_entries(SLOTS, 0);
 
 /// Rule table and peer address → class of peers.
 #[map]
-pub static PEER_CLASSES: LpmTrie<SourceKey, u32> =
-    LpmTrie::with_max_entries(1 << 20, BPF_F_NO_PREALLOC);
+pub static PEER_CLASSES: LpmTrie<PeerKey, u32> =
+    LpmTrie::with_max_entries(1 << 22, BPF_F_NO_PREALLOC);
 
 /// Class of peers, protocol and port → allowed; the value is never read.
 #[map]
 pub static ALLOWED_PORTS: LpmTrie<PortKey, u32> =
     LpmTrie::with_max_entries(1 << 22, BPF_F_NO_PREALLOC);
 
-/// Flows that guests opened. The least recently used go first when it is full.
-#[map]
-pub static FLOWS: LruHashMap<FlowKey, FlowState> = LruHashMap::with_max_entries(1 << 17, 0);
+/// Flows of one interface. The host makes them, as large as it wants; the least recently used go
+/// first when one is full.
+pub type Flows = btf_maps::LruHashMap<FlowKey, FlowState, 1>;
 
-/// Fragmented datagrams whose first fragment passed → when that was.
-#[map]
-pub static FRAGMENTS: LruHashMap<FragmentKey, u64> = LruHashMap::with_max_entries(1 << 12, 0);
+/// Slot → the interface's flows in which both sides have sent.
+#[btf_map]
+pub static FLOWS: ArrayOfMaps<Flows, { SLOTS as usize }> = ArrayOfMaps::new();
 
-/// Interface and direction → counters. The host creates the entries.
+/// Slot → the interface's flows in which only one side has sent: a flood of these can't push out
+/// the others.
+#[btf_map]
+pub static OPENING_FLOWS: ArrayOfMaps<Flows, { SLOTS as usize }> = ArrayOfMaps::new();
+
+/// Fragmented datagrams of one interface whose first fragment passed.
+pub type Fragments = btf_maps::LruHashMap<FragmentKey, FragmentState, 1>;
+
+/// Slot → the interface's fragmented datagrams.
+#[btf_map]
+pub static FRAGMENTS: ArrayOfMaps<Fragments, { SLOTS as usize }> = ArrayOfMaps::new();
+
+/// Network and MAC address → index of the guest's interface on this host.
 #[map]
-pub static COUNTERS: PerCpuHashMap<CounterKey, DirectionTallies> =
-    PerCpuHashMap::with_max_entries(2 * 4096 + 2, BPF_F_NO_PREALLOC);
+pub static STATIONS: HashMap<StationKey, u32> = HashMap::with_max_entries(SLOTS, 0);
+
+/// Network and address → who has it.
+#[map]
+pub static NEIGHBOURS: HashMap<NeighbourKey, Neighbour> =
+    HashMap::with_max_entries(3 * SLOTS, BPF_F_NO_PREALLOC);
+
+/// Slot and direction → what went on.
+#[map]
+pub static PASSED: PerCpuArray<Tally> = PerCpuArray::with_max_entries(2 * SLOTS, 0);
+
+/// Interface and direction → what was dropped. The host creates the entries.
+#[map]
+pub static DROPPED: PerCpuHashMap<CounterKey, DirectionTallies> =
+    PerCpuHashMap::with_max_entries(2 * SLOTS, BPF_F_NO_PREALLOC);

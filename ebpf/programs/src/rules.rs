@@ -1,32 +1,27 @@
 //! Whether a rule table allows a peer and port (maps `PEER_CLASSES`, `ALLOWED_PORTS`).
 
 use aya_ebpf::maps::lpm_trie::Key;
-use keelson_ebpf_common::{ALLOW_ALL, PortKey, SourceKey};
+use keelson_ebpf_common::{ALLOW_ALL, Address, PeerKey, PortKey};
 
 use crate::maps::{ALLOWED_PORTS, PEER_CLASSES};
-use crate::transport::protocol;
 
 /// Two lookups, whatever the number of rules: the peer's class, then whether the class may use the
 /// port. Everything that the second map holds is allowed.
 #[inline(always)]
-pub fn allow(table: u32, peer: [u8; 4], ip_protocol: u8, port: u16) -> bool {
+pub fn allow(table: u32, peer: Address, protocol: u8, port: u16) -> bool {
     if table == ALLOW_ALL {
         return true;
     }
-    let peer_key = SourceKey {
+    let peer_key = PeerKey {
         table,
         address: peer,
     };
-    let Some(&class) = PEER_CLASSES.get(Key::new(SourceKey::BITS, peer_key)) else {
+    let Some(&class) = PEER_CLASSES.get(Key::new(PeerKey::BITS, peer_key)) else {
         return false;
-    };
-    let port = match ip_protocol {
-        protocol::TCP | protocol::UDP => port,
-        _ => 0,
     };
     let port_key = PortKey {
         class,
-        protocol: ip_protocol,
+        protocol,
         port: port.to_be_bytes(),
         reserved: 0,
     };

@@ -1,101 +1,106 @@
-//! Decides what may reach a guest: ARP that concerns it, replies and ICMP errors to flows that it
-//! opened, and what its ingress rules allow.
+//! Decides what may reach a guest: ARP and neighbour discovery that concern it, and what its flows
+//! and ingress rules allow.
 //!
-//! Maps: `FLOWS` for replies, then the rules of the guest's table (`PEER_CLASSES`,
-//! `ALLOWED_PORTS`); `FRAGMENTS`.
+//! Maps: those of `flows`, `rules`, `fragments` and `stations`.
 
 use aya_ebpf::programs::TcContext;
-use keelson_ebpf_common::{Direction, DropReason, PolicyEntry};
+use keelson_ebpf_common::{
+    Direction, DropReason, NO_ADDRESS, PolicyEntry, flag, from_ipv4, local,
+};
 
-use crate::frame::{self, Ipv4, Payload};
-use crate::transport::{self, Transport, protocol};
-use crate::{flows, fragments, rules};
+use crate::flows::{self, Ends};
+use crate::frame::{self, Payload};
+use crate::ip::{self, Ip};
+use crate::{Passed, fragments, neighbour_discovery, stations};
 
 /// The decision; see the module.
 #[inline(always)]
-pub fn decide(packet: &TcContext, policy: &PolicyEntry) -> Result<(), DropReason> {
+pub fn decide(packet: &TcContext, policy: &PolicyEntry) -> Result<Passed, DropReason> {
     let ethernet = frame::ethernet(packet)?;
     // A bridge floods what it hasn't learnt: not everything that arrives is the guest's.
     let is_group = ethernet.dst_addr[0] & 1 != 0;
     if !is_group && !frame::same_mac(ethernet.dst_addr, policy.mac) {
         return Err(DropReason::WrongDestination);
     }
-    match frame::payload(&ethernet)? {
-        Payload::Arp => decide_arp(packet, policy),
-        Payload::Ipv4 => decide_ipv4(packet, policy),
+    if policy.flags & flag::ISOLATED != 0 && stations::find(policy, ethernet.src_addr).is_some() {
+        return Err(DropReason::Isolated);
     }
+    let (ip, ends) = match frame::payload(&ethernet)? {
+        Payload::Arp => return decide_arp(packet, policy).map(|()| Passed::On),
+        Payload::Ipv4 => {
+            let ip = ip::ipv4(packet)?;
+            let own = from_ipv4(policy.ipv4);
+            if policy.ipv4 == 0 || !ip::same(ip.destination, own) {
+                return Err(DropReason::WrongDestination);
+            }
+            if ip::same(ip.source, own) {
+                return Err(DropReason::SpoofedIpv4);
+            }
+            let ends = Ends {
+                own,
+                local: local::IPV4,
+                peer: ip.source,
+            };
+            (ip, ends)
+        }
+        Payload::Ipv6 => {
+            let ip = ip::ipv6(packet)?;
+            let local = check_ipv6(policy, &ip)?;
+            if neighbour_discovery::is_housekeeping(packet, &ip)? {
+                return neighbour_discovery::received(packet, policy, &ip).map(|()| Passed::On);
+            }
+            let Some(local) = local else {
+                return Err(DropReason::WrongDestination);
+            };
+            let ends = Ends {
+                own: ip.destination,
+                local,
+                peer: ip.source,
+            };
+            (ip, ends)
+        }
+    };
+    if ip.fragment_offset != 0 {
+        fragments::follow(policy, &ends, &ip, Direction::ToGuest)?;
+    } else {
+        flows::judge(packet, policy, Direction::ToGuest, &ends, &ip)?;
+        fragments::note(policy, &ends, &ip, Direction::ToGuest);
+    }
+    Ok(Passed::On)
 }
 
 /// ARP for the guest's address, or someone's announcement of their own (RFC 5227).
 #[inline(always)]
 fn decide_arp(packet: &TcContext, policy: &PolicyEntry) -> Result<(), DropReason> {
     let arp = frame::arp(packet)?;
-    if arp.tpa() == policy.ipv4 || arp.tpa() == arp.spa() {
+    let target = u32::from_ne_bytes(arp.tpa());
+    if policy.ipv4 != 0 && (target == policy.ipv4 || arp.tpa() == arp.spa()) {
         Ok(())
     } else {
         Err(DropReason::WrongDestination)
     }
 }
 
+/// Which of the guest's addresses the destination is; `None` for a group's.
 #[inline(always)]
-fn decide_ipv4(packet: &TcContext, policy: &PolicyEntry) -> Result<(), DropReason> {
-    let ip = frame::ipv4(packet)?;
-    if ip.header.dst_addr != policy.ipv4 {
+fn check_ipv6(policy: &PolicyEntry, ip: &Ip) -> Result<Option<u8>, DropReason> {
+    if ip::same(policy.link_local, NO_ADDRESS) {
         return Err(DropReason::WrongDestination);
     }
-    if ip.header.src_addr == policy.ipv4 {
-        return Err(DropReason::SpoofedIpv4);
+    let from_itself =
+        ip::same(ip.source, policy.ipv6) && !ip::same(policy.ipv6, NO_ADDRESS)
+            || ip::same(ip.source, policy.link_local);
+    if from_itself || ip::is_mapped(ip.source) || ip::is_multicast(ip.source) {
+        return Err(DropReason::SpoofedIpv6);
     }
-    if ip.fragment_offset != 0 {
-        return fragments::follow(policy, &ip, Direction::ToGuest);
+    if ip::is_multicast(ip.destination) {
+        return Ok(None);
     }
-    let transport = transport::transport(packet, &ip)?;
-    if !is_allowed(packet, policy, &ip, &transport)? {
-        return Err(DropReason::NotAllowed);
+    if ip::same(ip.destination, policy.link_local) {
+        return Ok(Some(local::LINK_LOCAL));
     }
-    fragments::note(policy, &ip, Direction::ToGuest);
-    Ok(())
-}
-
-#[inline(always)]
-fn is_allowed(
-    packet: &TcContext,
-    policy: &PolicyEntry,
-    ip: &Ipv4,
-    transport: &Transport,
-) -> Result<bool, DropReason> {
-    let peer = ip.header.src_addr;
-    if flows::answers(policy, peer, transport) {
-        return Ok(true);
+    if ip::same(ip.destination, policy.ipv6) && !ip::same(policy.ipv6, NO_ADDRESS) {
+        return Ok(Some(local::IPV6));
     }
-    if transport.is_icmp_error() && is_related(packet, policy, ip)? {
-        return Ok(true);
-    }
-    Ok(rules::allow(
-        policy.ingress_table,
-        peer,
-        transport.protocol,
-        transport.destination_port,
-    ))
-}
-
-/// An ICMP error about a packet that the guest sent in a flow of its own, or in one that a rule lets
-/// in. Path MTU discovery depends on these.
-#[inline(always)]
-fn is_related(packet: &TcContext, policy: &PolicyEntry, ip: &Ipv4) -> Result<bool, DropReason> {
-    let Some(quoted) = transport::quoted(packet, ip)? else {
-        return Ok(false);
-    };
-    if quoted.source != policy.ipv4 {
-        return Ok(false);
-    }
-    let has_ports = matches!(quoted.protocol, protocol::TCP | protocol::UDP);
-    Ok(flows::has_quoted(policy, &quoted)
-        || (has_ports
-            && rules::allow(
-                policy.ingress_table,
-                quoted.destination,
-                quoted.protocol,
-                quoted.source_port,
-            )))
+    Err(DropReason::WrongDestination)
 }

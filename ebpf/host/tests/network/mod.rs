@@ -13,7 +13,7 @@ use std::process::{self, Command};
 use std::time::Duration;
 
 use keelson_ebpf::{
-    Datapath, DatapathConfig, EgressPolicy, HookChoice, InterfacePolicy, MacAddress, Protocol, Rule,
+    Datapath, DatapathConfig, HookChoice, InterfacePolicy, MacAddress, Protocol, Rule,
 };
 
 /// How long something that must happen may take on a busy machine.
@@ -155,9 +155,8 @@ impl Guest {
         InterfacePolicy {
             name: self.name.clone(),
             mac: self.mac,
-            ipv4: self.ip,
-            ingress: Vec::new(),
-            egress: EgressPolicy::AllowAll,
+            ipv4: Some(self.ip),
+            ..InterfacePolicy::default()
         }
     }
 

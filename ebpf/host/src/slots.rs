@@ -1,0 +1,100 @@
+//! What each attached interface has of its own in the maps that hold one element or one map per
+//! interface: its flows, its fragments, its count of passed packets.
+
+use aya::maps::{MapData, PerCpuValues};
+use aya_obj::generated::bpf_map_type::BPF_MAP_TYPE_LRU_HASH;
+use keelson_ebpf_common::{
+    Direction, FlowKey, FlowState, FragmentKey, FragmentState, SLOTS, Tally, map_name, passed_index,
+};
+
+use crate::error::DatapathError;
+use crate::object::Object;
+
+/// Datagrams in fragments that one guest can have on the way at a time.
+const FRAGMENTED_DATAGRAMS: u32 = 1024;
+/// Flows that wait for their first answer, as a part of all.
+const OPENING_PART: u32 = 4;
+
+/// The lowest slot that none of `taken` has. Slot zero is nobody's.
+pub fn lowest_free(taken: impl Iterator<Item = u32>) -> Result<u32, DatapathError> {
+    let taken: std::collections::BTreeSet<u32> = taken.collect();
+    (1..SLOTS)
+        .find(|slot| !taken.contains(slot))
+        .ok_or(DatapathError::Full {
+            map: map_name::POLICIES,
+        })
+}
+
+/// Gives a slot empty maps for `max_flows` flows, and sets its counters to zero. Before any policy
+/// refers to the slot.
+pub fn fill(object: &mut Object, slot: u32, max_flows: u32) -> Result<(), DatapathError> {
+    set_maps(
+        object,
+        slot,
+        max_flows,
+        max_flows / OPENING_PART,
+        FRAGMENTED_DATAGRAMS,
+    )?;
+    for direction in [Direction::FromGuest, Direction::ToGuest] {
+        let zeros = per_cpu(Tally::default())?;
+        object
+            .passed
+            .set(passed_index(slot, direction), zeros, 0)
+            .map_err(DatapathError::map("write", map_name::PASSED))?;
+    }
+    Ok(())
+}
+
+/// Gives the memory of a slot's maps back. After no policy refers to it any more.
+pub fn empty(object: &mut Object, slot: u32) -> Result<(), DatapathError> {
+    set_maps(object, slot, 1, 1, 1)
+}
+
+fn set_maps(
+    object: &mut Object,
+    slot: u32,
+    flows: u32,
+    opening: u32,
+    fragments: u32,
+) -> Result<(), DatapathError> {
+    let flow_map = |name, entries| lru_map::<FlowKey, FlowState>(name, entries);
+    let established = flow_map(map_name::FLOWS, flows)?;
+    let opening = flow_map(map_name::OPENING_FLOWS, opening)?;
+    let fragments = lru_map::<FragmentKey, FragmentState>(map_name::FRAGMENTS, fragments)?;
+    object
+        .flows
+        .set(slot, &established, 0)
+        .map_err(DatapathError::map("write", map_name::FLOWS))?;
+    object
+        .opening_flows
+        .set(slot, &opening, 0)
+        .map_err(DatapathError::map("write", map_name::OPENING_FLOWS))?;
+    object
+        .fragments
+        .set(slot, &fragments, 0)
+        .map_err(DatapathError::map("write", map_name::FRAGMENTS))
+}
+
+fn lru_map<K, V>(name: &'static str, entries: u32) -> Result<MapData, DatapathError> {
+    let size = |bytes: usize| u32::try_from(bytes).unwrap_or(u32::MAX);
+    let definition = aya_obj::Map::new_from_params(
+        BPF_MAP_TYPE_LRU_HASH as u32,
+        size(size_of::<K>()),
+        size(size_of::<V>()),
+        entries.max(1),
+        0,
+    );
+    MapData::create(definition, name, None).map_err(DatapathError::map("create", name))
+}
+
+/// The same value for each CPU.
+pub fn per_cpu<T: aya::Pod>(value: T) -> Result<PerCpuValues<T>, DatapathError> {
+    let cpus = aya::util::nr_cpus().map_err(|(path, error)| DatapathError::Load {
+        what: "the number of CPUs".into(),
+        problem: format!("{path}: {error}"),
+    })?;
+    PerCpuValues::try_from(vec![value; cpus]).map_err(|error| DatapathError::Load {
+        what: "values for each CPU".into(),
+        problem: error.to_string(),
+    })
+}

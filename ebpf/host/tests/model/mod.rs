@@ -1,0 +1,441 @@
+//! The policy in plain words: what the programs must say about any frame, written without regard to
+//! how they do it. Its time stands still.
+
+mod packet;
+
+use std::collections::HashMap;
+use std::net::{IpAddr, Ipv6Addr};
+
+use keelson_ebpf::{Direction, DropReason, EgressPolicy, InterfacePolicy};
+use packet::{Packet, Transport};
+
+type Verdict = Result<(), DropReason>;
+
+/// One interface.
+pub struct Model {
+    policy: InterfacePolicy,
+    /// Other guests of the network on this host, by MAC address.
+    stations: Vec<[u8; 6]>,
+    flows: HashMap<FlowKey, Flow>,
+    /// Fragmented packets whose first fragment passed → where that one ends.
+    fragments: HashMap<FragmentKey, u32>,
+}
+
+/// Protocol, the guest's address and port, the peer's address and port. Of an echo the ports are its
+/// identifier and who asks.
+type FlowKey = (u8, IpAddr, u16, IpAddr, u16);
+type FragmentKey = (bool, IpAddr, IpAddr, [u8; 4], u8);
+
+struct Flow {
+    opener: Direction,
+    answered: bool,
+    finished: [bool; 2],
+    reset: bool,
+    /// As the rules saw the packet that opened it.
+    rule_port: u16,
+    /// Whether the present rules were asked about it.
+    is_judged: bool,
+}
+
+impl Model {
+    pub fn new(policy: &InterfacePolicy, stations: Vec<[u8; 6]>) -> Self {
+        Self {
+            policy: policy.clone(),
+            stations,
+            flows: HashMap::new(),
+            fragments: HashMap::new(),
+        }
+    }
+
+    /// Other rules: flows are asked about when their next packet comes.
+    pub fn update(&mut self, policy: &InterfacePolicy) {
+        self.policy = policy.clone();
+        for flow in self.flows.values_mut() {
+            flow.is_judged = false;
+        }
+    }
+
+    /// Whether there is such a flow that the present rules allow; one that they don't is no more.
+    fn has_flow(&mut self, key: &FlowKey) -> bool {
+        let Some(flow) = self.flows.get(key) else {
+            return false;
+        };
+        let allowed = flow.is_judged || self.rules_allow(flow.opener, key.3, key.0, flow.rule_port);
+        if allowed {
+            self.flows
+                .entry(*key)
+                .and_modify(|flow| flow.is_judged = true);
+        } else {
+            self.flows.remove(key);
+        }
+        allowed
+    }
+
+    /// What becomes of a frame.
+    pub fn judge(&mut self, direction: Direction, frame: &[u8]) -> Verdict {
+        let source: [u8; 6] = frame[6..12].try_into().expect("six bytes");
+        let destination: [u8; 6] = frame[..6].try_into().expect("six bytes");
+        let from_guest = direction == Direction::FromGuest;
+        if from_guest && source != self.policy.mac.0 {
+            return Err(DropReason::SpoofedMac);
+        }
+        let is_group = destination[0] & 1 == 1;
+        if !from_guest && !is_group && destination != self.policy.mac.0 {
+            return Err(DropReason::WrongDestination);
+        }
+        if !from_guest && self.policy.isolated && self.stations.contains(&source) {
+            return Err(DropReason::Isolated);
+        }
+        match u16::from_be_bytes([frame[12], frame[13]]) {
+            0x0806 => self.judge_arp(from_guest, frame),
+            0x0800 | 0x86dd => {
+                if from_guest && frame.len() > usize::from(self.policy.mtu) + 14 {
+                    return Err(DropReason::Oversized);
+                }
+                let packet = packet::read(frame)?;
+                self.check_addresses(direction, &packet)?;
+                if packet.is_housekeeping() {
+                    return self.judge_housekeeping(from_guest, &packet, frame);
+                }
+                if from_guest {
+                    refuse_servers(&packet, frame)?;
+                    if self.policy.isolated && self.stations.contains(&destination) {
+                        return Err(DropReason::Isolated);
+                    }
+                } else if is_ipv6_group(packet.destination) {
+                    return Err(DropReason::WrongDestination);
+                }
+                self.judge_ip(direction, &packet, frame)
+            }
+            0x8100 | 0x88a8 | 0x9100 => Err(DropReason::Vlan),
+            _ => Err(DropReason::UnknownProtocol),
+        }
+    }
+
+    fn judge_arp(&self, from_guest: bool, frame: &[u8]) -> Verdict {
+        let arp = frame.get(14..42).ok_or(DropReason::Malformed)?;
+        if arp[..6] != [0, 1, 8, 0, 6, 4] || !matches!(arp[6..8], [0, 1 | 2]) {
+            return Err(DropReason::Malformed);
+        }
+        let own = self.policy.ipv4.map(|ipv4| ipv4.octets());
+        let (sender, target) = (&arp[14..18], &arp[24..28]);
+        if from_guest {
+            let is_probe = *sender == [0; 4] && arp[7] == 1;
+            let is_own = own.is_some_and(|own| *sender == own);
+            if arp[8..14] != self.policy.mac.0 || !(is_probe || is_own) {
+                return Err(DropReason::SpoofedArp);
+            }
+        } else if own.is_none_or(|own| *target != own && target != sender) {
+            return Err(DropReason::WrongDestination);
+        }
+        Ok(())
+    }
+
+    fn own_ipv6(&self) -> Vec<Ipv6Addr> {
+        let ipv6 = self.policy.ipv6.into_iter();
+        ipv6.flat_map(|ipv6| [ipv6, self.policy.mac.link_local()])
+            .collect()
+    }
+
+    fn check_addresses(&self, direction: Direction, packet: &Packet) -> Verdict {
+        match (direction, packet.source, packet.destination) {
+            (Direction::FromGuest, IpAddr::V4(source), _) => {
+                if Some(source) == self.policy.ipv4 {
+                    Ok(())
+                } else {
+                    Err(DropReason::SpoofedIpv4)
+                }
+            }
+            (Direction::ToGuest, IpAddr::V4(source), IpAddr::V4(destination)) => {
+                if Some(destination) != self.policy.ipv4 {
+                    Err(DropReason::WrongDestination)
+                } else if source == destination {
+                    Err(DropReason::SpoofedIpv4)
+                } else {
+                    Ok(())
+                }
+            }
+            (Direction::FromGuest, IpAddr::V6(source), destination) => {
+                let own = self.own_ipv6();
+                let may_be_none = packet.icmpv6_type.is_some_and(is_housekeeping_type);
+                let is_none = source.is_unspecified() && may_be_none;
+                let has_ipv6 = !own.is_empty() && !is_mapped(destination);
+                if has_ipv6 && (own.contains(&source) || is_none) {
+                    Ok(())
+                } else {
+                    Err(DropReason::SpoofedIpv6)
+                }
+            }
+            (Direction::ToGuest, IpAddr::V6(source), IpAddr::V6(destination)) => {
+                let own = self.own_ipv6();
+                if own.is_empty() {
+                    Err(DropReason::WrongDestination)
+                } else if own.contains(&source) || is_mapped(packet.source) || source.is_multicast()
+                {
+                    Err(DropReason::SpoofedIpv6)
+                } else if own.contains(&destination) || destination.is_multicast() {
+                    Ok(())
+                } else {
+                    Err(DropReason::WrongDestination)
+                }
+            }
+            _ => unreachable!("one packet has addresses of one family"),
+        }
+    }
+
+    /// Neighbour discovery and what belongs to it: no rule is asked.
+    fn judge_housekeeping(&self, from_guest: bool, packet: &Packet, frame: &[u8]) -> Verdict {
+        let message = packet.payload(frame);
+        let (icmpv6_type, code) = (message[0], message[1]);
+        match (icmpv6_type, from_guest) {
+            (130 | 134 | 137, true) => return Err(DropReason::RouterAdvertisement),
+            (131 | 132 | 143, true) | (130, false) => return Ok(()),
+            (131 | 132 | 133 | 143, false) => return Err(DropReason::WrongDestination),
+            _ => {}
+        }
+        if packet.hop_limit != 255 || code != 0 || packet.fragment.is_some() {
+            return Err(DropReason::Malformed);
+        }
+        if matches!(icmpv6_type, 134 | 137) {
+            return Ok(());
+        }
+        if icmpv6_type == 133 {
+            return self.judge_options(&message[8..]);
+        }
+        let target: [u8; 16] = match message.get(8..24) {
+            Some(target) => target.try_into().expect("sixteen bytes"),
+            None => return Err(DropReason::Malformed),
+        };
+        let is_own = self.own_ipv6().contains(&Ipv6Addr::from(target));
+        match (from_guest, icmpv6_type) {
+            (false, 135) if !is_own => Err(DropReason::WrongDestination),
+            (false, 136) if is_own => Err(DropReason::SpoofedNeighbour),
+            (false, _) => Ok(()),
+            (true, _) => {
+                let must_be_own = icmpv6_type == 136 || packet.source.is_unspecified();
+                if must_be_own && !is_own {
+                    return Err(DropReason::SpoofedNeighbour);
+                }
+                self.judge_options(&message[24..])
+            }
+        }
+    }
+
+    /// At most three options; link-layer addresses must be the guest's own.
+    fn judge_options(&self, mut options: &[u8]) -> Verdict {
+        for _ in 0..3 {
+            if options.is_empty() {
+                return Ok(());
+            }
+            let first: [u8; 8] = match options.get(..8) {
+                Some(first) => first.try_into().expect("eight bytes"),
+                // The frame may go on behind the packet, whose end is checked below.
+                None => return Err(DropReason::Malformed),
+            };
+            let length = usize::from(first[1]) * 8;
+            if length == 0 || options.len() < length {
+                return Err(DropReason::Malformed);
+            }
+            if matches!(first[0], 1 | 2) && first[2..] != self.policy.mac.0 {
+                return Err(DropReason::SpoofedNeighbour);
+            }
+            options = &options[length..];
+        }
+        if options.is_empty() {
+            Ok(())
+        } else {
+            Err(DropReason::Malformed)
+        }
+    }
+
+    fn judge_ip(&mut self, direction: Direction, packet: &Packet, frame: &[u8]) -> Verdict {
+        let (own, peer) = match direction {
+            Direction::FromGuest => (packet.source, packet.destination),
+            Direction::ToGuest => (packet.destination, packet.source),
+        };
+        let from_guest = direction == Direction::FromGuest;
+        let protocol = if own.is_ipv4() { packet.protocol } else { 0 };
+        let key = (from_guest, own, peer, packet.identification, protocol);
+        match packet.fragment {
+            Some(fragment) if fragment.offset != 0 => match self.fragments.get(&key) {
+                Some(end) if fragment.offset >= *end => Ok(()),
+                _ => Err(DropReason::Fragment),
+            },
+            fragment => {
+                self.judge_first(direction, packet, frame, own, peer)?;
+                if let Some(fragment) = fragment.filter(|fragment| fragment.more) {
+                    self.fragments.insert(key, fragment.length);
+                }
+                Ok(())
+            }
+        }
+    }
+
+    /// A whole packet or a first fragment.
+    fn judge_first(
+        &mut self,
+        direction: Direction,
+        packet: &Packet,
+        frame: &[u8],
+        own: IpAddr,
+        peer: IpAddr,
+    ) -> Verdict {
+        let transport = packet.transport(frame)?;
+        let protocol = packet.protocol;
+        if transport.is_error {
+            let quoted = packet.quoted(frame)?;
+            let related = quoted.is_some_and(|quoted| {
+                let (own_end, peer_end) = match direction {
+                    Direction::FromGuest => (quoted.destination, quoted.source),
+                    Direction::ToGuest => (quoted.source, quoted.destination),
+                };
+                let key = match quoted.echo {
+                    Some(identifier) => {
+                        let asker = u16::from(direction == Direction::FromGuest) + 1;
+                        (quoted.protocol, own_end.0, identifier, peer_end.0, asker)
+                    }
+                    None => (
+                        quoted.protocol,
+                        own_end.0,
+                        own_end.1,
+                        peer_end.0,
+                        peer_end.1,
+                    ),
+                };
+                let to_sender = direction == Direction::ToGuest || peer_end.0 == peer;
+                to_sender && own_end.0 == own && self.has_flow(&key)
+            });
+            if related {
+                return Ok(());
+            }
+        } else if let Some(key) = flow_key(direction, protocol, own, peer, &transport) {
+            if self.has_flow(&key)
+                && let Some(flow) = self.flows.get_mut(&key)
+                && flow.take(direction, &transport)
+            {
+                return Ok(());
+            }
+            if !self.rules_allow(direction, peer, protocol, transport.rule_port) {
+                return Err(DropReason::NotAllowed);
+            }
+            if transport.can_open {
+                let flow = Flow {
+                    opener: direction,
+                    answered: false,
+                    finished: [false; 2],
+                    reset: false,
+                    rule_port: match transport.echo {
+                        Some(_) => transport.rule_port & 0xff00,
+                        None => transport.rule_port,
+                    },
+                    is_judged: true,
+                };
+                self.flows.insert(key, flow);
+            }
+            return Ok(());
+        }
+        if self.rules_allow(direction, peer, protocol, transport.rule_port) {
+            Ok(())
+        } else {
+            Err(DropReason::NotAllowed)
+        }
+    }
+
+    fn rules_allow(&self, direction: Direction, peer: IpAddr, protocol: u8, port: u16) -> bool {
+        let rules = match (direction, &self.policy.egress) {
+            (Direction::ToGuest, _) => &self.policy.ingress,
+            (Direction::FromGuest, EgressPolicy::Only(rules)) => rules,
+            (Direction::FromGuest, EgressPolicy::AllowAll) => return true,
+        };
+        rules.iter().any(|rule| rule.allows(peer, protocol, port))
+    }
+}
+
+impl Flow {
+    /// Whether a packet goes on with the flow; moves it on.
+    fn take(&mut self, direction: Direction, transport: &Transport) -> bool {
+        let is_closing = self.reset || self.finished != [false; 2];
+        if transport.syn {
+            let same_syn_again = self.opener == direction && !is_closing;
+            let simultaneous = self.opener != direction && !self.answered && !is_closing;
+            if !same_syn_again && !simultaneous {
+                return false;
+            }
+        }
+        if transport.rst {
+            self.reset = true;
+            return true;
+        }
+        if self.opener != direction && !is_closing {
+            self.answered = true;
+        }
+        if transport.fin && !self.reset {
+            self.finished[direction as usize] = true;
+        }
+        true
+    }
+}
+
+fn flow_key(
+    direction: Direction,
+    protocol: u8,
+    own: IpAddr,
+    peer: IpAddr,
+    transport: &Transport,
+) -> Option<FlowKey> {
+    let guest_sent = direction == Direction::FromGuest;
+    if let Some((identifier, asks)) = transport.echo {
+        let asker = if asks == guest_sent { 1 } else { 2 };
+        return Some((protocol, own, identifier, peer, asker));
+    }
+    if matches!(protocol, 1 | 58) {
+        return None;
+    }
+    let (source, destination) = transport.ports;
+    let (guest_port, peer_port) = if guest_sent {
+        (source, destination)
+    } else {
+        (destination, source)
+    };
+    Some((protocol, own, guest_port, peer, peer_port))
+}
+
+fn refuse_servers(packet: &Packet, frame: &[u8]) -> Verdict {
+    if packet.fragment.is_some_and(|fragment| fragment.offset != 0) {
+        return Ok(());
+    }
+    let is_ipv4 = packet.source.is_ipv4();
+    match packet.protocol {
+        17 => {
+            let ports = frame.get(packet.offset..packet.offset + 4);
+            let dhcp = if is_ipv4 {
+                [0, 67, 0, 68]
+            } else {
+                [2, 35, 2, 34]
+            };
+            match ports {
+                None => Err(DropReason::Malformed),
+                Some(ports) if *ports == dhcp => Err(DropReason::DhcpServer),
+                Some(_) => Ok(()),
+            }
+        }
+        1 if is_ipv4 => match frame.get(packet.offset..packet.offset + 2) {
+            None => Err(DropReason::Malformed),
+            Some([5 | 9, _]) => Err(DropReason::RouterAdvertisement),
+            Some(_) => Ok(()),
+        },
+        _ => Ok(()),
+    }
+}
+
+pub fn is_housekeeping_type(icmpv6_type: u8) -> bool {
+    matches!(icmpv6_type, 130..=137 | 143)
+}
+
+fn is_mapped(address: IpAddr) -> bool {
+    matches!(address, IpAddr::V6(ipv6) if ipv6.to_ipv4_mapped().is_some())
+}
+
+fn is_ipv6_group(address: IpAddr) -> bool {
+    address.is_ipv6() && address.is_multicast()
+}

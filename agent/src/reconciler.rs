@@ -8,8 +8,8 @@ use std::time::Duration;
 use futures::StreamExt;
 use keelson_api::{ConditionStatus, Disk, Kind, Network, Object, SecurityGroup, set_condition};
 
-use crate::guest::{GuestActor, GuestMailbox, Runtime};
-use crate::objects::World;
+use crate::guest::{GuestActor, GuestMailbox, Memberships, Runtime, memberships};
+use crate::objects::{Change, World};
 use crate::{Agent, AgentError, error::Result};
 
 /// How long the loop waits before it reads everything again after the store failed.
@@ -22,6 +22,8 @@ const HEARTBEAT: Duration = Duration::from_secs(2);
 pub struct Reconciler {
     agent: Agent,
     guests: BTreeMap<String, GuestMailbox>,
+    /// Of each guest; when they change, the rules of others change.
+    memberships: BTreeMap<String, Memberships>,
     beats: Arc<AtomicU64>,
 }
 
@@ -31,6 +33,7 @@ impl Reconciler {
         Self {
             agent,
             guests: BTreeMap::new(),
+            memberships: BTreeMap::new(),
             beats: Arc::default(),
         }
     }
@@ -64,7 +67,12 @@ impl Reconciler {
             let Some(change) = change else { return Ok(()) };
             let (change, _) = change?;
             match change.kind() {
-                Kind::VirtualMachine => self.wake_guest(change.name()),
+                Kind::VirtualMachine => {
+                    self.wake_guest(change.name());
+                    if self.note_memberships(&change) {
+                        self.wake_all();
+                    }
+                }
                 // An object that guests refer to: few, and rarely changed.
                 Kind::Disk | Kind::Network | Kind::SecurityGroup => {
                     let world = self.agent.objects.world().await?;
@@ -98,6 +106,29 @@ impl Reconciler {
             let mailbox = GuestActor::spawn(self.agent.clone(), name);
             self.guests.insert(name.into(), mailbox);
         }
+    }
+
+    fn wake_all(&self) {
+        for mailbox in self.guests.values() {
+            mailbox.wake();
+        }
+    }
+
+    /// Whether other addresses are in security groups than before.
+    fn note_memberships(&mut self, change: &Change) -> bool {
+        let now = match change {
+            Change::Set(object) => match object.as_ref() {
+                Object::VirtualMachine(guest) => memberships(guest),
+                _ => return false,
+            },
+            Change::Gone(..) => Memberships::new(),
+        };
+        let before = if now.is_empty() {
+            self.memberships.remove(change.name())
+        } else {
+            self.memberships.insert(change.name().into(), now.clone())
+        };
+        before.unwrap_or_default() != now
     }
 
     async fn reconcile_networks(&self, world: &World) -> Result<()> {

@@ -25,6 +25,7 @@ pub mod manifest;
 mod metadata;
 mod network;
 mod object;
+mod rule;
 mod security_group;
 mod units;
 mod virtual_machine;
@@ -35,8 +36,9 @@ pub use event::{Event, EventType, ObjectReference};
 pub use metadata::{Condition, ConditionStatus, ObjectMeta, set_condition};
 pub use network::{Network, NetworkSpec, NetworkStatus};
 pub use object::{Kind, Object, Resource};
+pub use rule::{IcmpType, PortRange, Protocol};
 pub use security_group::{
-    IngressRule, PortRange, Protocol, SecurityGroup, SecurityGroupSpec, SecurityGroupStatus,
+    EgressRule, IngressRule, RuleParts, SecurityGroup, SecurityGroupSpec, SecurityGroupStatus,
 };
 pub use units::{MacAddress, MemorySize, TimeLimit};
 pub use virtual_machine::{

@@ -1,8 +1,8 @@
 //! A network that guests share.
 
-use std::net::Ipv4Addr;
+use std::net::{Ipv4Addr, Ipv6Addr};
 
-use ipnet::Ipv4Net;
+use ipnet::{Ipv4Net, Ipv6Net};
 use serde::{Deserialize, Serialize};
 
 use crate::FieldError;
@@ -10,8 +10,12 @@ use crate::metadata::{Condition, ObjectMeta};
 
 /// The smallest MTU an IPv4 host must accept (RFC 791), and the largest that Ethernet devices take.
 const MTU_RANGE: std::ops::RangeInclusive<u16> = 576..=9000;
+/// The smallest MTU of IPv6 (RFC 8200, 5).
+const IPV6_MTU: u16 = 1280;
+/// Prefix lengths of IPv6 subnets: room for hosts, and the first 96 bits can't make them all.
+const IPV6_PREFIXES: std::ops::RangeInclusive<u8> = 48..=120;
 
-/// An IPv4 subnet on this host: a bridge that holds the gateway's address, with guests as ports.
+/// A subnet on this host, of IPv4 and if wanted of IPv6: a bridge that holds the gateway's address, with guests as ports.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct Network {
@@ -37,9 +41,19 @@ pub struct NetworkSpec {
     /// The host's address in it; the subnet's first where not given.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub gateway: Option<Ipv4Addr>,
+    /// The IPv6 subnet, such as `fd77::/64`. Without one, guests have no IPv6 in this network.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub subnet_v6: Option<Ipv6Net>,
+    /// The host's address in it; the subnet's first where not given.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub gateway_v6: Option<Ipv6Addr>,
     /// The largest packet, in bytes.
     #[serde(default = "default_mtu")]
     pub mtu: u16,
+    /// Whether guests are kept apart from each other: they then reach only the host and what is
+    /// beyond it, whatever their security groups say.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub isolated: bool,
 }
 
 fn default_mtu() -> u16 {
@@ -71,7 +85,88 @@ impl NetworkSpec {
             .then(|| format!("{address} is the network's gateway, which the host holds"))
     }
 
+    /// The host's IPv6 address in the network, if that has IPv6.
+    pub fn gateway_v6(&self) -> Option<Ipv6Addr> {
+        let subnet = self.subnet_v6?;
+        let first = Ipv6Addr::from_bits(subnet.network().to_bits() + 1);
+        Some(self.gateway_v6.unwrap_or(first))
+    }
+
+    /// Why the IPv6 `address` can be no guest's in this network, if so.
+    pub fn refuse_address_v6(&self, address: Ipv6Addr) -> Option<String> {
+        let Some(subnet) = self.subnet_v6 else {
+            return Some("the network has no IPv6 subnet; give it spec.subnetV6".into());
+        };
+        if !subnet.contains(&address) {
+            return Some(format!(
+                "{address} is outside the network's subnet {}",
+                subnet.trunc()
+            ));
+        }
+        if address == subnet.network() {
+            return Some(format!(
+                "{address} is the routers' anycast address of {}",
+                subnet.trunc()
+            ));
+        }
+        (Some(address) == self.gateway_v6())
+            .then(|| format!("{address} is the network's gateway, which the host holds"))
+    }
+
+    fn validate_v6(&self, errors: &mut Vec<FieldError>) {
+        let Some(subnet) = self.subnet_v6 else {
+            if self.gateway_v6.is_some() {
+                errors.push(FieldError::new(
+                    "spec.gatewayV6",
+                    "is given without spec.subnetV6",
+                ));
+            }
+            return;
+        };
+        if subnet != subnet.trunc() {
+            errors.push(FieldError::new(
+                "spec.subnetV6",
+                format!("{subnet} has host bits set; write {}", subnet.trunc()),
+            ));
+        }
+        if !IPV6_PREFIXES.contains(&subnet.prefix_len()) {
+            errors.push(FieldError::new(
+                "spec.subnetV6",
+                format!(
+                    "has a /{} prefix; give one from /48 to /120",
+                    subnet.prefix_len()
+                ),
+            ));
+        }
+        let first = subnet.addr();
+        if first.is_multicast()
+            || first.is_unicast_link_local()
+            || first.to_ipv4_mapped().is_some()
+            || first.to_bits() >> 64 == 0
+        {
+            errors.push(FieldError::new(
+                "spec.subnetV6",
+                format!("{subnet} holds no hosts' addresses; write e.g. fd77::/64"),
+            ));
+        }
+        if let Some(gateway) = self.gateway_v6
+            && (!subnet.contains(&gateway) || gateway == subnet.network())
+        {
+            errors.push(FieldError::new(
+                "spec.gatewayV6",
+                format!("{gateway} is no host address of {subnet}"),
+            ));
+        }
+        if self.mtu < IPV6_MTU {
+            errors.push(FieldError::new(
+                "spec.mtu",
+                format!("is {}; IPv6 needs at least {IPV6_MTU}", self.mtu),
+            ));
+        }
+    }
+
     pub(crate) fn validate(&self, errors: &mut Vec<FieldError>) {
+        self.validate_v6(errors);
         let subnet = self.subnet;
         if subnet != subnet.trunc() {
             errors.push(FieldError::new(

@@ -1,7 +1,7 @@
 //! A guest.
 
 use std::collections::HashSet;
-use std::net::Ipv4Addr;
+use std::net::{Ipv4Addr, Ipv6Addr};
 use std::path::PathBuf;
 
 use jiff::Timestamp;
@@ -125,6 +125,9 @@ pub struct Interface {
     /// Its address there; the lowest free one is allocated where not given.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub address: Option<Ipv4Addr>,
+    /// Its IPv6 address, where the network has IPv6; the lowest free one is allocated where not given.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub address_v6: Option<Ipv6Addr>,
     /// Its Ethernet address; derived from the guest's identity where not given.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub mac: Option<MacAddress>,
@@ -361,6 +364,9 @@ pub struct InterfaceStatus {
     pub device: String,
     /// Its IPv4 address.
     pub address: Ipv4Addr,
+    /// Its IPv6 address, if the network has IPv6.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub address_v6: Option<Ipv6Addr>,
     /// Its Ethernet address.
     pub mac: MacAddress,
 }

@@ -7,7 +7,7 @@ const COMPLETE: &str = "
 apiVersion: keelson.dev/v1alpha1
 kind: Network
 metadata: {name: lan}
-spec: {subnet: 10.77.0.0/24}
+spec: {subnet: 10.77.0.0/24, subnetV6: 'fd77::/64', isolated: true}
 ---
 apiVersion: keelson.dev/v1alpha1
 kind: SecurityGroup
@@ -16,6 +16,9 @@ spec:
   ingress:
     - {protocol: icmp}
     - {protocol: tcp, ports: [80, 8000-8100], from: [10.77.0.0/24]}
+    - {protocol: icmpv6, icmpTypes: [128, 1/4], from: ['fd77::/64'], fromGroups: [web]}
+  egress:
+    - {protocol: udp, ports: [53], to: [10.77.0.1/32], toGroups: [web]}
 ---
 apiVersion: keelson.dev/v1alpha1
 kind: Disk
@@ -30,7 +33,7 @@ spec:
   memory: 256Mi
   kernel: {image: /boot/vmlinuz, initrd: /boot/initrd.img}
   disks: [{name: data, disk: data}]
-  interfaces: [{name: eth0, network: lan, address: 10.77.0.10, securityGroups: [web]}]
+  interfaces: [{name: eth0, network: lan, address: 10.77.0.10, addressV6: 'fd77::10', securityGroups: [web]}]
 ";
 
 fn objects(text: &str) -> Result<Vec<Object>, String> {
@@ -105,9 +108,40 @@ fn every_mistake_names_its_field_and_the_fix() {
             "spec.interfaces[0].address: invalid IPv4",
         ),
         (
-            "10.77.0.0/24}\n---",
-            "10.77.0.1/24}\n---",
+            "10.77.0.0/24, sub",
+            "10.77.0.1/24, sub",
             "write 10.77.0.0/24",
+        ),
+        (
+            "fd77::/64', iso",
+            "fd77::1/64', iso",
+            "spec.subnetV6: fd77::1/64 has host bits set; write fd77::/64",
+        ),
+        (
+            "fd77::/64', iso",
+            "fe80::/64', iso",
+            "spec.subnetV6: fe80::/64 holds no hosts' addresses",
+        ),
+        (
+            "isolated: true",
+            "gatewayV6: 'fd78::1'",
+            "spec.gatewayV6: fd78::1 is no host address of fd77::/64",
+        ),
+        (
+            "isolated: true",
+            "mtu: 1000",
+            "spec.mtu: is 1000; IPv6 needs at least 1280",
+        ),
+        ("128, 1/4", "300", "\"300\" is no ICMP type"),
+        (
+            "protocol: icmpv6",
+            "protocol: icmp",
+            "spec.ingress[2].from[0]: fd77::/64 is of the other version of IP",
+        ),
+        (
+            "protocol: udp, ports: [53]",
+            "protocol: udp, icmpTypes: [8]",
+            "spec.egress[0].icmpTypes: only icmp and icmpv6 have types",
         ),
         ("8000-8100", "8100-8000", "spec.ingress[1].ports[1]"),
         ("80, ", "0, ", "is no port"),

@@ -2,6 +2,7 @@
 
 mod actor;
 mod disk_backend;
+mod groups;
 mod machine;
 mod paths;
 mod plan;
@@ -9,6 +10,7 @@ mod runtime;
 mod status;
 
 pub use actor::{GuestActor, GuestMailbox};
+pub use groups::{Memberships, memberships};
 pub use machine::Machine;
 pub use paths::GuestPaths;
 pub use runtime::Runtime;

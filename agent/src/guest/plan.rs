@@ -5,6 +5,7 @@ use keelson_api::{
 };
 use serde::{Deserialize, Serialize};
 
+use super::groups::rules_of;
 use crate::host::GuestPort;
 use crate::objects::ObjectStore;
 use crate::{AgentError, error::Result};
@@ -70,17 +71,11 @@ impl Plan {
                 .get_typed::<Network>(&interface.network)
                 .await?
                 .object;
-            let mut ingress = Vec::new();
+            let mut groups = Vec::new();
             for group in &interface.security_groups {
-                ingress.extend(
-                    objects
-                        .get_typed::<SecurityGroup>(group)
-                        .await?
-                        .object
-                        .spec
-                        .ingress,
-                );
+                groups.push(objects.get_typed::<SecurityGroup>(group).await?.object.spec);
             }
+            let rules = rules_of(groups, objects).await?;
             let unassigned = || AgentError::Corrupt {
                 key: format!("VirtualMachine/{}", guest.metadata.name),
                 message: format!("interface {} has no address", interface.name),
@@ -92,7 +87,8 @@ impl Plan {
                 network_spec: network.spec,
                 mac: interface.mac.ok_or_else(unassigned)?,
                 address: interface.address.ok_or_else(unassigned)?,
-                ingress,
+                address_v6: interface.address_v6,
+                rules,
             });
         }
         let mut kernel = spec.kernel.clone();

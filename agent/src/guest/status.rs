@@ -220,6 +220,7 @@ fn interfaces(plan: &Plan) -> Vec<InterfaceStatus> {
         name: port.interface.clone(),
         device: port.device(),
         address: port.address,
+        address_v6: port.address_v6,
         mac: port.mac,
     };
     plan.ports.iter().map(status).collect()

@@ -19,8 +19,13 @@ pub async fn ensure(links: &Links, name: &str, network: &NetworkSpec) -> Result<
     }
     let index = links.require(name).await?;
     links
-        .add_address(index, network.gateway(), network.subnet.prefix_len())
+        .add_address(index, network.gateway().into(), network.subnet.prefix_len())
         .await?;
+    if let (Some(gateway), Some(subnet)) = (network.gateway_v6(), network.subnet_v6) {
+        links
+            .add_address(index, gateway.into(), subnet.prefix_len())
+            .await?;
+    }
     links.bring_up(name, network.mtu, None).await?;
     Ok(index)
 }

@@ -1,6 +1,6 @@
 //! Network devices over rtnetlink.
 
-use std::net::Ipv4Addr;
+use std::net::IpAddr;
 
 use futures::TryStreamExt;
 use rtnetlink::packet_route::link::{LinkAttribute, LinkMessage};
@@ -84,11 +84,11 @@ impl Links {
     }
 
     /// Gives a device an address, unless it has it.
-    pub async fn add_address(&self, index: u32, address: Ipv4Addr, prefix: u8) -> Result<()> {
+    pub async fn add_address(&self, index: u32, address: IpAddr, prefix: u8) -> Result<()> {
         let added = self
             .handle
             .address()
-            .add(index, address.into(), prefix)
+            .add(index, address, prefix)
             .execute()
             .await;
         match added {

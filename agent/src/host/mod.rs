@@ -7,8 +7,10 @@ mod launch;
 mod link;
 mod network;
 mod process;
+mod rules;
 mod tap;
 
 pub use inventory::{Inventory, check_abilities};
 pub use network::{GuestPort, HostNetwork};
 pub use process::{Exit, LaunchRequest, ProcessHandle, write_atomically};
+pub use rules::{ResolvedRule, Rules};

@@ -1,17 +1,18 @@
 //! The host's side of guests' networks: bridges, TAP devices, and eBPF policy on them.
 
 use std::fmt;
-use std::net::Ipv4Addr;
+use std::net::{Ipv4Addr, Ipv6Addr};
 use std::sync::{Arc, Mutex, PoisonError};
 
-use keelson_api::{IngressRule, MacAddress, NetworkSpec, Protocol};
+use keelson_api::{MacAddress, NetworkSpec};
 use keelson_ebpf::{
-    Datapath, DatapathConfig, DatapathError, HookChoice, InterfaceCounters, InterfacePolicy,
-    IpPrefix, Rule,
+    Datapath, DatapathConfig, DatapathError, EgressPolicy, HookChoice, InterfaceCounters,
+    InterfacePolicy,
 };
 use sha2::{Digest, Sha256};
 
 use super::link::Links;
+use super::rules::{Rules, expand};
 use super::{bridge, tap};
 use crate::config::{Config, NetworkHook};
 use crate::{AgentError, error::Result};
@@ -41,8 +42,10 @@ pub struct GuestPort {
     pub mac: MacAddress,
     /// The interface's address.
     pub address: Ipv4Addr,
-    /// What may reach it.
-    pub ingress: Vec<IngressRule>,
+    /// The interface's IPv6 address.
+    pub address_v6: Option<Ipv6Addr>,
+    /// What may reach it, and what it may reach.
+    pub rules: Rules,
 }
 
 impl GuestPort {
@@ -52,18 +55,22 @@ impl GuestPort {
     }
 
     fn policy(&self) -> Result<InterfacePolicy> {
-        let mut ingress = Vec::new();
-        for rule in &self.ingress {
-            push_rules(rule, &mut ingress)?;
-        }
+        let ingress = expand(&self.rules.ingress)?;
+        let egress = match &self.rules.egress {
+            Some(rules) => EgressPolicy::Only(expand(rules)?),
+            None => EgressPolicy::AllowAll,
+        };
         Ok(InterfacePolicy {
             name: self.device(),
             mac: keelson_ebpf::MacAddress(self.mac.0),
             ipv4: Some(self.address),
-            network: hash_number(&self.network),
+            ipv6: self.address_v6,
+            // Zero stands for no network.
+            network: hash_number(&self.network).max(1),
+            isolated: self.network_spec.isolated,
             mtu: self.network_spec.mtu,
             ingress,
-            ..InterfacePolicy::default()
+            egress,
         })
     }
 }
@@ -219,45 +226,6 @@ fn device_name(prefix: &str, identity: &str) -> String {
 fn hash_number(identity: &str) -> u32 {
     let hash = Sha256::digest(identity);
     u32::from_be_bytes([hash[0], hash[1], hash[2], hash[3]])
-}
-
-/// Every combination of a rule's ports and source networks, as the eBPF programs take them.
-fn push_rules(rule: &IngressRule, rules: &mut Vec<Rule>) -> Result<()> {
-    let protocol = match rule.protocol {
-        Protocol::Any => keelson_ebpf::Protocol::Any,
-        Protocol::Icmp => keelson_ebpf::Protocol::Icmp,
-        Protocol::Tcp => keelson_ebpf::Protocol::Tcp,
-        Protocol::Udp => keelson_ebpf::Protocol::Udp,
-    };
-    let mut ports: Vec<_> = rule
-        .ports
-        .iter()
-        .map(|range| range.first..=range.last)
-        .collect();
-    if ports.is_empty() {
-        ports.push(Rule::ALL_PORTS);
-    }
-    let mut peers = Vec::new();
-    for network in &rule.from {
-        let peer = IpPrefix::new(network.network().into(), network.prefix_len());
-        peers.push(peer.map_err(invalid_rule)?);
-    }
-    if peers.is_empty() {
-        peers.push(IpPrefix::ANY_IPV4);
-    }
-    for ports in ports {
-        rules.extend(peers.iter().map(|&peer| Rule {
-            protocol,
-            ports: ports.clone(),
-            peer,
-        }));
-    }
-    Ok(())
-}
-
-/// A manifest's rules were checked, so that this says the two disagree.
-fn invalid_rule(problem: impl fmt::Display) -> AgentError {
-    AgentError::Invalid(vec![format!("a security group's rule: {problem}")])
 }
 
 #[cfg(test)]

@@ -150,7 +150,9 @@ impl Admission<'_> {
             match object {
                 Object::Disk(disk) => checks::disk(disk, &mut report),
                 Object::Network(network) => checks::network(network, &after, &mut report),
-                Object::SecurityGroup(_) => {}
+                Object::SecurityGroup(group) => {
+                    checks::security_group(group, &after, &mut report);
+                }
                 Object::VirtualMachine(guest) => {
                     self.check_guest(guest, &after, &mut report);
                     allocate(guest, &after, &mut allocation, &mut report);
@@ -280,6 +282,7 @@ fn inherit_allocations(guest: &mut VirtualMachine, known: &VirtualMachine) {
             });
         if let Some(before) = before {
             interface.address = interface.address.or(before.address);
+            interface.address_v6 = interface.address_v6.or(before.address_v6);
             interface.mac = interface.mac.or(before.mac);
         }
     }
@@ -304,6 +307,10 @@ fn allocate(
         match allocation.take_address(guest, &interface, &network) {
             Ok(address) => guest.spec.interfaces[index].address = Some(address),
             Err(message) => report(&format!("{field}.address"), message),
+        }
+        match allocation.take_address_v6(guest, &interface, &network) {
+            Ok(address) => guest.spec.interfaces[index].address_v6 = address,
+            Err(message) => report(&format!("{field}.addressV6"), message),
         }
         match allocation.take_mac(guest, &interface) {
             Ok(mac) => guest.spec.interfaces[index].mac = Some(mac),
@@ -342,7 +349,19 @@ fn references(object: &Object) -> impl Iterator<Item = (Kind, &str)> {
         Object::VirtualMachine(guest) => Some(guest),
         _ => None,
     };
-    guest.into_iter().flat_map(|guest| {
+    let group = match object {
+        Object::SecurityGroup(group) => Some(group),
+        _ => None,
+    };
+    let groups = group.into_iter().flat_map(|group| {
+        let others = group.spec.references();
+        // A group whose rules name itself does not stand in its own way.
+        others
+            .map(|(_, name)| name)
+            .filter(|name| *name != group.metadata.name)
+            .map(|name| (Kind::SecurityGroup, name))
+    });
+    let guests = guest.into_iter().flat_map(|guest| {
         let disks = guest
             .spec
             .disks
@@ -355,7 +374,8 @@ fn references(object: &Object) -> impl Iterator<Item = (Kind, &str)> {
                 .chain([(Kind::Network, interface.network.as_str())])
         });
         disks.chain(interfaces)
-    })
+    });
+    guests.chain(groups)
 }
 
 /// Sets the desired power state of a guest.

@@ -1,7 +1,7 @@
 //! Addresses of guests' interfaces: those that are taken, and the next free one.
 
 use std::collections::BTreeMap;
-use std::net::Ipv4Addr;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use keelson_api::{Interface, MacAddress, Network, Object, VirtualMachine};
 use sha2::{Digest, Sha256};
@@ -10,7 +10,7 @@ use sha2::{Digest, Sha256};
 #[derive(Debug, Default)]
 pub struct Allocation {
     /// By network and address: the holder, as `VirtualMachine/name interface name`.
-    addresses: BTreeMap<(String, Ipv4Addr), String>,
+    addresses: BTreeMap<(String, IpAddr), String>,
     macs: BTreeMap<MacAddress, String>,
 }
 
@@ -24,7 +24,9 @@ impl Allocation {
             };
             for interface in &guest.spec.interfaces {
                 let holder = holder(guest, interface);
-                if let Some(address) = interface.address {
+                let ipv4 = interface.address.map(IpAddr::from);
+                let ipv6 = interface.address_v6.map(IpAddr::from);
+                for address in ipv4.into_iter().chain(ipv6) {
                     let place = (interface.network.clone(), address);
                     allocation.addresses.insert(place, holder.clone());
                 }
@@ -46,24 +48,66 @@ impl Allocation {
         interface: &Interface,
         network: &Network,
     ) -> Result<Ipv4Addr, String> {
-        let is_free = |address: Ipv4Addr| {
-            network.spec.refuse_address(address).is_none()
-                && !self
-                    .addresses
-                    .contains_key(&(interface.network.clone(), address))
-        };
+        let spec = &network.spec;
         let address = match interface.address {
             Some(address) => address,
-            None => network
-                .spec
+            None => spec
                 .subnet
                 .hosts()
-                .find(|&address| is_free(address))
+                .find(|&address| {
+                    spec.refuse_address(address).is_none()
+                        && self.is_free(interface, address.into())
+                })
                 .ok_or_else(|| format!("Network/{} has no free address", interface.network))?,
         };
-        if let Some(problem) = network.spec.refuse_address(address) {
+        if let Some(problem) = spec.refuse_address(address) {
             return Err(problem);
         }
+        self.take(guest, interface, address.into())?;
+        Ok(address)
+    }
+
+    /// Gives an interface the IPv6 address that it asks for, or the lowest free one; none where the
+    /// network has no IPv6.
+    ///
+    /// # Errors
+    /// What is wrong with the address, or that the network is full.
+    pub fn take_address_v6(
+        &mut self,
+        guest: &VirtualMachine,
+        interface: &Interface,
+        network: &Network,
+    ) -> Result<Option<Ipv6Addr>, String> {
+        let spec = &network.spec;
+        let address = match (interface.address_v6, spec.subnet_v6) {
+            (None, None) => return Ok(None),
+            (Some(address), _) => address,
+            (None, Some(subnet)) => subnet
+                .hosts()
+                .find(|&address| {
+                    spec.refuse_address_v6(address).is_none()
+                        && self.is_free(interface, address.into())
+                })
+                .ok_or_else(|| format!("Network/{} has no free address", interface.network))?,
+        };
+        if let Some(problem) = spec.refuse_address_v6(address) {
+            return Err(problem);
+        }
+        self.take(guest, interface, address.into())?;
+        Ok(Some(address))
+    }
+
+    fn is_free(&self, interface: &Interface, address: IpAddr) -> bool {
+        let place = (interface.network.clone(), address);
+        !self.addresses.contains_key(&place)
+    }
+
+    fn take(
+        &mut self,
+        guest: &VirtualMachine,
+        interface: &Interface,
+        address: IpAddr,
+    ) -> Result<(), String> {
         let place = (interface.network.clone(), address);
         if let Some(taken) = self.addresses.get(&place) {
             return Err(format!(
@@ -71,7 +115,7 @@ impl Allocation {
             ));
         }
         self.addresses.insert(place, holder(guest, interface));
-        Ok(address)
+        Ok(())
     }
 
     /// Gives an interface the Ethernet address that it asks for, or one derived from its identity.

@@ -5,7 +5,7 @@ use std::fs;
 use std::os::unix::fs::FileTypeExt;
 use std::path::Path;
 
-use keelson_api::{Disk, Kind, Network, Object};
+use keelson_api::{Disk, Kind, Network, Object, SecurityGroup};
 
 use super::store::World;
 
@@ -44,6 +44,18 @@ pub(super) fn network(network: &Network, after: &World, report: &mut impl FnMut(
             continue;
         };
         let (ours, theirs) = (network.spec.subnet, other.spec.subnet);
+        if let (Some(ours), Some(theirs)) = (network.spec.subnet_v6, other.spec.subnet_v6)
+            && (ours.contains(&theirs.network()) || theirs.contains(&ours.network()))
+            && other.metadata.name != network.metadata.name
+        {
+            report(
+                "spec.subnetV6",
+                format!(
+                    "{ours} overlaps {theirs} of Network/{}",
+                    other.metadata.name
+                ),
+            );
+        }
         let overlap = ours.contains(&theirs.network()) || theirs.contains(&ours.network());
         if overlap && other.metadata.name != network.metadata.name {
             report(
@@ -60,10 +72,13 @@ pub(super) fn network(network: &Network, after: &World, report: &mut impl FnMut(
             continue;
         };
         for interface in &guest.spec.interfaces {
-            let address = interface
-                .address
-                .filter(|_| interface.network == network.metadata.name);
-            if let Some(problem) = address.and_then(|a| network.spec.refuse_address(a)) {
+            if interface.network != network.metadata.name {
+                continue;
+            }
+            let spec = &network.spec;
+            let ipv4 = interface.address.and_then(|a| spec.refuse_address(a));
+            let ipv6 = interface.address_v6.and_then(|a| spec.refuse_address_v6(a));
+            for problem in ipv4.into_iter().chain(ipv6) {
                 report(
                     "spec",
                     format!(
@@ -72,6 +87,19 @@ pub(super) fn network(network: &Network, after: &World, report: &mut impl FnMut(
                     ),
                 );
             }
+        }
+    }
+}
+
+/// Checks that the groups that a group's rules name exist.
+pub(super) fn security_group(
+    group: &SecurityGroup,
+    after: &World,
+    report: &mut impl FnMut(&str, String),
+) {
+    for (field, name) in group.spec.references() {
+        if after.get::<SecurityGroup>(name).is_none() {
+            report(&field, missing(Kind::SecurityGroup, name));
         }
     }
 }

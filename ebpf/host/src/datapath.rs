@@ -4,10 +4,9 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::path::PathBuf;
 
-use aya::programs::{TestRun as _, TestRunOptions};
 use keelson_ebpf_common::{
     ALLOW_ALL, CounterKey, Direction, DirectionTallies, NO_ADDRESS, PolicyEntry, flag, map_name,
-    passed_index, program_name,
+    passed_index,
 };
 
 use crate::address::{self, MacAddress};
@@ -15,7 +14,7 @@ use crate::compile::{MAX_ENTRIES, compile};
 use crate::counters::{DirectionCounters, InterfaceCounters};
 use crate::error::DatapathError;
 use crate::hook::{self, HookChoice, HookMode, Hooks, Target};
-use crate::object::{Object, chain};
+use crate::object::Object;
 use crate::pin_root::PinRoot;
 use crate::policy::{EgressPolicy, InterfacePolicy, Rule};
 use crate::rule_tables::{RuleTables, ignore_missing};
@@ -62,19 +61,10 @@ pub struct Attached {
     pub hook: HookMode,
 }
 
-/// What the programs say about a packet.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Verdict {
-    /// It goes on.
-    Pass,
-    /// It is dropped.
-    Drop,
-}
-
 /// The programs, maps and hooks below one pin root. Dropping it detaches nothing.
 pub struct Datapath {
     root: PinRoot,
-    object: Object,
+    pub(crate) object: Object,
     tables: RuleTables,
     mode: HookMode,
     max_flows: u32,
@@ -221,47 +211,7 @@ impl Datapath {
         Ok(gone)
     }
 
-    /// Asks the programs about a frame as if an attached interface saw it; it is counted and may
-    /// open a flow like any other. For diagnosis and tests.
-    ///
-    /// # Errors
-    /// [`DatapathError::NotAttached`]; [`DatapathError::Load`] if the kernel refuses the frame, which
-    /// must have 15 bytes and fit a page.
-    pub fn evaluate(
-        &mut self,
-        interface: &str,
-        direction: Direction,
-        frame: &[u8],
-    ) -> Result<Verdict, DatapathError> {
-        /// Bytes of `struct __sk_buff` up to and with `ifindex`, which is the last of eleven words.
-        const CONTEXT_LENGTH: usize = 44;
-        /// `TC_ACT_SHOT`; everything else goes on.
-        const SHOT: u32 = 2;
-
-        let (ifindex, _) = self.find(interface)?;
-        let name = match direction {
-            Direction::FromGuest => program_name::FROM_GUEST,
-            Direction::ToGuest => program_name::TO_GUEST,
-        };
-        let mut context = [0; CONTEXT_LENGTH];
-        context[CONTEXT_LENGTH - 4..].copy_from_slice(&ifindex.to_ne_bytes());
-        let options = TestRunOptions {
-            data_in: Some(frame),
-            ctx_in: Some(&context),
-            ..TestRunOptions::new()
-        };
-        let result = self.object.program(name)?.test_run(options);
-        let result = result.map_err(|error| DatapathError::Load {
-            what: format!("a test frame of {} bytes", frame.len()),
-            problem: chain(&error),
-        })?;
-        Ok(match result.return_value {
-            SHOT => Verdict::Drop,
-            _ => Verdict::Pass,
-        })
-    }
-
-    fn find(&self, name: &str) -> Result<(u32, PolicyEntry), DatapathError> {
+    pub(crate) fn find(&self, name: &str) -> Result<(u32, PolicyEntry), DatapathError> {
         entries(&self.object)?
             .into_iter()
             .find(|(_, entry)| interface::from_bytes(&entry.name) == name)
@@ -487,6 +437,15 @@ impl Datapath {
                 .map_err(DatapathError::map("write", map_name::DROPPED))?;
         }
         Ok(())
+    }
+}
+
+impl std::fmt::Debug for Datapath {
+    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        formatter
+            .debug_struct("Datapath")
+            .field("mode", &self.mode)
+            .finish_non_exhaustive()
     }
 }
 

@@ -22,11 +22,13 @@ mod policy;
 mod rule_tables;
 mod slots;
 mod stations;
+mod trial;
 
 pub use address::{AddressError, IpPrefix, MacAddress};
 pub use counters::{DirectionCounters, InterfaceCounters};
-pub use datapath::{Attached, Datapath, DatapathConfig, Verdict};
+pub use datapath::{Attached, Datapath, DatapathConfig};
 pub use error::DatapathError;
 pub use hook::{HookChoice, HookMode};
 pub use keelson_ebpf_common::{Direction, DropReason, Tally};
 pub use policy::{EgressPolicy, InterfacePolicy, MAX_RULES, Protocol, Rule, UnknownProtocol};
+pub use trial::{RunCost, Verdict, count_run_costs};

@@ -60,3 +60,27 @@ fn a_changed_group_holds_at_once() {
     host.wait_for_console("client", "payload: net-ping ok");
     assert_eq!(host.object("vm", "server")["status"]["processId"], process);
 }
+
+#[test]
+fn a_rule_may_name_a_group_and_follows_its_members() {
+    let host = Host::new();
+    let from_clients = security_group("pings", "{protocol: icmp, fromGroups: [clients]}");
+    let clients = security_group("clients", "");
+    host.apply(&format!(
+        "{}{clients}{from_clients}{}",
+        network("lan", "10.90.0.0/24", "10.90.0.1"),
+        server("pings")
+    ))
+    .done();
+    host.wait_for_console("server", "payload: net-serve ready");
+    host.apply(&client()).done();
+    host.wait_for_console("client", "payload: FAIL");
+    assert!(host.dropped("server", "toGuest", "not-allowed") > 0);
+    host.keelson(&["delete", "vm", "client"]).done();
+    host.apply(&client().replace(
+        "address: 10.90.0.3}",
+        "address: 10.90.0.3, securityGroups: [clients]}",
+    ))
+    .done();
+    host.wait_for_console("client", "payload: net-ping ok");
+}

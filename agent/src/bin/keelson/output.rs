@@ -119,7 +119,7 @@ fn print_table(objects: &[Object]) -> Result<(), Failure> {
         }
         Some(Object::Disk(_)) => table(["NAME", "PATH", "MODE", "READY", "AGE"]),
         Some(Object::Network(_)) => table(["NAME", "SUBNET", "GATEWAY", "DEVICE", "READY", "AGE"]),
-        Some(Object::SecurityGroup(_)) => table(["NAME", "RULES", "AGE"]),
+        Some(Object::SecurityGroup(_)) => table(["NAME", "INGRESS", "EGRESS", "AGE"]),
         Some(Object::VirtualMachine(_)) => table([
             "NAME",
             "PHASE",
@@ -150,18 +150,31 @@ fn row(object: &Object) -> Vec<String> {
         ],
         Object::Network(network) => vec![
             name,
-            network.spec.subnet.to_string(),
+            match network.spec.subnet_v6 {
+                Some(ipv6) => format!("{},{ipv6}", network.spec.subnet),
+                None => network.spec.subnet.to_string(),
+            },
             network.spec.gateway().to_string(),
             network.status.device.clone().unwrap_or_else(|| "-".into()),
             readiness(&network.status.conditions),
             created,
         ],
         Object::SecurityGroup(group) => {
-            vec![name, group.spec.ingress.len().to_string(), created]
+            let egress = group.spec.egress.as_ref();
+            vec![
+                name,
+                group.spec.ingress.len().to_string(),
+                egress.map_or("all".into(), |rules| rules.len().to_string()),
+                created,
+            ]
         }
         Object::VirtualMachine(guest) => {
-            let addresses = guest.spec.interfaces.iter().filter_map(|i| i.address);
-            let addresses: Vec<_> = addresses.map(|address| address.to_string()).collect();
+            let addresses = guest.spec.interfaces.iter().flat_map(|interface| {
+                let ipv4 = interface.address.map(|address| address.to_string());
+                let ipv6 = interface.address_v6.map(|address| address.to_string());
+                ipv4.into_iter().chain(ipv6)
+            });
+            let addresses: Vec<_> = addresses.collect();
             vec![
                 name,
                 guest.status.phase.to_string(),

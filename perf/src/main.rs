@@ -1,5 +1,6 @@
 //! `perf`: benchmarks of Keelson beside its peers, in the same run.
 
+mod net;
 mod process;
 mod report;
 mod state;
@@ -18,10 +19,13 @@ struct Options {
 enum Area {
     /// The state store beside etcd.
     State(state::Options),
+    /// The eBPF network beside a bridge with nftables.
+    Net(net::Options),
 }
 
 fn main() -> anyhow::Result<()> {
     match Options::parse().area {
         Area::State(options) => state::run(&options),
+        Area::Net(options) => net::run(&options),
     }
 }

@@ -379,7 +379,7 @@ fn versions(programs: &Programs) -> anyhow::Result<BTreeMap<String, String>> {
     Ok(versions)
 }
 
-fn machine() -> String {
+pub fn machine() -> String {
     let read = |path: &str| std::fs::read_to_string(path).unwrap_or_default();
     let cores = std::thread::available_parallelism().map_or(0, std::num::NonZero::get);
     let model = read("/proc/cpuinfo")

@@ -1,0 +1,256 @@
+//! The load: packets, a stream, requests and responses, connections.
+
+use std::collections::BTreeMap;
+use std::io::{Read as _, Write as _};
+use std::net::{TcpListener, TcpStream};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use rustix::time::{ClockId, clock_gettime};
+
+use super::frames::{self, End};
+use super::hosts::{CLIENT, Hosts, PORT, SERVER};
+use super::nftables;
+use super::packet_socket::PacketSocket;
+
+/// Flows of the packet load.
+const FLOWS: u16 = 64;
+/// Bytes that the stream writes at once.
+const CHUNK: usize = 256 << 10;
+
+/// Figures by name.
+pub type Figures = BTreeMap<&'static str, f64>;
+
+/// A kind of work.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Work {
+    /// Small packets, one way, of established flows.
+    Packets,
+    /// One TCP stream.
+    Throughput,
+    /// One byte there and one back, on one TCP connection.
+    Requests,
+    /// TCP connections with one byte there and one back.
+    Connections,
+}
+
+impl Work {
+    /// All of them.
+    pub const ALL: [Self; 4] = [
+        Self::Packets,
+        Self::Throughput,
+        Self::Requests,
+        Self::Connections,
+    ];
+
+    /// The name in reports.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Packets => "packets",
+            Self::Throughput => "stream",
+            Self::Requests => "requests",
+            Self::Connections => "connections",
+        }
+    }
+
+    /// Does it for `duration`.
+    pub fn run(self, hosts: &mut Hosts, duration: Duration) -> anyhow::Result<Figures> {
+        match self {
+            Self::Packets => packets(hosts, duration),
+            Self::Throughput => with_server(hosts, swallow, |address| stream(address, duration)),
+            Self::Requests => with_server(hosts, echo, |address| requests(address, duration)),
+            Self::Connections => with_server(hosts, echo, |address| connections(address, duration)),
+        }
+    }
+}
+
+/// The ends of a flow of the packet load, from the client to the server.
+pub fn flow(index: u16) -> (End, End) {
+    let from = End {
+        port: 20_000 + index,
+        ..CLIENT
+    };
+    (
+        from,
+        End {
+            port: PORT,
+            ..SERVER
+        },
+    )
+}
+
+/// Sends small packets as fast as one thread can.
+pub fn packets(hosts: &Hosts, duration: Duration) -> anyhow::Result<Figures> {
+    let there: Vec<_> = (0..FLOWS)
+        .map(|index| frames::udp(flow(index).0, flow(index).1))
+        .collect();
+    let back: Vec<_> = (0..FLOWS)
+        .map(|index| frames::udp(flow(index).1, flow(index).0))
+        .collect();
+    // Both sides have sent: the flows are established. What arrives is for nobody.
+    hosts.in_guest("server", || ignore_datagrams("s0"))?;
+    hosts.in_guest("client", || ignore_datagrams("c0"))?;
+    hosts.in_guest("client", || Ok(PacketSocket::open("c0")?.send(&there)?))?;
+    hosts.in_guest("server", || Ok(PacketSocket::open("s0")?.send(&back)?))?;
+    let before = hosts.delivered()?;
+    let softirq_before = softirq_seconds();
+    let (elapsed, thread_seconds) = hosts.in_guest("client", || {
+        let socket = PacketSocket::open("c0")?;
+        let begin = Instant::now();
+        let cpu = thread_cpu();
+        while begin.elapsed() < duration {
+            socket.send(&there)?;
+        }
+        Ok((begin.elapsed(), thread_cpu() - cpu))
+    })?;
+    let softirq = softirq_seconds() - softirq_before;
+    #[allow(clippy::cast_precision_loss)] // far below 2^52
+    let delivered = (hosts.delivered()? - before) as f64;
+    anyhow::ensure!(delivered > 0.0, "no packet arrived");
+    Ok(BTreeMap::from([
+        ("packets_per_s", delivered / elapsed.as_secs_f64()),
+        (
+            "cpu_ns_per_packet",
+            (thread_seconds + softirq) * 1e9 / delivered,
+        ),
+    ]))
+}
+
+/// Drops the load's datagrams where they reach the guest's device, before they cost anything that
+/// is not the network's.
+fn ignore_datagrams(device: &str) -> anyhow::Result<()> {
+    let rules = format!(
+        "table netdev ignore; delete table netdev ignore; table netdev ignore {{ chain ingress {{ \
+         type filter hook ingress device {device} priority 0; policy accept; \
+         meta protocol ip ip protocol udp drop; }}\n }}\n"
+    );
+    nftables::load(&rules)
+}
+
+/// CPU time of this thread in seconds; what it did for the softirqs that it raised is in it.
+fn thread_cpu() -> f64 {
+    let time = clock_gettime(ClockId::ThreadCPUTime);
+    #[allow(clippy::cast_precision_loss)] // far below 2^52
+    let seconds = time.tv_sec as f64 + time.tv_nsec as f64 / 1e9;
+    seconds
+}
+
+/// CPU time of the kernel's softirq threads in seconds.
+fn softirq_seconds() -> f64 {
+    let mut nanoseconds = 0.0;
+    for entry in std::fs::read_dir("/proc").into_iter().flatten().flatten() {
+        let name = std::fs::read_to_string(entry.path().join("comm")).unwrap_or_default();
+        if name.starts_with("ksoftirqd/") {
+            let schedstat = std::fs::read_to_string(entry.path().join("schedstat"));
+            let schedstat = schedstat.unwrap_or_default();
+            let first = schedstat.split_whitespace().next();
+            nanoseconds += first.and_then(|text| text.parse().ok()).unwrap_or(0.0);
+        }
+    }
+    nanoseconds / 1e9
+}
+
+/// Runs `client` while a thread of the server's namespace serves each connection by `serve`.
+fn with_server(
+    hosts: &Hosts,
+    serve: impl Fn(TcpStream) + Send + Sync,
+    client: impl FnOnce(std::net::SocketAddr) -> anyhow::Result<Figures> + Send,
+) -> anyhow::Result<Figures> {
+    let listener = hosts.in_guest("server", || Ok(TcpListener::bind((SERVER.address, PORT))?))?;
+    let address = listener.local_addr()?;
+    let done = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        let server = scope.spawn(|| {
+            while let Ok((connection, _)) = listener.accept() {
+                if done.load(Ordering::Acquire) {
+                    break;
+                }
+                serve(connection);
+            }
+        });
+        let figures = hosts.in_guest("client", || client(address));
+        done.store(true, Ordering::Release);
+        // Wakes the server; its last connection is over.
+        let woken = hosts.in_guest("client", || Ok(TcpStream::connect(address)?));
+        let _ = server.join();
+        woken?;
+        figures
+    })
+}
+
+fn swallow(mut connection: TcpStream) {
+    let mut buffer = vec![0; CHUNK];
+    while connection.read(&mut buffer).is_ok_and(|count| count > 0) {}
+}
+
+fn echo(mut connection: TcpStream) {
+    let mut byte = [0];
+    let _ = connection.set_nodelay(true);
+    while connection.read_exact(&mut byte).is_ok() && connection.write_all(&byte).is_ok() {}
+}
+
+fn stream(address: std::net::SocketAddr, duration: Duration) -> anyhow::Result<Figures> {
+    let mut connection = TcpStream::connect(address)?;
+    let buffer = vec![0; CHUNK];
+    let begin = Instant::now();
+    let mut sent = 0.0;
+    while begin.elapsed() < duration {
+        #[allow(clippy::cast_precision_loss)] // far below 2^52
+        let count = connection.write(&buffer)? as f64;
+        sent += count;
+    }
+    let gigabits = sent * 8.0 / 1e9 / begin.elapsed().as_secs_f64();
+    Ok(BTreeMap::from([("gigabits_per_s", gigabits)]))
+}
+
+fn requests(address: std::net::SocketAddr, duration: Duration) -> anyhow::Result<Figures> {
+    let mut connection = TcpStream::connect(address)?;
+    connection.set_nodelay(true)?;
+    let mut byte = [7];
+    let times = timed(duration, || {
+        connection.write_all(&byte)?;
+        Ok(connection.read_exact(&mut byte)?)
+    })?;
+    Ok(figures("transactions_per_s", times))
+}
+
+fn connections(address: std::net::SocketAddr, duration: Duration) -> anyhow::Result<Figures> {
+    let mut byte = [7];
+    let times = timed(duration, || {
+        let mut connection = TcpStream::connect(address)?;
+        connection.write_all(&byte)?;
+        connection.read_exact(&mut byte)?;
+        // Ends with a reset, so that ports don't wait.
+        rustix::net::sockopt::set_socket_linger(&connection, Some(Duration::ZERO))?;
+        Ok(())
+    })?;
+    Ok(figures("connections_per_s", times))
+}
+
+/// Does `once` over and over; how long each took, in microseconds.
+fn timed(
+    duration: Duration,
+    mut once: impl FnMut() -> anyhow::Result<()>,
+) -> anyhow::Result<Vec<f64>> {
+    let begin = Instant::now();
+    let mut times = Vec::new();
+    while begin.elapsed() < duration {
+        let start = Instant::now();
+        once()?;
+        times.push(start.elapsed().as_secs_f64() * 1e6);
+    }
+    Ok(times)
+}
+
+fn figures(rate: &'static str, mut times: Vec<f64>) -> Figures {
+    times.sort_by(f64::total_cmp);
+    #[allow(clippy::cast_precision_loss)] // far below 2^52
+    let count = times.len() as f64;
+    let seconds = times.iter().sum::<f64>() / 1e6;
+    let at = |part: usize| times.get(times.len() * part / 100).copied().unwrap_or(0.0);
+    BTreeMap::from([
+        (rate, count / seconds),
+        ("p50_us", at(50)),
+        ("p99_us", at(99)),
+    ])
+}

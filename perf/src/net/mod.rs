@@ -1,0 +1,312 @@
+//! `perf net`: the eBPF network beside a Linux bridge with nftables, and beside no policy at all.
+
+mod frames;
+mod hosts;
+mod load;
+mod nftables;
+mod packet_socket;
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::process::Command;
+use std::time::Duration;
+
+use anyhow::Context as _;
+use comfy_table::{Table, presets};
+use keelson_ebpf::Direction;
+
+use self::hosts::{Hosts, Peer};
+use self::load::Work;
+use crate::report::{Goal, Report, Sample, Wanted};
+
+/// Rules toward the server's guest.
+const RULES: [u32; 4] = [0, 10, 1_000, 100_000];
+/// Runs of a program on one frame.
+const PROGRAM_RUNS: u32 = 500_000;
+/// Nanoseconds that a program may take for a packet of an established flow.
+const PROGRAM_GOAL_NS: f64 = 150.0;
+
+/// Compares the eBPF network with a Linux bridge with nftables and with a bridge without any policy,
+/// between two network namespaces that stand for guests, on this machine's kernel.
+#[derive(Debug, clap::Args)]
+pub struct Options {
+    /// Few rounds and short ones, in under a minute.
+    #[arg(long)]
+    quick: bool,
+    /// Write every sample here.
+    #[arg(long)]
+    json: Option<PathBuf>,
+    /// Write a page with plots here.
+    #[arg(long)]
+    html: Option<PathBuf>,
+    /// Rounds of each kind of work [default: 5, with --quick 2].
+    #[arg(long)]
+    rounds: Option<u32>,
+    /// Seconds of each measurement [default: 2, with --quick 0.25].
+    #[arg(long)]
+    seconds: Option<f64>,
+}
+
+/// Runs the comparison and reports it.
+pub fn run(options: &Options) -> anyhow::Result<()> {
+    anyhow::ensure!(
+        rustix::process::geteuid().is_root(),
+        "perf net makes network namespaces and loads eBPF programs: run it as root"
+    );
+    let rounds = options.rounds.unwrap_or(if options.quick { 2 } else { 5 });
+    let seconds = options
+        .seconds
+        .unwrap_or(if options.quick { 0.25 } else { 2.0 });
+    let duration = Duration::try_from_secs_f64(seconds).context("--seconds")?;
+    let mut report = Report {
+        area: "net",
+        time: jiff::Timestamp::now().to_string(),
+        machine: crate::state::machine(),
+        versions: versions(),
+        method: method(rounds, seconds),
+        samples: Vec::new(),
+        goals: Vec::new(),
+    };
+    for round in 0..rounds.max(1) {
+        for rules in RULES {
+            let mut peers = Peer::ALL;
+            if round % 2 == 1 {
+                peers.reverse();
+            }
+            for peer in peers {
+                // Nothing that could have rules.
+                if peer == Peer::Bridge && rules != 0 {
+                    continue;
+                }
+                measure(&mut report, peer, rules, round, duration)
+                    .with_context(|| format!("{} with {rules} rules", peer.name()))?;
+            }
+        }
+    }
+    add_goals(&mut report);
+    print(&report);
+    let plots = [
+        ("packets_per_s", "Packets per second"),
+        ("cpu_ns_per_packet", "CPU per packet, ns"),
+        ("gigabits_per_s", "TCP throughput, Gbit/s"),
+        ("transactions_per_s", "Request and response, per second"),
+        ("connections_per_s", "Connections per second"),
+        ("program_ns", "Program, ns per packet"),
+    ];
+    if let Some(path) = &options.json {
+        report.write_json(path)?;
+    }
+    if let Some(path) = &options.html {
+        report.write_html(path, &Peer::ALL.map(Peer::name), &plots)?;
+    }
+    Ok(())
+}
+
+fn method(rounds: u32, seconds: f64) -> String {
+    format!(
+        "Rounds: {rounds}, {seconds} s of each work for each peer, alternating who is first. Two namespaces stand for \
+         guests, a third for the host, joined by veth. All peers have the same bridge. With policy: stateful, the \
+         rules are networks and ports that may reach the server, its client's among them, and nobody may send in \
+         another's name. Packets: 60-byte frames (64 with their checksum) of 64 established flows, sent by one \
+         thread through a packet socket, counted where they reach the server's device; its CPU time, and that of \
+         the kernel's softirq threads, is the CPU per packet, so it has the sender's own cost in it, the same for \
+         all. Programs: {PROGRAM_RUNS} runs of BPF_PROG_TEST_RUN on a frame of an established flow, and the \
+         kernel's statistics of the programs' runs under the load of packets, which add some 20 ns to each. \
+         nftables: {}. Open vSwitch: {}.",
+        nftables::METHOD,
+        if std::path::Path::new("/sys/module/openvswitch").exists() {
+            "its module is here, but it is not measured"
+        } else {
+            "its kernel module is not on this machine"
+        }
+    )
+}
+
+fn versions() -> BTreeMap<String, String> {
+    let nft = Command::new("nft").arg("--version").output();
+    let nft = nft.map_or_else(
+        |_| "missing".to_owned(),
+        |output| String::from_utf8_lossy(&output.stdout).trim().to_owned(),
+    );
+    BTreeMap::from([
+        ("keelson".into(), env!("CARGO_PKG_VERSION").into()),
+        ("nftables".into(), nft),
+    ])
+}
+
+fn measure(
+    report: &mut Report,
+    peer: Peer,
+    rules: u32,
+    round: u32,
+    duration: Duration,
+) -> anyhow::Result<()> {
+    let mut hosts = Hosts::new(peer, rules)?;
+    for work in Work::ALL {
+        let figures = work.run(&mut hosts, duration)?;
+        report.samples.push(Sample {
+            peer: peer.name(),
+            work: label(work.name(), rules),
+            round,
+            figures,
+        });
+    }
+    if peer == Peer::Keelson {
+        for (name, direction) in [
+            ("program from guest", Direction::FromGuest),
+            ("program to guest", Direction::ToGuest),
+        ] {
+            let figures = hosts.program_cost(direction, PROGRAM_RUNS, duration)?;
+            report.samples.push(Sample {
+                peer: peer.name(),
+                work: label(name, rules),
+                round,
+                figures,
+            });
+        }
+    }
+    Ok(())
+}
+
+fn label(work: &str, rules: u32) -> String {
+    format!("{work}, {rules} rules")
+}
+
+fn add_goals(report: &mut Report) {
+    let ours = Peer::Keelson.name();
+    for rules in [1_000, 100_000] {
+        report.goal(
+            format!("packets per second of bridge and nftables, {rules} rules"),
+            (ours, Peer::Nftables.name()),
+            &label(Work::Packets.name(), rules),
+            "packets_per_s",
+            Wanted::AtLeast(2.0),
+        );
+    }
+    add_flatness(report);
+    for name in ["program from guest", "program to guest"] {
+        for figure in ["program_ns", "counted_ns"] {
+            let of = |report: &Report| report.figure(ours, &label(name, 1_000), figure);
+            if let Some(measured) = of(report) {
+                report.goals.push(Goal {
+                    name: format!("{name}, established flow, {figure}"),
+                    goal: format!("under {PROGRAM_GOAL_NS:.0}"),
+                    measured,
+                    unit: "ns",
+                    spread: (measured, measured),
+                    met: measured < PROGRAM_GOAL_NS,
+                });
+            }
+        }
+    }
+    add_throughput(report);
+}
+
+/// From 10 to 100,000 rules: the ratio of the slowest to the fastest in packets per second.
+fn add_flatness(report: &mut Report) {
+    let ours = Peer::Keelson.name();
+    for (figure, name) in [
+        ("packets_per_s", "packets per second"),
+        ("cpu_ns_per_packet", "CPU per packet"),
+    ] {
+        let values: Vec<f64> = RULES[1..]
+            .iter()
+            .filter_map(|rules| report.figure(ours, &label(Work::Packets.name(), *rules), figure))
+            .collect();
+        let least = values.iter().copied().fold(f64::INFINITY, f64::min);
+        let most = values.iter().copied().fold(0.0, f64::max);
+        if values.len() == RULES.len() - 1 && most > 0.0 {
+            report.goals.push(Goal {
+                name: format!("{name}, smallest to largest from 10 to 100,000 rules"),
+                goal: "at least 0.95".into(),
+                measured: least / most,
+                unit: "of the largest",
+                spread: (least / most, least / most),
+                met: least / most >= 0.95,
+            });
+        }
+    }
+}
+
+/// Our throughput with 1,000 rules beside that of the bridge without policy, which has no rules.
+fn add_throughput(report: &mut Report) {
+    let of = |peer: Peer, rules| {
+        report.figure(
+            peer.name(),
+            &label(Work::Throughput.name(), rules),
+            "gigabits_per_s",
+        )
+    };
+    if let (Some(ours), Some(limit)) = (of(Peer::Keelson, 1_000), of(Peer::Bridge, 0)) {
+        report.goals.push(Goal {
+            name: "TCP throughput of no policy, 1,000 rules".into(),
+            goal: "at least 0.90".into(),
+            measured: ours / limit,
+            unit: "times the peer's",
+            spread: (ours / limit, ours / limit),
+            met: ours / limit >= 0.9,
+        });
+    }
+}
+
+fn print(report: &Report) {
+    let mut table = Table::new();
+    table.load_style(presets::NOTHING);
+    table.set_header([
+        "",
+        "",
+        "per s",
+        "Gbit/s",
+        "CPU ns",
+        "p50 µs",
+        "p99 µs",
+        "ns",
+        "counted ns",
+    ]);
+    for work in report.works() {
+        for peer in Peer::ALL {
+            let figure = |names: &[&str]| {
+                let value = names
+                    .iter()
+                    .find_map(|name| report.figure(peer.name(), work, name));
+                match value {
+                    None => "-".to_owned(),
+                    Some(value) if value >= 100.0 => format!("{value:.0}"),
+                    Some(value) => format!("{value:.1}"),
+                }
+            };
+            let rates = ["packets_per_s", "transactions_per_s", "connections_per_s"];
+            let row = [
+                figure(&rates),
+                figure(&["gigabits_per_s"]),
+                figure(&["cpu_ns_per_packet"]),
+                figure(&["p50_us"]),
+                figure(&["p99_us"]),
+                figure(&["program_ns"]),
+                figure(&["counted_ns"]),
+            ];
+            if row.iter().all(|cell| cell == "-") {
+                continue;
+            }
+            table.add_row(
+                [work.to_owned(), peer.name().to_owned()]
+                    .into_iter()
+                    .chain(row),
+            );
+        }
+    }
+    println!("{table}\n");
+    let mut goals = Table::new();
+    goals.load_style(presets::NOTHING);
+    goals.set_header(["goal", "wanted", "measured", "", "met"]);
+    for goal in &report.goals {
+        goals.add_row([
+            goal.name.clone(),
+            goal.goal.clone(),
+            format!("{:.2}", goal.measured),
+            goal.unit.to_owned(),
+            if goal.met { "yes" } else { "no" }.to_owned(),
+        ]);
+    }
+    println!("{goals}");
+}

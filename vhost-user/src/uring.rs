@@ -53,7 +53,7 @@ pub fn check_available() -> Result<(), Error> {
         (opcode::Fsync::CODE, "fsync"),
         (opcode::Fallocate::CODE, "fallocate"),
         (opcode::PollAdd::CODE, "poll_add"),
-        (opcode::PollRemove::CODE, "poll_remove"),
+        (opcode::AsyncCancel::CODE, "async_cancel"),
     ];
     match needed.iter().find(|(code, _)| !probe.is_supported(*code)) {
         None => Ok(()),

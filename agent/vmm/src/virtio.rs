@@ -42,6 +42,11 @@ pub trait VirtioDevice: Send {
     fn features(&self) -> u64;
     /// Reads the device-specific configuration; bytes beyond it are left as they are.
     fn read_config(&mut self, offset: u64, data: &mut [u8]);
+    /// Another number after each change of the device-specific configuration that the driver
+    /// didn't make, so that it never takes half of one (virtio 1.2, 2.5.3).
+    fn config_generation(&self) -> u8 {
+        0
+    }
     /// Writes the device-specific configuration. Most devices have nothing to write.
     fn write_config(&mut self, _offset: u64, _data: &[u8]) {}
     /// The driver is ready: start to serve the queues.
@@ -120,6 +125,12 @@ impl DeviceHealth {
     pub fn needs_reset(&self) {
         self.status.fetch_or(STATUS_NEEDS_RESET, Ordering::AcqRel);
         // Fails only with the event's counter at its maximum.
+        let _ = self.config_event.write(1);
+    }
+
+    /// Tells the driver that the device-specific configuration has changed (virtio 1.2, 4.1.5.4).
+    pub fn config_changed(&self) {
+        // As above.
         let _ = self.config_event.write(1);
     }
 }

@@ -408,7 +408,8 @@ impl EventLoop {
         queue.stopping = Some(reply);
         if queue.kick_armed {
             let poll = KICK | u64::from(number) << 48;
-            let entry = opcode::PollRemove::new(poll).build().user_data(IGNORED);
+            // Not POLL_REMOVE, which gives up (EALREADY) if a kick comes at the same moment.
+            let entry = opcode::AsyncCancel::new(poll).build().user_data(IGNORED);
             self.push(&entry)?;
         }
         self.heat(number);

@@ -10,6 +10,7 @@
 pub mod driver;
 pub mod loop_device;
 pub mod raw_guest;
+pub mod steady_guest;
 
 use std::fs::{File, OpenOptions};
 use std::io::{BufRead, BufReader, Read};

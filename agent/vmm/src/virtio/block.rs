@@ -14,6 +14,8 @@ use virtio_bindings::virtio_ids::VIRTIO_ID_BLOCK;
 use super::{Activation, ActivationError, VirtioDevice};
 use crate::config::DiskConfig;
 
+use backend::CONFIG_WRITEBACK;
+
 pub use backend::BackendError;
 pub use link::DiskLink;
 pub use watcher::{DiskEvent, DiskWatcher};
@@ -63,6 +65,17 @@ impl VirtioDevice for Block {
         }
     }
 
+    fn config_generation(&self) -> u8 {
+        self.link.config_generation()
+    }
+
+    fn write_config(&mut self, offset: u64, data: &[u8]) {
+        // The write cache's switch is the one field that a driver may write (virtio 1.2, 5.2.5).
+        if let (Ok(CONFIG_WRITEBACK), [writeback @ (0 | 1)]) = (usize::try_from(offset), data) {
+            self.link.set_writeback(*writeback);
+        }
+    }
+
     fn activate(&mut self, activation: Activation) -> Result<(), ActivationError> {
         self.link.activate(activation)
     }
@@ -80,7 +93,11 @@ impl VirtioDevice for Block {
     }
 
     fn restore(&mut self, state: &[u8]) -> Result<(), String> {
-        if state == self.link.config_space() {
+        let known = self.link.config_space();
+        let same = state.len() == known.len()
+            && (0..known.len()).all(|at| at == CONFIG_WRITEBACK || state[at] == known[at]);
+        if same {
+            self.link.set_writeback(state[CONFIG_WRITEBACK]);
             return Ok(());
         }
         Err("its backend serves a disk of another size or kind than the snapshot's".to_owned())

@@ -58,6 +58,7 @@ pub(super) struct Registers {
     pub(super) status: u8,
     pub(super) config_vector: u16,
     pub(super) queue_vector: u16,
+    pub(super) config_generation: u8,
 }
 
 impl CommonConfig {
@@ -179,7 +180,7 @@ impl CommonConfig {
                 .unwrap_or(u16::MAX)
                 .to_le_bytes(),
         );
-        put(0x14, &[registers.status, 0]);
+        put(0x14, &[registers.status, registers.config_generation]);
         put(0x16, &self.queue_select.to_le_bytes());
         put(0x1a, &registers.queue_vector.to_le_bytes());
         // A queue that doesn't exist has size 0.

@@ -136,6 +136,7 @@ impl VirtioPci {
             status: self.status.load(Ordering::Acquire),
             config_vector: self.msix.vector(CONFIG_SOURCE),
             queue_vector: self.msix.vector(queue + 1),
+            config_generation: self.device.config_generation(),
         };
         self.common.read(offset, data, registers);
     }

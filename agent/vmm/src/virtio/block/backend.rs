@@ -27,6 +27,8 @@ use crate::virtio::{ActiveQueue, FEATURE_EVENT_IDX, FEATURE_INDIRECT, FEATURE_VE
 
 /// `sizeof(struct virtio_blk_config)` up to the write-zeroes fields.
 pub(super) const CONFIG_BYTES: usize = 60;
+/// Offset of `writeback` in it, the one field that a driver may write.
+pub(super) const CONFIG_WRITEBACK: usize = 32;
 /// Offset of `num_queues` in it.
 const CONFIG_NUM_QUEUES: usize = 34;
 /// How long a backend that is being started may take to listen.
@@ -114,6 +116,7 @@ pub(super) struct Backend {
     pub(super) config_space: [u8; CONFIG_BYTES],
     /// The connection's other handle: to see its end, and to end it.
     pub(super) monitor: UnixStream,
+    notices: Option<UnixStream>,
 }
 
 /// The memory in which a backend notes the requests that it works on, so that after its crash the
@@ -186,6 +189,7 @@ impl Backend {
             features: 0,
             config_space: [0; CONFIG_BYTES],
             monitor,
+            notices: None,
         };
         backend
             .frontend
@@ -197,6 +201,7 @@ impl Backend {
             .map_err(backend.failed("tell its features"))?;
         backend.negotiate_protocol(config)?;
         backend.read_config_space(config)?;
+        backend.open_notices()?;
         backend.check_features(config)?;
         Ok(backend)
     }
@@ -210,7 +215,8 @@ impl Backend {
         let wanted = VhostUserProtocolFeatures::MQ
             | VhostUserProtocolFeatures::REPLY_ACK
             | VhostUserProtocolFeatures::CONFIG
-            | VhostUserProtocolFeatures::INFLIGHT_SHMFD;
+            | VhostUserProtocolFeatures::INFLIGHT_SHMFD
+            | VhostUserProtocolFeatures::BACKEND_REQ;
         self.protocol = offered & wanted;
         let set = self.frontend.set_protocol_features(self.protocol);
         set.map_err(self.failed("take its protocol features"))?;
@@ -284,32 +290,72 @@ impl Backend {
         Ok(())
     }
 
-    /// Hands over `inflight`, or asks for such memory if there is none yet; `None` if the backend
-    /// doesn't track its requests.
-    pub(super) fn share_inflight(
+    /// Whether the backend notes its requests in memory that survives it.
+    pub(super) fn tracks_inflight(&self) -> bool {
+        self.protocol
+            .contains(VhostUserProtocolFeatures::INFLIGHT_SHMFD)
+    }
+
+    /// Asks for memory to note requests in; `None` if the backend doesn't do that.
+    pub(super) fn request_inflight(
         &mut self,
-        inflight: Option<Inflight>,
         config: &DiskConfig,
     ) -> Result<Option<Inflight>, BackendError> {
-        if !self
-            .protocol
-            .contains(VhostUserProtocolFeatures::INFLIGHT_SHMFD)
-        {
+        if !self.tracks_inflight() {
             return Ok(None);
         }
-        let inflight = if let Some(inflight) = inflight {
-            inflight
-        } else {
-            let wanted = VhostUserInflight::new(0, 0, config.queues, config.queue_size);
-            let answer = self.frontend.get_inflight_fd(&wanted);
-            let (description, file) = answer.map_err(self.failed("share its request table"))?;
-            Inflight { description, file }
-        };
+        let wanted = VhostUserInflight::new(0, 0, config.queues, config.queue_size);
+        let answer = self.frontend.get_inflight_fd(&wanted);
+        let (description, file) = answer.map_err(self.failed("share its request table"))?;
+        Ok(Some(Inflight { description, file }))
+    }
+
+    /// Hands the memory over in which requests are noted, perhaps some of an earlier backend.
+    pub(super) fn share_inflight(&mut self, inflight: &Inflight) -> Result<(), BackendError> {
         let set = self
             .frontend
             .set_inflight_fd(&inflight.description, inflight.file.as_raw_fd());
-        set.map_err(self.failed("take the request table"))?;
-        Ok(Some(inflight))
+        set.map_err(self.failed("take the request table"))
+    }
+
+    /// Writes to the configuration space.
+    pub(super) fn write_config(&mut self, offset: u32, data: &[u8]) -> Result<(), BackendError> {
+        let flags = VhostUserConfigFlags::WRITABLE;
+        let written = self.frontend.set_config(offset, flags, data);
+        written.map_err(self.failed("change its configuration"))?;
+        let start = usize::try_from(offset).unwrap_or(usize::MAX);
+        for (known, byte) in self.config_space.iter_mut().skip(start).zip(data) {
+            *known = *byte;
+        }
+        Ok(())
+    }
+
+    /// Reads the configuration space again, after the backend said that it has changed.
+    pub(super) fn reread_config_space(&mut self, config: &DiskConfig) -> Result<(), BackendError> {
+        self.read_config_space(config)
+    }
+
+    /// Where the backend's notices arrive, if it has any.
+    pub(super) fn notices(&self) -> Option<&UnixStream> {
+        self.notices.as_ref()
+    }
+
+    fn open_notices(&mut self) -> Result<(), BackendError> {
+        if !self
+            .protocol
+            .contains(VhostUserProtocolFeatures::BACKEND_REQ)
+        {
+            return Ok(());
+        }
+        let (ours, theirs) =
+            UnixStream::pair().map_err(|e| self.mismatch(&format!("no socket pair: {e}")))?;
+        ours.set_nonblocking(true)
+            .map_err(|e| self.mismatch(&format!("no socket pair: {e}")))?;
+        self.frontend
+            .set_backend_request_fd(&theirs)
+            .map_err(self.failed("take a channel for its notices"))?;
+        self.notices = Some(ours);
+        Ok(())
     }
 
     /// Starts a queue at the available index `base`.

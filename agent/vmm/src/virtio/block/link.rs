@@ -1,16 +1,22 @@
 //! A disk's connection through the life of its backend: activated, lost, and made again.
 
-use std::os::fd::{AsRawFd, RawFd};
+use std::io::Read;
+use std::ops::Range;
 use std::os::unix::net::UnixStream;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use vmm_sys_util::eventfd::EventFd;
 
-use super::backend::{Backend, BackendError, CONFIG_BYTES, Inflight};
+use super::backend::{Backend, BackendError, CONFIG_BYTES, CONFIG_WRITEBACK, Inflight};
 use crate::config::DiskConfig;
 use crate::virtio::{Activation, ActivationError};
+
+/// Where the capacity is in the configuration space (virtio 1.2, 5.2.4).
+const CAPACITY: Range<usize> = 0..8;
+/// The offset of the write cache's switch.
+const WRITEBACK_OFFSET: u32 = 32;
 
 /// How long a backend may work on one call before it counts as dead. Stopping a queue waits for
 /// its requests, and a disk can be slow.
@@ -20,11 +26,31 @@ const CALL_LIMIT: Duration = Duration::from_secs(30);
 pub struct DiskLink {
     config: DiskConfig,
     features: u64,
-    config_space: [u8; CONFIG_BYTES],
+    config_space: Mutex<[u8; CONFIG_BYTES]>,
+    config_generation: AtomicU8,
     state: Mutex<State>,
-    /// The connection's socket, reachable while a call holds `state`.
-    monitor: Mutex<Option<UnixStream>>,
+    /// The connection, reachable while a call holds `state`.
+    monitor: Mutex<Option<Arc<Connection>>>,
     calls: Calls,
+}
+
+/// A connection's sockets, for who waits for something to happen on them.
+pub(super) struct Connection {
+    /// Of the messages to the backend: to see its end.
+    pub(super) socket: UnixStream,
+    /// Of the backend's notices.
+    pub(super) notices: Option<UnixStream>,
+}
+
+/// What became of an attempt to go on with a new backend.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum Resumed {
+    /// It goes on.
+    Yes,
+    /// There is none yet, or it failed.
+    NotYet,
+    /// There is nothing to go on with: the driver has reset the device.
+    Needless,
 }
 
 struct State {
@@ -48,7 +74,8 @@ impl DiskLink {
         let link = Self {
             config: config.clone(),
             features: backend.features,
-            config_space: backend.config_space,
+            config_space: Mutex::new(backend.config_space),
+            config_generation: AtomicU8::new(0),
             state: Mutex::new(State {
                 backend: None,
                 active: None,
@@ -74,8 +101,80 @@ impl DiskLink {
         self.features
     }
 
-    pub(super) const fn config_space(&self) -> &[u8; CONFIG_BYTES] {
-        &self.config_space
+    pub(super) fn config_space(&self) -> [u8; CONFIG_BYTES] {
+        *self.known_config()
+    }
+
+    pub(super) fn config_generation(&self) -> u8 {
+        self.config_generation.load(Ordering::Acquire)
+    }
+
+    fn known_config(&self) -> MutexGuard<'_, [u8; CONFIG_BYTES]> {
+        self.config_space
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The driver switches the write cache, which the backend has to know before the driver goes
+    /// on. While there is none, the next one is told.
+    pub(super) fn set_writeback(&self, writeback: u8) {
+        let mut state = self.lock();
+        let _call = self.calls.begin();
+        self.known_config()[CONFIG_WRITEBACK] = writeback;
+        // Before the driver's features are accepted the backend takes no switch: `start` tells it.
+        let active = state.active.is_some();
+        if let Some(backend) = state.backend.as_mut().filter(|_| active)
+            && let Err(e) = backend.write_config(WRITEBACK_OFFSET, &[writeback])
+        {
+            tracing::warn!("{e}");
+            // Its successor is told when it is set up.
+            let _ = backend.monitor.shutdown(std::net::Shutdown::Both);
+        }
+    }
+
+    /// Takes the backend's notices. Returns whether the configuration has changed.
+    pub(super) fn take_notices(&self, connection: &Connection) -> bool {
+        let mut bytes = [0; 256];
+        let mut noticed = false;
+        // There is one kind of notice that concerns a disk, and reading the configuration once
+        // more than needed does no harm.
+        while let Some(notices) = &connection.notices
+            && matches!((&*notices).read(&mut bytes), Ok(1..))
+        {
+            noticed = true;
+        }
+        let mut state = self.lock();
+        if !noticed || !self.is_current(connection) {
+            return false;
+        }
+        let _call = self.calls.begin();
+        let State {
+            backend: Some(backend),
+            active,
+            ..
+        } = &mut *state
+        else {
+            return false;
+        };
+        if let Err(e) = backend.reread_config_space(&self.config) {
+            tracing::warn!("{e}");
+            return false;
+        }
+        let mut known = self.known_config();
+        let changed = *known != backend.config_space;
+        *known = backend.config_space;
+        self.config_generation.fetch_add(1, Ordering::AcqRel);
+        if let Some(active) = active.as_ref().filter(|_| changed) {
+            active.health.config_changed();
+        }
+        changed
+    }
+
+    fn is_current(&self, connection: &Connection) -> bool {
+        let current = self.monitor.lock().unwrap_or_else(PoisonError::into_inner);
+        current
+            .as_ref()
+            .is_some_and(|current| std::ptr::eq(Arc::as_ptr(current), connection))
     }
 
     /// Starts the queues of a driver that is ready, on a new connection if the old one is lost.
@@ -106,6 +205,8 @@ impl DiskLink {
             return;
         };
         state.inflight = None;
+        // The next driver finds it on, as the first one did.
+        self.known_config()[CONFIG_WRITEBACK] = 1;
         let Some(backend) = &mut state.backend else {
             return;
         };
@@ -149,47 +250,63 @@ impl DiskLink {
         Ok(())
     }
 
-    /// The connection ended. Returns whether a new backend could go on where this one stopped.
-    pub(super) fn lost(&self) -> bool {
+    /// This connection ended. Returns whether a new backend could go on where this one stopped,
+    /// or `None` if another has taken its place meanwhile.
+    pub(super) fn lost(&self, connection: &Connection) -> Option<bool> {
         let mut state = self.lock();
+        if !self.is_current(connection) {
+            return None;
+        }
         self.drop_backend(&mut state);
         let Some(active) = &state.active else {
-            return false;
+            return Some(false);
         };
         if state.inflight.is_none() {
             // Nobody knows which requests were done: only the driver can start over.
             active.health.needs_reset();
-            return false;
+            return Some(false);
         }
-        true
+        Some(true)
     }
 
-    /// Tries to go on with a new backend; returns whether there is nothing more to try.
-    pub(super) fn resume(&self) -> bool {
+    /// Tries to go on with a new backend.
+    pub(super) fn resume(&self) -> Resumed {
         let mut state = self.lock();
         let _call = self.calls.begin();
         // A reset of the driver may have come first, and made a connection of its own.
         let Some(active) = state.active.take() else {
-            return true;
+            return Resumed::Needless;
         };
         if state.backend.is_some() {
             state.active = Some(active);
-            return true;
+            return Resumed::Needless;
         }
         let resumed = Backend::try_connect(&self.config)
             .map_err(|e| e.to_string())
             .and_then(|backend| {
                 self.check_same(&backend)?;
+                if !backend.tracks_inflight() {
+                    return Err("the new backend can't go on with an old one's requests".into());
+                }
+                let resized = self.adopt_size(&backend);
                 self.set_backend(&mut state, backend);
                 self.start(&mut state, &active, true)
-                    .map_err(|e| e.to_string())
+                    .map_err(|e| e.to_string())?;
+                if resized {
+                    active.health.config_changed();
+                }
+                Ok(())
             });
         if let Err(e) = &resumed {
             tracing::debug!("{e}");
             self.drop_backend(&mut state);
         }
         state.active = Some(active);
-        resumed.is_ok()
+        if resumed.is_ok() {
+            Resumed::Yes
+        } else {
+            Resumed::NotYet
+        }
     }
 
     fn start(
@@ -202,8 +319,17 @@ impl DiskLink {
             return Ok(());
         };
         backend.set_up(&activation.memory, activation.features)?;
-        let inflight = state.inflight.take();
-        state.inflight = backend.share_inflight(inflight, &self.config)?;
+        let writeback = self.known_config()[CONFIG_WRITEBACK];
+        if backend.config_space[CONFIG_WRITEBACK] != writeback {
+            backend.write_config(WRITEBACK_OFFSET, &[writeback])?;
+        }
+        // Kept whatever fails from here on: it says what the next backend has to finish.
+        if state.inflight.is_none() {
+            state.inflight = backend.request_inflight(&self.config)?;
+        }
+        if let Some(inflight) = &state.inflight {
+            backend.share_inflight(inflight)?;
+        }
         for queue in &activation.queues {
             // A new queue starts at 0. One that goes on starts at its used index: the backend adds
             // what its request table says is not done yet.
@@ -223,7 +349,12 @@ impl DiskLink {
     /// A backend that comes back must serve the disk that the driver knows.
     fn check_same(&self, backend: &Backend) -> Result<(), String> {
         let known = self.features & !backend.features == 0;
-        if known && backend.config_space == self.config_space {
+        let mut expected = self.config_space();
+        // The driver has its own idea of the write cache, and a disk may have grown.
+        expected[CONFIG_WRITEBACK] = backend.config_space[CONFIG_WRITEBACK];
+        let grown = capacity(&backend.config_space) >= capacity(&expected);
+        expected[CAPACITY].copy_from_slice(&backend.config_space[CAPACITY]);
+        if known && grown && backend.config_space == expected {
             return Ok(());
         }
         Err(format!(
@@ -232,9 +363,26 @@ impl DiskLink {
         ))
     }
 
+    /// Takes over the size of a disk that has grown while it had no backend.
+    fn adopt_size(&self, backend: &Backend) -> bool {
+        let mut known = self.known_config();
+        let resized = capacity(&known) != capacity(&backend.config_space);
+        known[CAPACITY].copy_from_slice(&backend.config_space[CAPACITY]);
+        if resized {
+            self.config_generation.fetch_add(1, Ordering::AcqRel);
+        }
+        resized
+    }
+
     fn set_backend(&self, state: &mut State, backend: Backend) {
-        let monitor = backend.monitor.try_clone();
-        *self.monitor.lock().unwrap_or_else(PoisonError::into_inner) = monitor.ok();
+        let connection = backend.monitor.try_clone().map(|socket| Connection {
+            socket,
+            notices: backend
+                .notices()
+                .and_then(|notices| notices.try_clone().ok()),
+        });
+        *self.monitor.lock().unwrap_or_else(PoisonError::into_inner) =
+            connection.ok().map(Arc::new);
         state.backend = Some(backend);
         self.calls.wake_watcher();
     }
@@ -257,13 +405,12 @@ impl DiskLink {
             .unwrap_or_else(PoisonError::into_inner) = Some(wake);
     }
 
-    /// The connection's socket, to see its end.
-    pub(super) fn monitor(&self) -> Option<RawFd> {
+    /// The connection, to see its end.
+    pub(super) fn connection(&self) -> Option<Arc<Connection>> {
         self.monitor
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
-            .as_ref()
-            .map(AsRawFd::as_raw_fd)
+            .clone()
     }
 
     /// Ends the connection if a call takes too long; returns whether one is under way.
@@ -279,7 +426,7 @@ impl DiskLink {
                 "the backend doesn't answer: disconnecting"
             );
             // Fails only if the backend closed it in the meantime.
-            let _ = monitor.shutdown(std::net::Shutdown::Both);
+            let _ = monitor.socket.shutdown(std::net::Shutdown::Both);
         }
         true
     }
@@ -319,6 +466,12 @@ impl Drop for Call<'_> {
     fn drop(&mut self) {
         self.0.since.store(0, Ordering::Release);
     }
+}
+
+fn capacity(config_space: &[u8; CONFIG_BYTES]) -> u64 {
+    let mut bytes = [0; 8];
+    bytes.copy_from_slice(&config_space[CAPACITY]);
+    u64::from_le_bytes(bytes)
 }
 
 /// The link is shared between threads.

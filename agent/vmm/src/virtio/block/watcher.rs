@@ -8,12 +8,12 @@ use std::thread::JoinHandle;
 
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
-use super::link::DiskLink;
+use super::link::{DiskLink, Resumed};
 use crate::isolation::seccomp::{self, Mode, Thread};
 
 const STACK_BYTES: usize = 128 << 10;
 /// How often a lost backend is looked for, in milliseconds.
-const RESUME_INTERVAL_MS: i32 = 100;
+const RESUME_INTERVAL_MS: i32 = 20;
 /// How often a call is checked for taking too long, in milliseconds.
 const LIMIT_INTERVAL_MS: i32 = 1000;
 
@@ -103,18 +103,29 @@ fn turn(disks: &mut [Watched], wake: &EventFd, report: &dyn Fn(DiskEvent)) -> io
     if disks.iter().any(|disk| disk.resuming) {
         timeout = RESUME_INTERVAL_MS;
     }
-    // A negative descriptor is one that poll ignores. A backend has nothing to say unasked, so
-    // only the end of a connection is of interest, which needs no request.
+    // Held while their descriptors are polled, so that no other file gets their numbers. A negative
+    // descriptor is one that poll ignores. On the socket of the messages a backend has nothing to
+    // say unasked, so only its end is of interest; notices have a socket of their own.
+    let connections: Vec<_> = disks.iter().map(|disk| disk.link.connection()).collect();
     let mut fds = vec![libc::pollfd {
         fd: wake.as_raw_fd(),
         events: libc::POLLIN,
         revents: 0,
     }];
-    fds.extend(disks.iter().map(|disk| libc::pollfd {
-        fd: disk.link.monitor().unwrap_or(-1),
-        events: libc::POLLRDHUP,
-        revents: 0,
-    }));
+    for connection in &connections {
+        let connection = connection.as_deref();
+        let notices = connection.and_then(|connection| connection.notices.as_ref());
+        fds.push(libc::pollfd {
+            fd: connection.map_or(-1, |connection| connection.socket.as_raw_fd()),
+            events: libc::POLLRDHUP,
+            revents: 0,
+        });
+        fds.push(libc::pollfd {
+            fd: notices.map_or(-1, AsRawFd::as_raw_fd),
+            events: libc::POLLIN,
+            revents: 0,
+        });
+    }
     // SAFETY: the pointer and length are those of `fds`.
     if unsafe { libc::poll(fds.as_mut_ptr(), fds.len() as libc::nfds_t, timeout) } < 0 {
         let error = io::Error::last_os_error();
@@ -126,17 +137,29 @@ fn turn(disks: &mut [Watched], wake: &EventFd, report: &dyn Fn(DiskEvent)) -> io
     }
     // Says EAGAIN if it was not this one.
     let _ = wake.read();
-    for (disk, fd) in disks.iter_mut().zip(&fds[1..]) {
+    let (pairs, _) = fds[1..].as_chunks::<2>();
+    for ((disk, connection), [socket, notices]) in disks.iter_mut().zip(&connections).zip(pairs) {
         let id = || disk.link.id().to_owned();
-        if fd.revents & (libc::POLLHUP | libc::POLLRDHUP | libc::POLLERR) != 0 {
-            tracing::warn!(disk = disk.link.id(), "the disk's backend went away");
-            report(DiskEvent::Disconnected(id()));
-            disk.resuming = disk.link.lost();
+        if let Some(connection) = connection {
+            if notices.revents & libc::POLLIN != 0 && disk.link.take_notices(connection) {
+                tracing::info!(disk = disk.link.id(), "the disk has another size");
+            }
+            let ended = libc::POLLHUP | libc::POLLRDHUP | libc::POLLERR;
+            if socket.revents & ended != 0
+                && let Some(resuming) = disk.link.lost(connection)
+            {
+                tracing::warn!(disk = disk.link.id(), "the disk's backend went away");
+                report(DiskEvent::Disconnected(id()));
+                disk.resuming = resuming;
+            }
         }
-        if disk.resuming && disk.link.resume() {
-            disk.resuming = false;
-            tracing::info!(disk = disk.link.id(), "the disk has a backend again");
-            report(DiskEvent::Reconnected(id()));
+        if disk.resuming {
+            let resumed = disk.link.resume();
+            disk.resuming = resumed == Resumed::NotYet;
+            if resumed == Resumed::Yes {
+                tracing::info!(disk = disk.link.id(), "the disk has a backend again");
+                report(DiskEvent::Reconnected(id()));
+            }
         }
     }
     Ok(())

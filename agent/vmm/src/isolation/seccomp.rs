@@ -239,10 +239,14 @@ fn rules(thread: Thread) -> Result<Rules, seccompiler::BackendError> {
         rules.insert(libc::SYS_clone, vec![rule(&[equal(0, THREAD_FLAGS)?])?]);
         let local = u64::try_from(libc::AF_UNIX).unwrap_or(0);
         rules.insert(libc::SYS_socket, vec![rule(&[equal(0, local)?])?]);
+        // For the notices of a disk's backend.
+        rules.insert(libc::SYS_socketpair, vec![rule(&[equal(0, local)?])?]);
     }
     if matches!(thread, Thread::Disks) {
         let local = u64::try_from(libc::AF_UNIX).unwrap_or(0);
         rules.insert(libc::SYS_socket, vec![rule(&[equal(0, local)?])?]);
+        // For the notices of a disk's backend.
+        rules.insert(libc::SYS_socketpair, vec![rule(&[equal(0, local)?])?]);
         rules.insert(libc::SYS_clone, vec![rule(&[equal(0, THREAD_FLAGS)?])?]);
     }
     rules.insert(libc::SYS_ioctl, ioctls);

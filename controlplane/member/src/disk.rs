@@ -34,6 +34,12 @@ pub trait Disk: fmt::Debug + Send + Sync + 'static {
 
     /// Makes creations, renames and removals durable.
     fn sync(&self) -> io::Result<()>;
+
+    /// A number that tells a new file from every other: random, unless a run is to be repeated.
+    fn file_number(&self) -> u64 {
+        use std::hash::{BuildHasher as _, RandomState};
+        RandomState::new().hash_one(0)
+    }
 }
 
 /// A file of a [`Disk`].

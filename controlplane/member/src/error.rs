@@ -23,7 +23,7 @@ pub enum MemberError {
         source: Box<redb::Error>,
     },
     /// Stored bytes are not what was written.
-    #[error("{0}: restore this member from the others, or from a backup")]
+    #[error("{0}")]
     Corrupt(String),
     /// The folder belongs to another member or another cluster.
     #[error("{0}")]
@@ -38,6 +38,19 @@ pub enum MemberError {
         /// The highest known format.
         known: u64,
     },
+    /// The folder was written by a version from before the first release.
+    #[error(
+        "{what} has format {found}, from before the first release, this version knows {known}: take \
+         a backup with the version that wrote it, and restore that"
+    )]
+    Older {
+        /// Which file.
+        what: String,
+        /// Its format.
+        found: u64,
+        /// The oldest known format.
+        known: u64,
+    },
     /// A snapshot can't be used.
     #[error("the snapshot can't be used: {0}; take it, or send it, again")]
     DamagedSnapshot(String),
@@ -49,7 +62,28 @@ pub enum MemberError {
     Consensus(#[from] raft::Error),
 }
 
+/// Stored bytes that are not what was written, found while reading.
+#[derive(Debug, Clone, thiserror::Error)]
+#[error("{0}")]
+pub struct Damage(pub String);
+
 impl MemberError {
+    /// Whether what is stored is damaged, or missing: a member of a cluster can be rebuilt from the
+    /// others.
+    pub fn is_damage(&self) -> bool {
+        let in_io = |error: &io::Error| error.get_ref().is_some_and(|inner| inner.is::<Damage>());
+        match self {
+            Self::Corrupt(_) => true,
+            Self::Disk { source, .. } => in_io(source),
+            Self::Engine { source, .. } => match &**source {
+                redb::Error::Corrupted(_) => true,
+                redb::Error::Io(error) => in_io(error),
+                _ => false,
+            },
+            _ => false,
+        }
+    }
+
     /// For `map_err` on disk calls.
     pub(crate) fn disk(what: impl Into<String>) -> impl FnOnce(io::Error) -> Self {
         let what = what.into();

@@ -16,7 +16,7 @@ pub mod watch;
 
 pub use raft::eraftpb::Message as PeerMessage;
 
-pub use self::error::{Failure, MemberError, RequestError};
+pub use self::error::{Damage, Failure, MemberError, RequestError};
 pub use self::identity::Identity;
 pub use self::limits::Limits;
 pub use self::member::{

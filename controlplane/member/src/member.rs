@@ -417,8 +417,10 @@ impl Member {
     /// sends, applies. Messages that need not wait for the sync are sent before it.
     pub fn advance(&mut self, send: &mut dyn FnMut(Message)) -> Result<Output, MemberError> {
         let mut output = Output::default();
+        self.check_damage()?;
         while self.node.has_ready() {
             let mut ready = self.node.ready();
+            self.check_damage()?;
             ready.take_messages().into_iter().for_each(&mut *send);
             if !ready.snapshot().is_empty() {
                 self.install(ready.snapshot().get_metadata(), ready.hs(), &mut output)?;
@@ -452,6 +454,14 @@ impl Member {
         Ok(output)
     }
 
+    /// Ends a member of which something stored was found damaged, by whoever read it.
+    fn check_damage(&self) -> Result<(), MemberError> {
+        match self.keyspace.damage().or(self.node.store().damage()) {
+            Some(damage) => Err(damage),
+            None => Ok(()),
+        }
+    }
+
     fn install(
         &mut self,
         wanted: &SnapshotMetadata,
@@ -465,9 +475,10 @@ impl Member {
             index: wanted.index,
             term: wanted.term,
         };
-        self.keyspace.install(&*self.disk, staged)?;
-        let mut state = state.unwrap_or(self.node.store().hard_state()).clone();
+        let mut state = state.cloned().unwrap_or(self.node.store().hard_state());
         state.commit = state.commit.max(at.index);
+        self.node.mut_store().begin_install(at)?;
+        self.keyspace.install(&*self.disk, staged)?;
         let log = self.node.mut_store();
         log.restart(at, &state)?;
         log.set_conf_state(wanted.get_conf_state().clone());
@@ -480,17 +491,13 @@ impl Member {
 
     fn persist(&mut self, entries: &[Entry], state: Option<&HardState>) -> Result<(), MemberError> {
         let stored = self.node.store().hard_state();
+        let state = state.unwrap_or(&stored);
         // A commit index alone is not worth a sync: it is found again.
-        let vote_changed =
-            state.is_some_and(|state| (state.term, state.vote) != (stored.term, stored.vote));
-        if entries.is_empty() && !vote_changed {
-            if let Some(state) = state {
-                let state = state.clone();
-                self.node.mut_store().set_hard_state(state);
-            }
+        if entries.is_empty() && (state.term, state.vote) == (stored.term, stored.vote) {
+            self.node.mut_store().set_commit(state.commit);
             return Ok(());
         }
-        let state = state.unwrap_or(stored).clone();
+        let state = state.clone();
         self.node.mut_store().append(entries, Some(&state))
     }
 

@@ -4,22 +4,22 @@
 //! the same moment, and the log goes on from there.
 
 use std::collections::BTreeSet;
-use std::io;
 use std::sync::Arc;
 
 use bytes::Bytes;
 use redb::{
-    Builder, Database, Durability, ReadOnlyTable, ReadableDatabase, ReadableTable, StorageBackend,
-    TableDefinition, WriteTransaction,
+    Builder, Database, Durability, ReadOnlyTable, ReadableDatabase, ReadableTable, TableDefinition,
+    WriteTransaction,
 };
 
+use super::blocks::{Backend, Blocks};
 use super::lease::{Lease, LeaseRecord, Leases};
 use super::metadata::Metadata;
 use super::overlay::{Change, Overlay};
 use super::state::Budget;
 use super::version::Version;
 use crate::MemberError;
-use crate::disk::{Disk, DiskFile};
+use crate::disk::Disk;
 
 /// Key and revision (bits inverted, so that the newest is first).
 pub(super) type IndexKey = (&'static [u8], u64);
@@ -47,7 +47,7 @@ const WRITE: &str = "write a flush";
 #[derive(Debug)]
 pub(super) struct Engine {
     pub(super) database: Database,
-    file: Arc<dyn DiskFile>,
+    blocks: Arc<Blocks>,
 }
 
 /// The tables as of the last flush, for reading.
@@ -74,22 +74,17 @@ impl Engine {
         name: &str,
         cache_bytes: usize,
     ) -> Result<Self, MemberError> {
-        let file = disk
-            .open(name, true)
-            .map_err(MemberError::disk(format!("open {name}")))?;
-        disk.sync()
-            .map_err(MemberError::disk("sync the data folder"))?;
+        let blocks = Arc::new(Blocks::open(disk, name)?);
         let database = Builder::new()
             .set_cache_size(cache_bytes)
-            .create_with_backend(Backend(Arc::clone(&file)))
+            .create_with_backend(Backend(Arc::clone(&blocks)))
             .map_err(MemberError::engine("open its file"))?;
-        let txn = database
-            .begin_write()
-            .map_err(MemberError::engine("begin a transaction"))?;
+        let engine = Self { database, blocks };
+        let txn = engine.begin()?;
         open_tables(&txn).map_err(MemberError::engine("create its tables"))?;
         txn.commit()
             .map_err(MemberError::engine("create its tables"))?;
-        Ok(Self { database, file })
+        Ok(engine)
     }
 
     /// Everything that is kept in memory; `None` if the engine is new.
@@ -216,8 +211,8 @@ impl Engine {
     }
 
     /// The engine's file.
-    pub(super) fn file(&self) -> Arc<dyn DiskFile> {
-        Arc::clone(&self.file)
+    pub(super) fn blocks(&self) -> &Arc<Blocks> {
+        &self.blocks
     }
 
     pub(super) fn begin(&self) -> Result<WriteTransaction, MemberError> {
@@ -228,6 +223,8 @@ impl Engine {
             .map_err(MemberError::engine(what))?;
         txn.set_durability(Durability::Immediate)
             .map_err(MemberError::engine(what))?;
+        // Without it, opening after a crash reads everything.
+        txn.set_quick_repair(true);
         Ok(txn)
     }
 }
@@ -434,30 +431,4 @@ fn decode_change((revision, sub): RecordKey, record: &[u8]) -> Result<Change, Me
         key,
         version,
     })
-}
-
-/// Lets the engine use a [`DiskFile`].
-#[derive(Debug)]
-struct Backend(Arc<dyn DiskFile>);
-
-impl StorageBackend for Backend {
-    fn len(&self) -> io::Result<u64> {
-        self.0.length()
-    }
-
-    fn read(&self, offset: u64, out: &mut [u8]) -> io::Result<()> {
-        self.0.read_at(out, offset)
-    }
-
-    fn set_len(&self, length: u64) -> io::Result<()> {
-        self.0.set_length(length)
-    }
-
-    fn sync_data(&self) -> io::Result<()> {
-        self.0.sync_data()
-    }
-
-    fn write(&self, offset: u64, data: &[u8]) -> io::Result<()> {
-        self.0.write_at(data, offset)
-    }
 }

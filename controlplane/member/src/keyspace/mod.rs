@@ -7,6 +7,7 @@
 mod apply;
 mod auth;
 mod authorize;
+mod blocks;
 mod engine;
 mod lease;
 mod metadata;
@@ -38,12 +39,13 @@ pub(crate) use self::snapshot::remove_incoming;
 pub use self::snapshot::{SnapshotReader, SnapshotWriter, StagedSnapshot};
 
 use self::apply::{Applier, Changes};
+use self::blocks::Blocks;
 use self::engine::Engine;
 use self::overlay::Overlay;
 use self::read::{Step, key_value};
 use self::state::{Budget, State};
 use crate::command::{Authority, Command, Response};
-use crate::disk::{Disk, DiskFile};
+use crate::disk::Disk;
 use crate::{Failure, Limits, MemberError, RequestError};
 
 /// Multiple of [`Limits::flush_bytes`] from which on the disk is too slow for what is wanted of it.
@@ -54,7 +56,7 @@ pub struct Keyspace {
     state: RwLock<State>,
     /// Held by the flush, compaction or installation that is under way.
     engine: Mutex<Engine>,
-    file: RwLock<Arc<dyn DiskFile>>,
+    blocks: RwLock<Arc<Blocks>>,
     /// Known without the lock, for every request asks.
     auth_enabled: AtomicBool,
     /// As well.
@@ -117,7 +119,7 @@ impl Keyspace {
             auth_enabled: AtomicBool::new(state.metadata.auth().enabled),
             refuses_growth: AtomicBool::new(state.metadata.refuses_growth()),
             state: RwLock::new(state),
-            file: RwLock::new(engine.file()),
+            blocks: RwLock::new(Arc::clone(engine.blocks())),
             engine: Mutex::new(engine),
             limits,
         })
@@ -155,9 +157,26 @@ impl Keyspace {
 
     /// Size of the engine's file in bytes.
     pub fn size(&self) -> Result<u64, MemberError> {
-        let file = Arc::clone(&self.file.read());
-        file.length()
+        let blocks = Arc::clone(&self.blocks.read());
+        blocks
+            .size()
             .map_err(MemberError::disk(format!("get the size of {ENGINE_FILE}")))
+    }
+
+    /// What was found damaged of what is stored, if anything was: nothing can be read any more, and
+    /// the member has to be rebuilt.
+    pub fn damage(&self) -> Option<MemberError> {
+        let blocks = self.blocks.read();
+        let damage = blocks.damage()?;
+        Some(MemberError::Corrupt(damage.0.clone()))
+    }
+
+    /// Reads some of what is stored, from block `from` on, to find damage before it is needed. Returns
+    /// where to go on; 0 after the end.
+    pub fn verify(&self, from: u64, blocks: u64) -> Result<u64, MemberError> {
+        let file = Arc::clone(&self.blocks.read());
+        file.verify(from, blocks)
+            .map_err(MemberError::disk(format!("verify {ENGINE_FILE}")))
     }
 
     /// Reads keys.
@@ -410,7 +429,7 @@ impl Keyspace {
             base,
         };
         self.note(&state.metadata);
-        *self.file.write() = staged.engine.file();
+        *self.blocks.write() = Arc::clone(staged.engine.blocks());
         *engine = staged.engine;
         Ok(())
     }

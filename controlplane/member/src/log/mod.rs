@@ -1,20 +1,24 @@
 //! The replicated log on disk, and what of it is in memory.
 
 mod frame;
+mod sector;
 mod segment;
+mod vote;
 
 use std::collections::VecDeque;
 use std::fmt;
-use std::sync::Arc;
+use std::io;
+use std::sync::{Arc, OnceLock};
 
 use raft::eraftpb::{ConfState, Entry, HardState, Snapshot};
 use raft::{GetEntriesContext, RaftState, Storage, StorageError};
 
-pub use self::segment::Owner;
-
-use self::frame::ENTRY_HEADER;
-use self::segment::{Header, Segment};
-use crate::disk::{AlignedBytes, Disk};
+use self::frame::{ENTRY_HEADER, Place};
+use self::sector::{PAYLOAD, SECTOR};
+use self::segment::{Content, Segment};
+use self::vote::{Mark, Vote, VoteFile};
+use crate::disk::{AlignedBytes, Disk, DiskFile};
+use crate::error::Damage;
 use crate::{Limits, MemberError};
 
 /// Prepared files that are kept for the next segments.
@@ -36,12 +40,25 @@ pub struct Log {
     /// The newest entries.
     cache: VecDeque<Entry>,
     cached_bytes: usize,
-    hard_state: HardState,
+    votes: VoteFile,
+    /// The highest index that is known to be committed.
+    commit: u64,
     conf_state: ConfState,
     /// The snapshot that the keyspace can give.
     offered: Option<(Position, ConfState)>,
     buffer: Vec<u8>,
+    sealed: Vec<u8>,
     aligned: AlignedBytes,
+    damage: OnceLock<Damage>,
+}
+
+/// Whose log it is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Owner {
+    /// The cluster.
+    pub cluster_id: u64,
+    /// The member.
+    pub member_id: u64,
 }
 
 /// An index and the term of its entry.
@@ -58,8 +75,21 @@ pub struct Position {
 struct Slot {
     term: u64,
     segment: u64,
-    offset: u64,
+    /// Of the frame, in blocks.
+    block: u32,
+    /// Of the entry in its frame.
+    offset: u32,
     length: u32,
+}
+
+impl Owner {
+    fn foreign(self, what: &str, found: Self) -> MemberError {
+        MemberError::Foreign(format!(
+            "{what} belongs to member {:x} of cluster {:x}, this is member {:x} of cluster {:x}: \
+             start it with the options that made it, or on its own folder",
+            found.member_id, found.cluster_id, self.member_id, self.cluster_id
+        ))
+    }
 }
 
 impl Log {
@@ -73,34 +103,59 @@ impl Log {
         may_be_new: bool,
         limits: Limits,
     ) -> Result<Self, MemberError> {
+        let found = Found::read(&*disk, owner, limits.segment_bytes)?;
+        let is_new = found.segments.is_empty();
+        if is_new && !may_be_new {
+            return Err(MemberError::Corrupt("the log's files are missing".into()));
+        }
+        let votes = match VoteFile::open(&*disk, owner) {
+            Ok(Some(votes)) => votes,
+            // What is left of a first start that was broken off.
+            _ if is_new => VoteFile::create(&*disk, owner, Vote::default())?,
+            Ok(None) => {
+                return Err(MemberError::Corrupt(format!(
+                    "{} is missing: what this member voted is not known",
+                    vote::FILE
+                )));
+            }
+            Err(error) => return Err(error),
+        };
         let mut log = Self {
             disk,
             owner,
             limits,
             segments: VecDeque::new(),
-            spares: Vec::new(),
+            spares: found.spares,
             next_number: 1,
-            before: applied,
+            before: Position::default(),
             slots: VecDeque::new(),
             cache: VecDeque::new(),
             cached_bytes: 0,
-            hard_state: HardState::default(),
+            commit: applied.index.max(votes.mark.commit),
+            votes,
             offered: (applied.index > 0).then(|| (applied, conf_state.clone())),
             conf_state,
             buffer: Vec::new(),
+            sealed: Vec::new(),
             aligned: AlignedBytes::default(),
+            damage: OnceLock::new(),
         };
-        log.recover(applied)?;
-        if log.hard_state.commit < applied.index {
-            log.hard_state.commit = applied.index;
-            log.hard_state.term = log.hard_state.term.max(applied.term);
+        for sequence in found.unused {
+            log.retire(sequence)?;
         }
-        if log.segments.is_empty() {
-            if !may_be_new {
-                return Err(MemberError::Corrupt("the log's files are missing".into()));
-            }
-            log.start_segment(1)?;
+        if is_new {
+            let vote = Vote {
+                term: log.votes.vote.term.max(applied.term),
+                ..log.votes.vote
+            };
+            log.votes.write(vote)?;
+            log.begin(applied)?;
+        } else {
+            log.replay(found.segments)?;
+            log.finish_install(applied)?;
+            log.check(applied)?;
         }
+        log.commit = log.commit.min(log.last().index);
         Ok(log)
     }
 
@@ -111,48 +166,25 @@ impl Log {
         entries: &[Entry],
         hard_state: Option<&HardState>,
     ) -> Result<(), MemberError> {
-        if let Some(first) = entries.first() {
-            self.truncate_from(first.index);
-        }
-        let Some(segment) = self.segments.back() else {
-            return Err(MemberError::Corrupt("the log has no segment".into()));
-        };
-        let mut sequence = segment.sequence;
-        let estimate: usize = entries
-            .iter()
-            .map(|entry| entry.data.len() + ENTRY_HEADER)
-            .sum();
-        if !segment.has_room(estimate + 2 * frame::BLOCK, self.limits.segment_bytes) {
-            sequence += 1;
-            self.start_segment(sequence)?;
-        }
-        let Some(segment) = self.segments.back_mut() else {
-            return Err(MemberError::Corrupt("the log has no segment".into()));
-        };
-        let (start, slots) = (segment.offset, &mut self.slots);
-        frame::encode(
-            &mut self.buffer,
-            sequence,
-            self.next_number,
-            entries,
-            hard_state,
-            None,
-            |entry, at| {
-                slots.push_back(Slot {
-                    term: entry.term,
-                    segment: sequence,
-                    offset: start + at as u64,
-                    length: u32::try_from(entry.data.len() + ENTRY_HEADER).unwrap_or(u32::MAX),
-                });
-            },
-        );
-        segment.append(self.aligned.copy_of(&self.buffer))?;
-        self.next_number += 1;
-        if let Some(last) = entries.last() {
-            segment.last_index = segment.last_index.max(last.index);
-        }
         if let Some(state) = hard_state {
-            self.hard_state = state.clone();
+            self.commit = self.commit.max(state.commit);
+            let (term, vote) = (state.term, state.vote);
+            if (term, vote) != (self.votes.vote.term, self.votes.vote.vote) {
+                let installing = self.votes.vote.installing;
+                self.votes.write(Vote {
+                    term,
+                    vote,
+                    installing,
+                })?;
+            }
+        }
+        let (Some(first), Some(last)) = (entries.first(), entries.last()) else {
+            return Ok(());
+        };
+        self.truncate_from(first.index);
+        self.append_frame(entries, None)?;
+        if let Some(segment) = self.segments.back_mut() {
+            segment.last_index = segment.last_index.max(last.index);
         }
         for entry in entries {
             self.cached_bytes += entry.data.len();
@@ -162,33 +194,83 @@ impl Log {
         Ok(())
     }
 
+    /// Says that a snapshot will be installed, durably: from now on, the keyspace may have it and the
+    /// log not know of it. [`Log::restart`] follows.
+    pub fn begin_install(&mut self, at: Position) -> Result<(), MemberError> {
+        self.votes.write(Vote {
+            installing: at,
+            ..self.votes.vote
+        })
+    }
+
     /// Begins anew behind a snapshot that was installed; durable when this returns.
     pub fn restart(&mut self, at: Position, hard_state: &HardState) -> Result<(), MemberError> {
-        let sequence = self.segments.back().map_or(0, |last| last.sequence) + 1;
-        self.start_segment(sequence)?;
-        let Some(segment) = self.segments.back_mut() else {
-            return Err(MemberError::Corrupt("the log has no segment".into()));
-        };
-        let (buffer, number) = (&mut self.buffer, self.next_number);
-        frame::encode(
-            buffer,
-            sequence,
-            number,
-            &[],
-            Some(hard_state),
-            Some(at),
-            |_, _| {},
-        );
-        segment.append(self.aligned.copy_of(&self.buffer))?;
-        self.next_number += 1;
-        self.hard_state = hard_state.clone();
+        self.begin(at)?;
+        self.commit = self.commit.max(hard_state.commit);
+        self.votes.write(Vote {
+            term: hard_state.term,
+            vote: hard_state.vote,
+            installing: Position::default(),
+        })
+    }
+
+    /// Begins a segment behind a position, and gives up those before.
+    fn begin(&mut self, at: Position) -> Result<(), MemberError> {
+        self.start_segment()?;
         self.forget(at);
+        self.commit = at.index;
+        self.append_frame(&[], Some(at))?;
         while self.segments.len() > 1 {
             if let Some(segment) = self.segments.pop_front() {
                 self.retire(segment.sequence)?;
             }
         }
         Ok(())
+    }
+
+    fn append_frame(
+        &mut self,
+        entries: &[Entry],
+        restart: Option<Position>,
+    ) -> Result<(), MemberError> {
+        let missing = || MemberError::Corrupt("the log has no segment".into());
+        let bytes = entries.iter().map(|entry| entry.data.len() + ENTRY_HEADER);
+        let estimate = bytes.sum::<usize>() / PAYLOAD * SECTOR + 2 * frame::BLOCK;
+        let segment = self.segments.back().ok_or_else(missing)?;
+        if !segment.has_room(estimate, self.limits.segment_bytes) {
+            self.start_segment()?;
+        }
+        let segment = self.segments.back_mut().ok_or_else(missing)?;
+        let place = Place {
+            segment: segment.sequence,
+            number: self.next_number,
+        };
+        let slots = &mut self.slots;
+        let block = block_of(segment.offset);
+        frame::encode(
+            &mut self.buffer,
+            place,
+            self.votes.generation,
+            entries,
+            restart,
+            |entry, offset| {
+                slots.push_back(Slot {
+                    term: entry.term,
+                    segment: place.segment,
+                    block,
+                    offset,
+                    length: u32::try_from(entry.data.len() + ENTRY_HEADER).unwrap_or(u32::MAX),
+                });
+            },
+        );
+        let seed = sector::seed(self.owner);
+        sector::seal(&self.buffer, seed, place.number, &mut self.sealed);
+        segment.append(self.aligned.copy_of(&self.sealed))?;
+        self.next_number += 1;
+        self.votes.mark(Mark {
+            frame: place.number,
+            commit: self.commit,
+        })
     }
 
     /// Notes what the keyspace holds durably, for followers that are too far behind.
@@ -201,14 +283,18 @@ impl Log {
         self.segments.len() > self.limits.segments
     }
 
-    /// Notes a hard state that needs no sync: a commit index.
-    pub fn set_hard_state(&mut self, state: HardState) {
-        self.hard_state = state;
+    /// Notes a commit index, which needs no sync: it is found again.
+    pub fn set_commit(&mut self, commit: u64) {
+        self.commit = self.commit.max(commit);
     }
 
     /// The hard state as it was last appended or noted.
-    pub fn hard_state(&self) -> &HardState {
-        &self.hard_state
+    pub fn hard_state(&self) -> HardState {
+        HardState {
+            term: self.votes.vote.term,
+            vote: self.votes.vote.vote,
+            commit: self.commit,
+        }
     }
 
     /// Notes the configuration after a change.
@@ -253,6 +339,12 @@ impl Log {
         }
     }
 
+    /// What was found damaged, if anything was, while an entry was read.
+    pub fn damage(&self) -> Option<MemberError> {
+        let damage = self.damage.get()?;
+        Some(MemberError::Corrupt(damage.0.clone()))
+    }
+
     /// How many prepared files are missing.
     pub fn missing_spares(&self) -> usize {
         SPARE_SEGMENTS.saturating_sub(self.spares.len())
@@ -263,102 +355,43 @@ impl Log {
         self.spares.push(name);
     }
 
-    fn recover(&mut self, applied: Position) -> Result<(), MemberError> {
-        let names = self
-            .disk
-            .list()
-            .map_err(MemberError::disk("list the data folder"))?;
-        self.spares = names
-            .iter()
-            .filter(|name| name.starts_with("spare-"))
-            .cloned()
-            .collect();
-        let mut sequences: Vec<u64> = names
-            .iter()
-            .filter_map(|name| segment::sequence_of(name))
-            .collect();
-        sequences.sort_unstable();
-        // Older ones than a gap were being retired: all of their entries are applied.
-        if let Some(gap) = (1..sequences.len())
-            .rev()
-            .find(|at| sequences[*at] != sequences[at - 1] + 1)
-        {
-            for sequence in sequences.drain(..gap) {
-                self.retire(sequence)?;
-            }
-        }
-        self.before = Position::default();
-        let mut next_number = None;
-        let count = sequences.len();
-        for (at, sequence) in sequences.into_iter().enumerate() {
-            let name = segment::name(sequence);
-            let file = self
-                .disk
-                .open_for_blocks(&name, false)
-                .map_err(MemberError::disk(format!("open {name}")))?;
-            let (header, frames) = segment::read(&*file, sequence, self.owner, next_number)?;
-            let last = at + 1 == count;
-            if matches!(header, Header::None) || (frames.is_empty() && !last) {
-                if !last {
-                    return Err(MemberError::Corrupt(format!(
-                        "{name} is not readable, and a later one is"
-                    )));
-                }
-                self.retire(sequence)?;
-                continue;
+    /// Takes over what was read.
+    fn replay(&mut self, segments: Vec<FoundSegment>) -> Result<(), MemberError> {
+        let mut next = None;
+        for found in segments {
+            if next.is_some_and(|next| next != found.first) {
+                return Err(segment::damaged(
+                    found.sequence - 1,
+                    0,
+                    "frames are missing at its end: the next segment begins with a later one",
+                ));
             }
             let mut segment = Segment {
-                sequence,
-                file,
+                sequence: found.sequence,
+                file: found.file,
                 last_index: 0,
                 offset: frame::BLOCK as u64,
             };
-            for (offset, frame) in frames {
-                next_number = Some(frame.number + 1);
+            let mut number = found.first;
+            for (offset, frame) in found.frames {
+                number = frame.number + 1;
                 segment.offset = offset + frame.length as u64;
-                self.replay(&mut segment, offset, frame);
+                if frame.vote > self.votes.generation {
+                    return Err(MemberError::Corrupt(format!(
+                        "{} is older than the log: what this member voted is lost",
+                        vote::FILE
+                    )));
+                }
+                self.replay_frame(&mut segment, offset, frame);
             }
+            next = Some(number);
             self.segments.push_back(segment);
         }
-        self.next_number = next_number.unwrap_or(1);
-        if self.slots.is_empty() || self.last().index < applied.index {
-            // Nothing, or only what the keyspace has already.
-            self.forget(applied);
-        } else if self.first() > applied.index + 1 {
-            return Err(MemberError::Corrupt(format!(
-                "the log begins at {}, the keyspace ends at {}",
-                self.first(),
-                applied.index
-            )));
-        }
-        if self
-            .term_of(applied.index)
-            .is_some_and(|term| term != 0 && term != applied.term)
-        {
-            // A snapshot was installed, and the log was not told any more: what it has is void.
-            self.forget(applied);
-        }
-        // The term before the first entry is not in the log.
-        if self.before.index == applied.index {
-            self.before = applied;
-        } else if let Some(first) = self.slots.pop_front() {
-            self.before = Position {
-                index: self.before.index + 1,
-                term: first.term,
-            };
-            if self.cache.len() > self.slots.len()
-                && let Some(entry) = self.cache.pop_front()
-            {
-                self.cached_bytes -= entry.data.len();
-            }
-        }
+        self.next_number = next.unwrap_or(1);
         Ok(())
     }
 
-    fn replay(&mut self, segment: &mut Segment, offset: u64, frame: frame::Frame) {
-        if let Some(state) = frame.hard_state {
-            self.hard_state = state;
-        }
+    fn replay_frame(&mut self, segment: &mut Segment, offset: u64, frame: frame::Frame) {
         if let Some(at) = frame.restart {
             for earlier in &mut self.segments {
                 earlier.last_index = 0;
@@ -380,13 +413,85 @@ impl Log {
             self.slots.push_back(Slot {
                 term: entry.term,
                 segment: segment.sequence,
-                offset: offset + at as u64,
+                block: block_of(offset),
+                offset: at,
                 length: u32::try_from(entry.data.len() + ENTRY_HEADER).unwrap_or(u32::MAX),
             });
             self.cached_bytes += entry.data.len();
             self.cache.push_back(entry);
             self.shrink_cache();
         }
+    }
+
+    /// The member ended after the keyspace had a snapshot and before the log knew of it: what the log
+    /// has is void.
+    fn finish_install(&mut self, applied: Position) -> Result<(), MemberError> {
+        if applied.index == 0 || self.votes.vote.installing != applied {
+            return Ok(());
+        }
+        let mut state = self.hard_state();
+        state.term = state.term.max(applied.term);
+        state.commit = applied.index;
+        self.restart(applied, &state)
+    }
+
+    /// Refuses a log that lacks what was synced, or what the keyspace has.
+    fn check(&mut self, applied: Position) -> Result<(), MemberError> {
+        let last = self.last();
+        let corrupt = |how: String| Err(MemberError::Corrupt(how));
+        let mark = self.votes.mark;
+        if mark.frame >= self.next_number {
+            return corrupt(format!(
+                "the log ends before frame {}, and frame {} was synced: its end is lost",
+                self.next_number, mark.frame
+            ));
+        }
+        if self.before.index > applied.index {
+            return corrupt(format!(
+                "the log begins at {}, the keyspace ends at {}",
+                self.first(),
+                applied.index
+            ));
+        }
+        if last.index < applied.index.max(mark.commit) {
+            return corrupt(format!(
+                "the log ends at {}, and {} was committed: its end is lost",
+                last.index,
+                applied.index.max(mark.commit)
+            ));
+        }
+        let known = self.term_of(applied.index).unwrap_or(0);
+        if known != 0 && known != applied.term {
+            return corrupt(format!(
+                "entry {} is of term {known} in the log, and of term {} in the keyspace",
+                applied.index, applied.term
+            ));
+        }
+        if last.term > self.votes.vote.term {
+            return corrupt(format!(
+                "the log has entries of term {}, {} knows of term {}: it is an older one",
+                last.term,
+                vote::FILE,
+                self.votes.vote.term
+            ));
+        }
+        // The term before the first entry is not in the log, unless it begins there.
+        if self.before.index == applied.index {
+            self.before = applied;
+        } else if self.before.term == 0
+            && let Some(first) = self.slots.pop_front()
+        {
+            self.before = Position {
+                index: self.before.index + 1,
+                term: first.term,
+            };
+            if self.cache.len() > self.slots.len()
+                && let Some(entry) = self.cache.pop_front()
+            {
+                self.cached_bytes -= entry.data.len();
+            }
+        }
+        Ok(())
     }
 
     /// Forgets every entry: the log goes on behind a position.
@@ -423,15 +528,21 @@ impl Log {
         }
     }
 
-    fn start_segment(&mut self, sequence: u64) -> Result<(), MemberError> {
+    fn start_segment(&mut self) -> Result<(), MemberError> {
+        let sequence = self.segments.back().map_or(0, |last| last.sequence) + 1;
         let name = segment::name(sequence);
-        if let Some(spare) = self.spares.pop() {
-            self.disk
-                .rename(&spare, &name)
-                .map_err(MemberError::disk(format!("rename {spare} to {name}")))?;
-        } else {
-            segment::prepare(&*self.disk, &name, self.limits.segment_bytes)?;
-        }
+        let spare = match self.spares.pop() {
+            Some(spare) => spare,
+            None => {
+                // Under its own name only once it is whole.
+                let spare = spare_name(sequence);
+                segment::prepare(&*self.disk, &spare, self.limits.segment_bytes)?;
+                spare
+            }
+        };
+        self.disk
+            .rename(&spare, &name)
+            .map_err(MemberError::disk(format!("rename {spare} to {name}")))?;
         let file = self
             .disk
             .open_for_blocks(&name, false)
@@ -439,8 +550,13 @@ impl Log {
         self.disk
             .sync()
             .map_err(MemberError::disk("sync the data folder"))?;
-        self.segments
-            .push_back(Segment::start(file, sequence, self.owner)?);
+        self.segments.push_back(Segment::start(
+            file,
+            sequence,
+            self.owner,
+            self.next_number,
+            self.limits.segment_bytes,
+        )?);
         Ok(())
     }
 
@@ -457,6 +573,26 @@ impl Log {
         self.disk
             .remove(&name)
             .map_err(MemberError::disk(format!("remove {name}")))
+    }
+
+    /// Reads one entry; `None` if its sectors are damaged.
+    fn read_slot(&self, segment: &Segment, slot: &Slot) -> io::Result<Option<Entry>> {
+        let (offset, length) = (slot.offset as usize, slot.length as usize);
+        let (first, end) = (offset / PAYLOAD, (offset + length).div_ceil(PAYLOAD));
+        let mut sealed = vec![0; (end - first) * SECTOR];
+        let start = u64::from(slot.block) * frame::BLOCK as u64;
+        match segment
+            .file
+            .read_at(&mut sealed, start + (first * SECTOR) as u64)
+        {
+            Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => return Ok(None),
+            other => other?,
+        }
+        let place = u32::try_from(first).unwrap_or(u32::MAX);
+        let content = sector::open(&sealed, sector::seed(self.owner), None, place);
+        Ok(content
+            .and_then(|content| frame::decode_entry(&content, offset % PAYLOAD))
+            .map(|(entry, _)| entry))
     }
 
     fn entry(&self, index: u64) -> raft::Result<Entry> {
@@ -479,21 +615,16 @@ impl Log {
             .iter()
             .find(|segment| segment.sequence == slot.segment)
             .ok_or(raft::Error::Store(StorageError::Unavailable))?;
-        let mut bytes = vec![0; slot.length as usize];
-        segment
-            .file
-            .read_at(&mut bytes, slot.offset)
-            .map_err(|error| raft::Error::Store(StorageError::Other(Box::new(error))))?;
-        // A frame's checksum was verified when it was read or written; the entry says who it is.
-        frame::decode_entry(&bytes, 0)
-            .map(|(entry, _)| entry)
+        self.read_slot(segment, slot)
+            .map_err(|error| raft::Error::Store(StorageError::Other(Box::new(error))))?
             .filter(|entry| entry.index == index && entry.term == slot.term)
             .ok_or_else(|| {
-                let text = format!(
-                    "entry {index} in {} is corrupt",
+                let damage = Damage(format!(
+                    "entry {index} in {} is damaged",
                     segment::name(slot.segment)
-                );
-                raft::Error::Store(StorageError::Other(text.into()))
+                ));
+                let _ = self.damage.set(damage.clone());
+                raft::Error::Store(StorageError::Other(Box::new(damage)))
             })
     }
 }
@@ -523,16 +654,103 @@ pub fn prepare_spare(
     }
 }
 
+/// What a folder has of a log.
+struct Found {
+    segments: Vec<FoundSegment>,
+    spares: Vec<String>,
+    /// Segments that hold nothing that is needed.
+    unused: Vec<u64>,
+}
+
+struct FoundSegment {
+    sequence: u64,
+    file: Arc<dyn DiskFile>,
+    first: u64,
+    frames: Vec<(u64, frame::Frame)>,
+}
+
+impl Found {
+    fn read(disk: &dyn Disk, owner: Owner, size: u64) -> Result<Self, MemberError> {
+        let names = disk
+            .list()
+            .map_err(MemberError::disk("list the data folder"))?;
+        let mut sequences: Vec<u64> = names
+            .iter()
+            .filter_map(|name| segment::sequence_of(name))
+            .collect();
+        sequences.sort_unstable();
+        let mut found = Self {
+            segments: Vec::new(),
+            spares: whole_spares(disk, names, size)?,
+            unused: Vec::new(),
+        };
+        // Older ones than a gap were being retired: all of their entries are applied.
+        if let Some(gap) = (1..sequences.len())
+            .rev()
+            .find(|at| sequences[*at] != sequences[at - 1] + 1)
+        {
+            found.unused.extend(sequences.drain(..gap));
+        }
+        let count = sequences.len();
+        for (at, sequence) in sequences.into_iter().enumerate() {
+            let name = segment::name(sequence);
+            let file = disk
+                .open_for_blocks(&name, false)
+                .map_err(MemberError::disk(format!("open {name}")))?;
+            match segment::read(&*file, sequence, owner)? {
+                // It was begun, and nothing was synced to it.
+                Content::Nothing if at + 1 == count => found.unused.push(sequence),
+                Content::Nothing => {
+                    return Err(segment::damaged(sequence, 0, "its header is lost"));
+                }
+                Content::Frames { first, frames } => found.segments.push(FoundSegment {
+                    sequence,
+                    file,
+                    first,
+                    frames,
+                }),
+            }
+        }
+        Ok(found)
+    }
+}
+
+/// Prepared files. One that was not finished is removed.
+fn whole_spares(
+    disk: &dyn Disk,
+    names: Vec<String>,
+    size: u64,
+) -> Result<Vec<String>, MemberError> {
+    let mut spares = Vec::new();
+    for name in names {
+        if !name.starts_with("spare-") {
+            continue;
+        }
+        let length = disk
+            .open_for_blocks(&name, false)
+            .and_then(|file| file.length())
+            .map_err(MemberError::disk(format!("open {name}")))?;
+        if length == size && spares.len() < SPARE_SEGMENTS {
+            spares.push(name);
+        } else {
+            disk.remove(&name)
+                .map_err(MemberError::disk(format!("remove {name}")))?;
+        }
+    }
+    Ok(spares)
+}
+
+fn block_of(offset: u64) -> u32 {
+    u32::try_from(offset / frame::BLOCK as u64).unwrap_or(u32::MAX)
+}
+
 fn spare_name(sequence: u64) -> String {
     format!("spare-{sequence:016x}")
 }
 
 impl Storage for Log {
     fn initial_state(&self) -> raft::Result<RaftState> {
-        Ok(RaftState::new(
-            self.hard_state.clone(),
-            self.conf_state.clone(),
-        ))
+        Ok(RaftState::new(self.hard_state(), self.conf_state.clone()))
     }
 
     fn entries(
@@ -549,7 +767,11 @@ impl Storage for Log {
         let mut size = 0;
         let mut entries = Vec::new();
         for index in low..high {
-            let entry = self.entry(index)?;
+            let entry = match self.entry(index) {
+                // Consensus would panic: the member ends when it advances.
+                Err(_) if self.damage.get().is_some() => break,
+                other => other?,
+            };
             size += (entry.data.len() + ENTRY_HEADER) as u64;
             if size > limit && !entries.is_empty() {
                 break;

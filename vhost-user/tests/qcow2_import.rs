@@ -36,7 +36,9 @@ fn raw_disk(folder: &Path) -> PathBuf {
     let file = File::create(&path).unwrap();
     file.set_len((9 << 20) + 512).unwrap();
     for (place, fill) in [(0, 1_u8), (1 << 20, 2), (5 << 20, 3), (9 << 20, 4)] {
-        let text: Vec<u8> = (0..512_u32).map(|byte| fill.wrapping_mul(byte as u8)).collect();
+        let text: Vec<u8> = (0..512_u32)
+            .map(|byte| fill.wrapping_mul(byte as u8))
+            .collect();
         file.write_all_at(&text, place).unwrap();
     }
     // A stretch that doesn't compress.

@@ -12,7 +12,10 @@ pub struct Command {
     #[prost(uint64, tag = "1")]
     pub id: u64,
     /// What to do.
-    #[prost(oneof = "Operation", tags = "2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13")]
+    #[prost(
+        oneof = "Operation",
+        tags = "2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14"
+    )]
     pub operation: Option<Operation>,
     /// Who wants it; `None` if it is a member itself.
     #[prost(message, optional, tag = "15")]
@@ -69,6 +72,9 @@ pub enum Operation {
     /// Ends a lease whose time is over.
     #[prost(message, tag = "13")]
     LeaseExpiry(LeaseExpiry),
+    /// Says that a member is being rebuilt.
+    #[prost(message, tag = "14")]
+    Rebuild(Rebuild),
 }
 
 impl Operation {
@@ -108,6 +114,17 @@ pub struct LeaseExpiry {
     /// Log index of its grant.
     #[prost(uint64, tag = "2")]
     pub granted_at: u64,
+}
+
+/// A member that was damaged is being rebuilt: see [`crate::rebuild`].
+#[derive(Clone, Copy, PartialEq, Eq, Message)]
+pub struct Rebuild {
+    /// The member.
+    #[prost(uint64, tag = "1")]
+    pub member_id: u64,
+    /// Chosen by it, never used before.
+    #[prost(uint64, tag = "2")]
+    pub number: u64,
 }
 
 /// Changes users and roles.

@@ -5,13 +5,14 @@ use prost::Message;
 use crate::MemberError;
 use crate::disk::Disk;
 
-/// Name of the file.
-const FILE: &str = "identity";
+/// Names of the file and of its copy, which is there for when the first is damaged.
+const FILES: [&str; 2] = ["identity", "identity.copy"];
 const NEW_FILE: &str = "identity.new";
-const FORMAT: u64 = 1;
+/// The first, without what is needed to be rebuilt, was never released.
+const FORMAT: u64 = 2;
 
 /// A member and its cluster.
-#[derive(Clone, Copy, PartialEq, Eq, Message)]
+#[derive(Clone, PartialEq, Eq, Message)]
 pub struct Identity {
     /// Format of the data folder.
     #[prost(uint64, tag = "1")]
@@ -22,6 +23,12 @@ pub struct Identity {
     /// The member; not 0.
     #[prost(uint64, tag = "3")]
     pub member_id: u64,
+    /// Where the other members were last known to be, for when nothing else in the folder says so.
+    #[prost(string, repeated, tag = "4")]
+    pub peer_urls: Vec<String>,
+    /// Its data is being made for the first time: what there is of it may be anything.
+    #[prost(bool, tag = "5")]
+    is_beginning: bool,
 }
 
 impl Identity {
@@ -31,50 +38,94 @@ impl Identity {
             format: FORMAT,
             cluster_id,
             member_id,
+            peer_urls: Vec::new(),
+            is_beginning: false,
         }
     }
 
-    /// Whose folder it is; `None` if it is empty.
+    /// The identity of a member whose data is only being made.
+    pub fn beginning(&self) -> Self {
+        Self {
+            is_beginning: true,
+            ..self.clone()
+        }
+    }
+
+    /// Whether its data was made, once.
+    pub fn has_begun(&self) -> bool {
+        !self.is_beginning
+    }
+
+    /// Whose folder it is; `None` if it has no member yet.
     pub fn load(disk: &dyn Disk) -> Result<Option<Self>, MemberError> {
-        let file = match disk.open(FILE, false) {
-            Ok(file) => file,
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
-            Err(error) => return Err(MemberError::disk(format!("open {FILE}"))(error)),
-        };
-        let what = || MemberError::disk(format!("read {FILE}"));
-        let corrupt = || MemberError::Corrupt(format!("the file {FILE} fails its checksum"));
-        let length = usize::try_from(file.length().map_err(what())?).unwrap_or(usize::MAX);
-        if length > 1024 {
-            return Err(corrupt());
+        let copies = FILES.map(|name| load(disk, name));
+        let damaged = copies.iter().any(|copy| !matches!(copy, Ok(Some(_))));
+        let mut failure = None;
+        for copy in copies {
+            match copy {
+                Ok(Some(identity)) => {
+                    if damaged {
+                        tracing::warn!("a copy of the identity is damaged, and is written anew");
+                        identity.store(disk)?;
+                    }
+                    return Ok(Some(identity));
+                }
+                Ok(None) => {}
+                Err(error) if error.is_damage() => failure = Some(error),
+                Err(error) => return Err(error),
+            }
         }
-        let mut bytes = vec![0; length];
-        file.read_at(&mut bytes, 0).map_err(what())?;
-        let (body, sum) = bytes.split_last_chunk::<4>().ok_or_else(corrupt)?;
-        if crc32fast::hash(body).to_le_bytes() != *sum {
-            return Err(corrupt());
-        }
-        let identity = <Self as Message>::decode(body).map_err(|_| corrupt())?;
-        if identity.format > FORMAT {
-            return Err(MemberError::Newer {
-                what: "the data folder".into(),
-                found: identity.format,
-                known: FORMAT,
-            });
-        }
-        Ok(Some(identity))
+        failure.map_or(Ok(None), Err)
     }
 
     /// Writes it, durably.
     pub fn store(&self, disk: &dyn Disk) -> Result<(), MemberError> {
-        let what = || MemberError::disk(format!("write {FILE}"));
         let mut bytes = self.encode_to_vec();
         let sum = crc32fast::hash(&bytes);
         bytes.extend_from_slice(&sum.to_le_bytes());
-        let file = disk.open(NEW_FILE, true).map_err(what())?;
-        file.set_length(0).map_err(what())?;
-        file.write_at(&bytes, 0).map_err(what())?;
-        file.sync_data().map_err(what())?;
-        disk.rename(NEW_FILE, FILE).map_err(what())?;
-        disk.sync().map_err(what())
+        for name in FILES {
+            let what = || MemberError::disk(format!("write {name}"));
+            let file = disk.open(NEW_FILE, true).map_err(what())?;
+            file.set_length(0).map_err(what())?;
+            file.write_at(&bytes, 0).map_err(what())?;
+            file.sync_data().map_err(what())?;
+            disk.rename(NEW_FILE, name).map_err(what())?;
+            disk.sync().map_err(what())?;
+        }
+        Ok(())
+    }
+}
+
+fn load(disk: &dyn Disk, name: &str) -> Result<Option<Identity>, MemberError> {
+    let file = match disk.open(name, false) {
+        Ok(file) => file,
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
+        Err(error) => return Err(MemberError::disk(format!("open {name}"))(error)),
+    };
+    let what = || MemberError::disk(format!("read {name}"));
+    let corrupt = || MemberError::Corrupt(format!("the file {name} fails its checksum"));
+    let length = usize::try_from(file.length().map_err(what())?).unwrap_or(usize::MAX);
+    if length > 64 * 1024 {
+        return Err(corrupt());
+    }
+    let mut bytes = vec![0; length];
+    file.read_at(&mut bytes, 0).map_err(what())?;
+    let (body, sum) = bytes.split_last_chunk::<4>().ok_or_else(corrupt)?;
+    if crc32fast::hash(body).to_le_bytes() != *sum {
+        return Err(corrupt());
+    }
+    let identity = <Identity as Message>::decode(body).map_err(|_| corrupt())?;
+    match identity.format {
+        FORMAT => Ok(Some(identity)),
+        format if format > FORMAT => Err(MemberError::Newer {
+            what: "the data folder".into(),
+            found: format,
+            known: FORMAT,
+        }),
+        format => Err(MemberError::Older {
+            what: "the data folder".into(),
+            found: format,
+            known: FORMAT,
+        }),
     }
 }

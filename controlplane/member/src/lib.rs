@@ -11,6 +11,7 @@ mod limits;
 pub mod log;
 mod logger;
 mod member;
+pub mod rebuild;
 pub mod replica;
 pub mod watch;
 

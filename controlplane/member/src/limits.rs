@@ -24,6 +24,9 @@ pub struct Limits {
     pub queued_deliveries: usize,
     /// Bytes to which a chunk of a snapshot grows.
     pub chunk_bytes: usize,
+    /// Blocks of the keyspace that are verified each time maintenance has nothing else to do: at a
+    /// server's ten times a second, 2.5 MiB a second.
+    pub verify_blocks: u64,
 }
 
 impl Default for Limits {
@@ -39,6 +42,7 @@ impl Default for Limits {
             history_bytes: 1024 * 1024,
             queued_deliveries: 1024,
             chunk_bytes: 256 * 1024,
+            verify_blocks: 64,
         }
     }
 }

@@ -21,6 +21,7 @@ use crate::keyspace::{
 };
 use crate::log::{Log, Owner, Position, snapshot_of};
 use crate::logger;
+use crate::rebuild::remove_aside;
 use crate::{Limits, MemberError, RequestError};
 
 /// Bytes of entries in one message.
@@ -143,6 +144,7 @@ impl Member {
     /// Opens the member that `disk` holds, or makes a new one.
     pub fn open(disk: &Arc<dyn Disk>, options: &MemberOptions) -> Result<Self, MemberError> {
         remove_incoming(&**disk)?;
+        remove_aside(&**disk)?;
         let keyspace = Keyspace::open(
             &**disk,
             options.cache_bytes,

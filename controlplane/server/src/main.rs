@@ -10,6 +10,7 @@ mod identity;
 mod maintenance;
 mod metrics;
 mod node;
+mod open;
 mod options;
 mod peers;
 mod room;

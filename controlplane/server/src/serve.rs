@@ -5,105 +5,59 @@ use std::time::Duration;
 
 use anyhow::Context as _;
 use keelson_member::command::Operation;
-use keelson_member::disk::{Disk, Folder};
 use keelson_member::keyspace::Member as MemberInfo;
-use keelson_member::{Identity, Member, MemberOptions, Start};
+use keelson_member::rebuild::is_pristine;
 use tokio::net::TcpListener;
 use tokio::sync::{Semaphore, mpsc};
+use tokio::task::JoinHandle;
 use tonic::service::Routes;
 use tonic::transport::server::TcpIncoming;
 use tonic::transport::{Server, ServerTlsConfig};
 
 use crate::compactor;
-use crate::disk::{ServerDisk, Waiting};
+use crate::disk::Waiting;
 use crate::grpc::{Limits, Passwords, ResponseMemory, Services};
 use crate::http;
 use crate::metrics::Metrics;
 use crate::node::{self, Node, NodeOptions};
-use crate::options::{self, ClusterState, Listen, Options};
-use crate::peers::{self, Connector, Peers};
+use crate::open;
+use crate::options::{self, Listen, Options};
+use crate::peers::{self, Connector, Lobby, Peers};
 use crate::room::Room;
 
 /// Serves a member with the given flags.
 pub fn run(options: &Options) -> anyhow::Result<()> {
-    tokio::runtime::Builder::new_multi_thread()
+    let runtime = tokio::runtime::Builder::new_multi_thread()
         .enable_all()
-        .build()?
-        .block_on(serve(options))
-}
-
-/// The member and its disk.
-struct Opened {
-    member: Member,
-    disk: Arc<dyn Disk>,
-    waiting: Waiting,
-    identity: Identity,
-}
-
-async fn open(
-    options: &Options,
-    connector: &Connector,
-    metrics: &Metrics,
-) -> anyhow::Result<Opened> {
-    let folder = options.member.folder();
-    let disk = Folder::open(&folder).map_err(|error| match error.kind() {
-        std::io::ErrorKind::WouldBlock => {
-            anyhow::anyhow!("{} is in use by another process", folder.display())
-        }
-        _ => anyhow::anyhow!("cannot open {}: {error}", folder.display()),
-    })?;
-    let waiting = Waiting::default();
-    let disk: Arc<dyn Disk> = Arc::new(ServerDisk::new(
-        Arc::new(disk),
-        metrics.log_syncs.clone(),
-        metrics.engine_syncs.clone(),
-        waiting.clone(),
-    ));
-    let stored = Identity::load(&*disk).with_context(|| format!("in {}", folder.display()))?;
-    let (identity, start) = match stored {
-        Some(identity) => (identity, Start::Continue),
-        None => begin(options, connector).await?,
-    };
-    let (seed, _) = uuid::Uuid::new_v4().as_u64_pair();
-    let member_options = MemberOptions {
-        cluster_id: identity.cluster_id,
-        id: identity.member_id,
-        start,
-        election_ticks: options.election_ticks()? as usize,
-        seed,
-        cache_bytes: options.cache_mib * 1024 * 1024,
-        limits: keelson_member::Limits::default(),
-    };
-    let member =
-        Member::open(&disk, &member_options).with_context(|| format!("in {}", folder.display()))?;
-    if stored.is_none() {
-        identity.store(&*disk)?;
-    }
-    Ok(Opened {
-        member,
-        disk,
-        waiting,
-        identity,
-    })
-}
-
-/// Who a member without data is.
-async fn begin(options: &Options, connector: &Connector) -> anyhow::Result<(Identity, Start)> {
-    match options.initial_cluster_state {
-        ClusterState::New => {
-            let founders = options.member.founders()?;
-            let identity = Identity::new(founders.cluster_id, founders.member_id);
-            Ok((identity, Start::New(founders.members)))
-        }
-        ClusterState::Existing => {
-            let joined = peers::join::ask(&options.member, connector).await?;
-            let identity = Identity::new(joined.cluster_id, joined.member_id);
-            Ok((identity, Start::Join(joined.members)))
-        }
+        .build()?;
+    match runtime.block_on(serve(options))? {
+        End::Stopped => Ok(()),
+        End::Damaged => Err(restart()),
     }
 }
 
-async fn serve(options: &Options) -> anyhow::Result<()> {
+/// Runs this program anew in this process: of what a damaged member has in memory, nothing is to be
+/// relied on. Returns only if that fails.
+fn restart() -> anyhow::Error {
+    use std::os::unix::process::CommandExt as _;
+    let mut arguments = std::env::args_os();
+    let name = arguments.next().unwrap_or_default();
+    let error = std::process::Command::new("/proc/self/exe")
+        .arg0(name)
+        .args(arguments)
+        .exec();
+    anyhow::Error::new(error).context("cannot start anew: start this member again")
+}
+
+/// How serving ended.
+enum End {
+    /// It was told to.
+    Stopped,
+    /// The member is damaged, and will be rebuilt by a process that starts anew.
+    Damaged,
+}
+
+async fn serve(options: &Options) -> anyhow::Result<End> {
     let clients = options::addresses("--listen-client-urls", &options.listen_client_urls)?;
     let peer_addresses = options::addresses("--listen-peer-urls", &options.listen_peer_urls)?;
     let client_tls = server_tls(options.tls.clients().server()?, &clients, "--cert-file")?;
@@ -114,7 +68,19 @@ async fn serve(options: &Options) -> anyhow::Result<()> {
     )?;
     let connector = Connector::new(options.tls.peers().client()?);
     let metrics = Metrics::new()?;
-    let opened = open(options, &connector, &metrics).await?;
+    let waiting = Waiting::default();
+    let disk = open::lock(options, &metrics, &waiting)?;
+    let lobby = Lobby::default();
+    let mut listeners = Vec::new();
+    for listen_on in &peer_addresses {
+        let routes = Routes::new(lobby.service());
+        listeners.push(listen(*listen_on, peer_tls.as_ref(), routes).await?);
+    }
+    let opened = open::open(options, disk, &connector, &lobby).await?;
+    for listener in listeners {
+        listener.abort();
+        let _ = listener.await;
+    }
     let identity = opened.identity;
 
     let (outbox, sent) = mpsc::unbounded_channel();
@@ -148,9 +114,14 @@ async fn serve(options: &Options) -> anyhow::Result<()> {
             )),
         },
     };
+    let seen = node.clone();
+    lobby.answer(identity.cluster_id, move || {
+        is_pristine(seen.keyspace(), seen.term())
+    });
     for listen_on in peer_addresses {
         let service = peers::service(node.clone(), Arc::clone(&disk), identity.cluster_id);
-        listen(listen_on, peer_tls.as_ref(), Routes::new(service)).await?;
+        let routes = Routes::new(service).add_service(lobby.service());
+        listen(listen_on, peer_tls.as_ref(), routes).await?;
     }
     for listen_on in clients {
         let (health, health_service) = tonic_health::server::health_reporter();
@@ -177,7 +148,7 @@ async fn serve(options: &Options) -> anyhow::Result<()> {
     let room = Room {
         folder: options.member.folder(),
         reserve: options.disk_reserve_mib * 1024 * 1024,
-        waiting: opened.waiting,
+        waiting,
         member_id: identity.member_id,
     };
     tokio::spawn(room.watch(node.clone()));
@@ -191,14 +162,25 @@ async fn serve(options: &Options) -> anyhow::Result<()> {
         options.member.name.clone(),
         options.client_urls(),
     ));
+    tokio::spawn(open::remember_peers(
+        node.clone(),
+        Arc::clone(&disk),
+        identity.clone(),
+    ));
     tokio::select! {
         error = failure => match error {
+            Ok(error) if error.is_damage() => {
+                tracing::error!(%error, "the member is damaged");
+                let urls = open::other_urls(options, &identity);
+                open::note_damage(&*disk, &urls, &error)?;
+                Ok(End::Damaged)
+            }
             Ok(error) => Err(error).context("the member stopped"),
             Err(_) => anyhow::bail!("the member's thread ended"),
         },
         () = stopped() => {
             node.stop();
-            Ok(())
+            Ok(End::Stopped)
         }
     }
 }
@@ -227,7 +209,11 @@ fn server_tls(
     Ok(config)
 }
 
-async fn listen(on: Listen, tls: Option<&ServerTlsConfig>, routes: Routes) -> anyhow::Result<()> {
+async fn listen(
+    on: Listen,
+    tls: Option<&ServerTlsConfig>,
+    routes: Routes,
+) -> anyhow::Result<JoinHandle<()>> {
     let address = on.address;
     let listener = TcpListener::bind(address)
         .await
@@ -243,12 +229,11 @@ async fn listen(on: Listen, tls: Option<&ServerTlsConfig>, routes: Routes) -> an
             .context("the certificate or its key is unusable")?;
     }
     let server = server.add_routes(routes).serve_with_incoming(incoming);
-    tokio::spawn(async move {
+    Ok(tokio::spawn(async move {
         if let Err(error) = server.await {
             tracing::error!(%address, %error, "a listener ended");
         }
-    });
-    Ok(())
+    }))
 }
 
 /// Tells the cluster this member's name and client URLs, until it has heard; then keeps connections

@@ -230,6 +230,11 @@ impl Cluster {
         self.endpoint(at).connect().await.unwrap()
     }
 
+    /// A connection to a member that may not be there.
+    pub async fn try_connect(&self, at: usize) -> Result<Channel, tonic::transport::Error> {
+        self.endpoint(at).connect().await
+    }
+
     /// Waits until a member answers reads that need a leader.
     pub async fn wait_for(&self, at: usize) {
         let limit = Instant::now() + Duration::from_secs(30);

@@ -157,16 +157,17 @@ async fn files_of_others() {
         fs::write(&own, kept).unwrap();
     }
     let identity = one.data(0).join("identity");
+    fs::remove_file(one.data(0).join("identity.copy")).unwrap();
     let kept = fs::read(&identity).unwrap();
-    // Its first field is the format, 1.
+    // Its first field is the format, 2.
     let mut newer = kept[..kept.len() - 4].to_vec();
-    assert_eq!(newer[..2], [8, 1]);
+    assert_eq!(newer[..2], [8, 2]);
     newer[1] = 9;
     newer.extend(crc32fast::hash(&newer).to_le_bytes());
     fs::write(&identity, &newer).unwrap();
     one.run(0);
     let log = one.end_of(0).await;
-    assert!(log.contains("has format 9, this version knows 1"), "{log}");
+    assert!(log.contains("has format 9, this version knows 2"), "{log}");
     newer[3] ^= 1;
     fs::write(&identity, &newer).unwrap();
     one.run(0);

@@ -15,7 +15,8 @@ use super::state::State;
 use super::version::Version;
 use super::{Member, authorize, txn};
 use crate::command::{
-    AlarmChange, AuthChange, AuthOperation, Command, LeaseExpiry, LeaseRenewal, Operation, Response,
+    AlarmChange, AuthChange, AuthOperation, Command, LeaseExpiry, LeaseRenewal, Operation, Rebuild,
+    Response,
 };
 use crate::{Failure, MemberError, RequestError};
 
@@ -90,6 +91,7 @@ impl<'a> Applier<'a> {
             Some(Operation::Member(member)) => self.describe_member(member),
             Some(Operation::Alarm(change)) => self.alarm(change),
             Some(Operation::Auth(change)) => self.change_auth(change)?,
+            Some(Operation::Rebuild(rebuild)) => self.note_rebuild(rebuild)?,
             // Written by the member that won an election, or by a newer version.
             None => Response::Done,
         };
@@ -359,6 +361,15 @@ impl<'a> Applier<'a> {
             known.client_urls = member.client_urls;
         }
         Response::Done
+    }
+
+    fn note_rebuild(&mut self, rebuild: Rebuild) -> Result<Response, RequestError> {
+        let members = &mut self.state.metadata.members;
+        let member = members
+            .iter_mut()
+            .find(|known| known.id == rebuild.member_id);
+        member.ok_or(RequestError::MemberNotFound)?.rebuild = rebuild.number;
+        Ok(Response::Done)
     }
 
     fn change_auth(&mut self, change: AuthChange) -> Result<Response, RequestError> {

@@ -32,7 +32,8 @@ pub(super) fn command(
         Operation::LeaseCheckpoint(_)
         | Operation::LeaseRenewal(_)
         | Operation::LeaseExpiry(_)
-        | Operation::Member(_) => Ok(()),
+        | Operation::Member(_)
+        | Operation::Rebuild(_) => Ok(()),
         Operation::Alarm(_) | Operation::Auth(_) => auth.check_admin(authority),
     }
 }

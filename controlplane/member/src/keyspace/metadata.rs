@@ -90,6 +90,9 @@ pub struct Member {
     /// Whether it has no vote.
     #[prost(bool, tag = "5")]
     pub is_learner: bool,
+    /// The number of the last time that it was rebuilt; 0 if it never was.
+    #[prost(uint64, tag = "6")]
+    pub rebuild: u64,
 }
 
 /// A raised alarm.

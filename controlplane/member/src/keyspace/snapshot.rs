@@ -150,6 +150,13 @@ impl SnapshotWriter {
     /// Begins; `number` tells its file from that of another snapshot.
     pub fn new(disk: Arc<dyn Disk>, number: u64) -> Result<Self, MemberError> {
         let name = format!("{INCOMING}{number:016x}");
+        // What an older attempt left would be added to.
+        match disk.remove(&name) {
+            Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+                return Err(MemberError::disk(format!("remove {name}"))(error));
+            }
+            _ => {}
+        }
         let engine = Engine::open_named(&*disk, &name, LOAD_CACHE_BYTES)?;
         Ok(Self {
             disk,
@@ -205,23 +212,31 @@ impl SnapshotWriter {
         Ok(())
     }
 
-    /// Ends: everything is durable.
+    /// Ends: everything is durable. If it can't be used, its file is removed.
     pub fn finish(mut self) -> Result<StagedSnapshot, MemberError> {
+        match self.end() {
+            Ok(loaded) => Ok(StagedSnapshot {
+                name: self.name,
+                engine: self.engine,
+                loaded,
+            }),
+            Err(error) => {
+                self.discard()?;
+                Err(error)
+            }
+        }
+    }
+
+    fn end(&mut self) -> Result<Loaded, MemberError> {
         let metadata = match &self.metadata {
             Some(metadata) if self.ended => metadata.clone(),
             _ => return Err(damaged("it is cut off")),
         };
         self.load()?;
         self.engine.replace_metadata(&metadata)?;
-        let loaded = self
-            .engine
+        self.engine
             .load()?
-            .ok_or_else(|| damaged("it has no metadata"))?;
-        Ok(StagedSnapshot {
-            name: self.name,
-            engine: self.engine,
-            loaded,
-        })
+            .ok_or_else(|| damaged("it has no metadata"))
     }
 
     /// Gives up, and removes its file.

@@ -16,11 +16,14 @@ use raft::{GetEntriesContext, RaftState, Storage, StorageError};
 use self::frame::{ENTRY_HEADER, Place};
 use self::sector::{PAYLOAD, SECTOR};
 use self::segment::{Content, Segment};
+pub(crate) use self::vote::FILE as VOTE_FILE;
 use self::vote::{Mark, Vote, VoteFile};
 use crate::disk::{AlignedBytes, Disk, DiskFile};
 use crate::error::Damage;
 use crate::{Limits, MemberError};
 
+/// A segment that is being prepared, for there was no spare.
+const NEXT: &str = "next-";
 /// Prepared files that are kept for the next segments.
 const SPARE_SEGMENTS: usize = 3;
 
@@ -723,6 +726,10 @@ fn whole_spares(
 ) -> Result<Vec<String>, MemberError> {
     let mut spares = Vec::new();
     for name in names {
+        if name.starts_with(NEXT) {
+            disk.remove(&name)
+                .map_err(MemberError::disk(format!("remove {name}")))?;
+        }
         if !name.starts_with("spare-") {
             continue;
         }

@@ -16,7 +16,7 @@ use crate::MemberError;
 use crate::disk::{BLOCK, Disk, DiskFile};
 
 /// Name of the file.
-pub(super) const FILE: &str = "vote";
+pub(crate) const FILE: &str = "vote";
 const FORMAT: u64 = 2;
 const MAGIC: &[u8; 8] = b"KEELVOTE";
 const FIELDS: usize = 5;

@@ -1,4 +1,5 @@
-//! What requests must not wait for: flushes, files for the log, removal of compacted versions.
+//! What requests must not wait for: flushes, files for the log, removal of compacted versions,
+//! verification of what is stored.
 
 use super::Input;
 use crate::MemberError;
@@ -22,7 +23,14 @@ pub struct Maintenance {
     prefix: u32,
     prepared: u32,
     cleared: i64,
+    /// The block that is verified next; `None` between two passes.
+    verify_from: Option<u64>,
+    /// Looks until the next pass begins.
+    pause: u32,
 }
+
+/// Looks between two passes that verify what is stored: ten minutes of a server's.
+const PAUSE: u32 = 6000;
 
 /// One piece of work. Slow: it is for a thread that no request waits for.
 #[derive(Debug)]
@@ -33,6 +41,8 @@ pub enum Job {
     PrepareSpare(u64),
     /// Removes versions that the compaction at a revision made invisible.
     ClearCompacted(i64),
+    /// Verifies some blocks of the keyspace, from one on: damage is to be found before it is needed.
+    Verify(u64),
 }
 
 impl Maintenance {
@@ -42,6 +52,8 @@ impl Maintenance {
             prefix,
             prepared: 0,
             cleared: 0,
+            verify_from: Some(0),
+            pause: 0,
         }
     }
 
@@ -63,6 +75,12 @@ impl Maintenance {
         if clear {
             jobs.push(Job::ClearCompacted(compacted));
         }
+        if jobs.is_empty() {
+            self.pause = self.pause.saturating_sub(1);
+            if self.pause == 0 {
+                jobs.extend(self.verify_from.or(Some(0)).map(Job::Verify));
+            }
+        }
         jobs
     }
 
@@ -81,6 +99,16 @@ impl Maintenance {
             Job::PrepareSpare(number) => {
                 let spare = prepare_spare(disk, number, keyspace.limits())?;
                 Ok(spare.map(Input::Spare))
+            }
+            Job::Verify(from) => {
+                self.verify_from = match keyspace.verify(from, keyspace.limits().verify_blocks)? {
+                    0 => None,
+                    next => Some(next),
+                };
+                if self.verify_from.is_none() {
+                    self.pause = PAUSE;
+                }
+                Ok(None)
             }
             Job::ClearCompacted(revision) => {
                 while keyspace.clear_compacted()? {}

@@ -143,6 +143,10 @@ pub fn refused(error: &RequestError) -> Status {
 fn failed(failure: Failure) -> Status {
     match failure {
         Failure::Request(error) => refused(&error),
+        Failure::Member(error) if error.is_damage() => {
+            tracing::error!(%error, "a read failed");
+            Status::unavailable("etcdserver: this member is damaged: ask another one")
+        }
         Failure::Member(error) => {
             tracing::error!(%error, "a read failed");
             Status::new(Code::DataLoss, RequestError::Corrupt.to_string())

@@ -5,6 +5,7 @@ use std::time::Duration;
 use tonic::transport::{Channel, ClientTlsConfig, Endpoint};
 
 use super::LARGEST_PIECE;
+use super::proto::lobby_client::LobbyClient;
 use super::proto::peer_client::PeerClient;
 
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(1);
@@ -42,5 +43,11 @@ impl Connector {
     pub fn client(&self, url: &str) -> Result<PeerClient<Channel>, tonic::transport::Error> {
         let channel = self.endpoint(url)?.timeout(CALL_TIMEOUT).connect_lazy();
         Ok(PeerClient::new(channel).max_encoding_message_size(LARGEST_PIECE))
+    }
+
+    /// A client for what is asked before members serve.
+    pub fn lobby(&self, url: &str) -> Result<LobbyClient<Channel>, tonic::transport::Error> {
+        let channel = self.endpoint(url)?.timeout(CALL_TIMEOUT).connect_lazy();
+        Ok(LobbyClient::new(channel))
     }
 }

@@ -15,6 +15,8 @@ pub struct Joined {
     pub member_id: u64,
     /// All members.
     pub members: Vec<MemberInfo>,
+    /// Whether this member has been in the cluster before, and lost what it had.
+    pub has_been_there: bool,
 }
 
 /// Asks the members that `--initial-cluster` names, one after the other.
@@ -64,17 +66,10 @@ fn find_self(flags: &MemberFlags, response: proto::MembershipResponse) -> anyhow
                 advertised.join(",")
             )
         })?;
-    anyhow::ensure!(
-        own.name.is_empty(),
-        "member {:x} ({}) has been in the cluster, and {} has nothing of it: what it promised the \
-         others is lost, so it may not come back; remove it and add it again",
-        own.id,
-        own.name,
-        flags.folder().display()
-    );
     Ok(Joined {
         cluster_id: response.cluster_id,
         member_id: own.id,
+        has_been_there: !own.name.is_empty(),
         members,
     })
 }
@@ -87,6 +82,7 @@ impl From<proto::Member> for MemberInfo {
             peer_urls: member.peer_urls,
             client_urls: member.client_urls,
             is_learner: member.is_learner,
+            rebuild: 0,
         }
     }
 }

@@ -5,6 +5,8 @@
 
 mod connector;
 pub mod join;
+mod lobby;
+pub mod rebuild;
 mod service;
 mod snapshot;
 
@@ -22,6 +24,7 @@ use tonic::transport::{Channel, Endpoint};
 use tonic::{Code, Status};
 
 pub use self::connector::Connector;
+pub use self::lobby::{Lobby, pristine_quorum};
 pub use self::service::service;
 
 use crate::node::Node;

@@ -7,10 +7,11 @@ use keelson_member::decode_message;
 use keelson_member::disk::Disk;
 use keelson_member::replica::Input;
 use tokio::sync::Semaphore;
+use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming};
 
 use super::proto::peer_server::{Peer, PeerServer};
-use super::{LARGEST_PIECE, check_cluster, garbage, proto, snapshot};
+use super::{LARGEST_PIECE, check_cluster, garbage, proto, rebuild, snapshot};
 use crate::grpc::refused;
 use crate::node::Node;
 
@@ -21,6 +22,8 @@ pub struct PeerService {
     cluster_id: u64,
     /// One snapshot at a time.
     receiving: Semaphore,
+    /// One member at a time.
+    rebuilding: Arc<Semaphore>,
 }
 
 /// The service with its limits.
@@ -30,12 +33,31 @@ pub fn service(node: Node, disk: Arc<dyn Disk>, cluster_id: u64) -> PeerServer<P
         disk,
         cluster_id,
         receiving: Semaphore::new(1),
+        rebuilding: Arc::new(Semaphore::new(1)),
     })
     .max_decoding_message_size(LARGEST_PIECE)
 }
 
 #[tonic::async_trait]
 impl Peer for PeerService {
+    type RebuildStream = ReceiverStream<Result<proto::RebuildPiece, Status>>;
+
+    async fn rebuild(
+        &self,
+        request: Request<proto::RebuildRequest>,
+    ) -> Result<Response<Self::RebuildStream>, Status> {
+        let request = request.into_inner();
+        check_cluster(self.cluster_id, request.cluster_id)?;
+        let Ok(permit) = Arc::clone(&self.rebuilding).try_acquire_owned() else {
+            return Err(Status::resource_exhausted(
+                "another member is being rebuilt from this one",
+            ));
+        };
+        rebuild::serve(self.node.clone(), permit, request)
+            .await
+            .map(Response::new)
+    }
+
     async fn exchange(
         &self,
         request: Request<Streaming<proto::Messages>>,

@@ -19,9 +19,9 @@ use super::{LARGEST_PIECE, proto};
 use crate::node::Node;
 
 /// Pieces on the way between the disk and the connection.
-const PIECES: usize = 8;
+pub(super) const PIECES: usize = 8;
 /// A receiver waits this long for the next piece.
-const PIECE_TIMEOUT: Duration = Duration::from_secs(30);
+pub(super) const PIECE_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// Sends what the keyspace holds, and tells the member how that ended.
 pub async fn send(node: Node, endpoint: Endpoint, cluster_id: u64, message: PeerMessage) {
@@ -102,7 +102,11 @@ pub async fn receive(
     Ok(())
 }
 
-fn load(disk: Arc<dyn Disk>, mut chunks: mpsc::Receiver<Bytes>) -> anyhow::Result<StagedSnapshot> {
+/// Loads what comes, until there is no more.
+pub(super) fn load(
+    disk: Arc<dyn Disk>,
+    mut chunks: mpsc::Receiver<Bytes>,
+) -> anyhow::Result<StagedSnapshot> {
     let (number, _) = uuid::Uuid::new_v4().as_u64_pair();
     let mut writer = SnapshotWriter::new(disk, number)?;
     while let Some(chunk) = chunks.blocking_recv() {

@@ -71,7 +71,12 @@ impl MemberError {
     /// Whether what is stored is damaged, or missing: a member of a cluster can be rebuilt from the
     /// others.
     pub fn is_damage(&self) -> bool {
-        let in_io = |error: &io::Error| error.get_ref().is_some_and(|inner| inner.is::<Damage>());
+        let in_io = |error: &io::Error| {
+            let inner = error.get_ref();
+            inner
+                .and_then(|inner| inner.downcast_ref::<Damage>())
+                .is_some()
+        };
         match self {
             Self::Corrupt(_) => true,
             Self::Disk { source, .. } => in_io(source),

@@ -44,6 +44,7 @@ impl Identity {
     }
 
     /// The identity of a member whose data is only being made.
+    #[must_use]
     pub fn beginning(&self) -> Self {
         Self {
             is_beginning: true,

@@ -67,11 +67,11 @@ pub async fn open(
         Some(identity) => (identity, Start::Continue),
         None => begin(options, &disk, connector, lobby).await?,
     };
-    lobby.answer(identity.cluster_id, || false);
     let urls = other_urls(options, &identity);
     let mut reason = rebuild::reason(&*disk).with_context(here)?;
     let member = loop {
         if let Some(reason) = reason.take() {
+            lobby.answer(identity.cluster_id, || false);
             let damaged = Damaged {
                 disk: &disk,
                 identity: &identity,

@@ -14,6 +14,8 @@ use pb::kv_client::KvClient;
 use pb::maintenance_client::MaintenanceClient;
 
 const BLOCK: u64 = 4096;
+/// Machines that run tests are slow.
+const PATIENCE: Duration = Duration::from_mins(2);
 /// The member whose files are damaged.
 const VICTIM: usize = 1;
 
@@ -89,10 +91,10 @@ async fn damage_is_found_while_serving() {
     for block in 6..file.metadata().unwrap().len() / BLOCK {
         flip(&file, block * BLOCK + random.below(BLOCK));
     }
-    let deadline = Instant::now() + Duration::from_secs(60);
+    let deadline = Instant::now() + PATIENCE;
     for number in (0..count).cycle() {
         let log = cluster.log_of(VICTIM).split_off(before);
-        if log.contains("this member is rebuilt url") {
+        if log.contains("this member is whole again") {
             break;
         }
         assert!(Instant::now() < deadline, "it is not found:\n{log}");
@@ -103,39 +105,6 @@ async fn damage_is_found_while_serving() {
         }
     }
     check(&cluster, count).await;
-}
-
-/// A block that nobody reads: it is found in the background.
-#[tokio::test]
-async fn damage_is_found_before_it_is_needed() {
-    let mut cluster = Cluster::start(Program::KeelsonState, 3, &[]).await;
-    fill(&cluster, 0..20).await;
-    settle(&mut cluster).await;
-    cluster.kill(VICTIM);
-    let path = cluster.data(VICTIM).join("keyspace.redb");
-    let bytes = fs::read(&path).unwrap();
-    let cold = &value(3)[..200];
-    let at = bytes.windows(cold.len()).position(|found| found == cold);
-    flip(
-        &OpenOptions::new()
-            .read(true)
-            .write(true)
-            .open(&path)
-            .unwrap(),
-        at.unwrap() as u64,
-    );
-    let before = cluster.log_of(VICTIM).len();
-    cluster.run(VICTIM);
-    let deadline = Instant::now() + Duration::from_secs(60);
-    loop {
-        let log = cluster.log_of(VICTIM).split_off(before);
-        if log.contains("this member is rebuilt url") {
-            break;
-        }
-        assert!(Instant::now() < deadline, "it is not found:\n{log}");
-        tokio::time::sleep(Duration::from_millis(50)).await;
-    }
-    check(&cluster, 20).await;
 }
 
 /// A single member has nobody to be repaired from: it says so, and serves nothing wrong.
@@ -166,7 +135,7 @@ async fn without_a_quorum_a_damaged_member_waits() {
         None,
     );
     cluster.run(VICTIM);
-    let deadline = Instant::now() + Duration::from_secs(60);
+    let deadline = Instant::now() + PATIENCE;
     while !cluster
         .log_of(VICTIM)
         .contains("cannot rebuild this member yet")
@@ -218,7 +187,7 @@ async fn repaired(prefix: &str, harms: &[Harm]) {
         let log = cluster.log_of(VICTIM).split_off(before);
         println!(
             "{prefix} {kind:?}: {}",
-            log.contains("this member is rebuilt")
+            log.contains("this member is whole again")
         );
         assert!(!log.contains("panicked"), "{log}");
         // It has its vote: one of the others is not needed.
@@ -272,7 +241,7 @@ fn files(folder: &Path, prefix: &str) -> Vec<PathBuf> {
         .map(|entry| entry.unwrap().path())
         .filter(|path| {
             let name = path.file_name().unwrap().to_str().unwrap();
-            name.starts_with(prefix) && !name.ends_with(".copy")
+            name.starts_with(prefix) && name != "identity.copy"
         })
         .collect();
     files.sort();
@@ -294,7 +263,7 @@ async fn fill(cluster: &Cluster, numbers: std::ops::Range<usize>) {
             value: value(number).into(),
             ..pb::PutRequest::default()
         };
-        let deadline = Instant::now() + Duration::from_secs(60);
+        let deadline = Instant::now() + PATIENCE;
         loop {
             let mut kv = KvClient::new(cluster.connect(0).await);
             match kv.put(put.clone()).await {
@@ -335,7 +304,7 @@ async fn try_read(
 async fn check(cluster: &Cluster, written: usize) {
     cluster.wait_for(VICTIM).await;
     for number in 0..written {
-        let deadline = Instant::now() + Duration::from_secs(60);
+        let deadline = Instant::now() + PATIENCE;
         loop {
             match try_read(cluster, VICTIM, number).await {
                 Ok(found) => {

@@ -528,12 +528,13 @@ fn file_length(length: u64) -> u64 {
 }
 
 /// Never 0: that is a block which was never written.
+///
+/// CRC-32C: records hold a CRC-32 of themselves, so that by the same polynomial, a block would have
+/// the checksum of each other one whose records are as long.
 fn checksum(nonce: u64, block: u64, bytes: &[u8]) -> u32 {
-    let mut hasher = crc32fast::Hasher::new();
-    hasher.update(&nonce.to_le_bytes());
-    hasher.update(&block.to_le_bytes());
-    hasher.update(bytes);
-    hasher.finalize().max(1)
+    let sum = crc32c::crc32c(&nonce.to_le_bytes());
+    let sum = crc32c::crc32c_append(sum, &block.to_le_bytes());
+    crc32c::crc32c_append(sum, bytes).max(1)
 }
 
 fn u64_at(bytes: &[u8], at: usize) -> u64 {

@@ -80,11 +80,27 @@ impl Engine {
             .create_with_backend(Backend(Arc::clone(&blocks)))
             .map_err(MemberError::engine("open its file"))?;
         let engine = Self { database, blocks };
+        if engine.has_tables()? {
+            return Ok(engine);
+        }
         let txn = engine.begin()?;
         open_tables(&txn).map_err(MemberError::engine("create its tables"))?;
         txn.commit()
             .map_err(MemberError::engine("create its tables"))?;
         Ok(engine)
+    }
+
+    fn has_tables(&self) -> Result<bool, MemberError> {
+        let what = "look for its tables";
+        let txn = self
+            .database
+            .begin_read()
+            .map_err(MemberError::engine(what))?;
+        match txn.open_table(METADATA) {
+            Ok(_) => Ok(true),
+            Err(redb::TableError::TableDoesNotExist(_)) => Ok(false),
+            Err(error) => Err(MemberError::engine(what)(error)),
+        }
     }
 
     /// Everything that is kept in memory; `None` if the engine is new.

@@ -172,11 +172,11 @@ impl Log {
         if let Some(state) = hard_state {
             self.commit = self.commit.max(state.commit);
             let (term, vote) = (state.term, state.vote);
-            if (term, vote) != (self.votes.vote.term, self.votes.vote.vote) {
+            if (term, vote) != (self.votes.vote.term, self.votes.vote.candidate) {
                 let installing = self.votes.vote.installing;
                 self.votes.write(Vote {
                     term,
-                    vote,
+                    candidate: vote,
                     installing,
                 })?;
             }
@@ -212,7 +212,7 @@ impl Log {
         self.commit = self.commit.max(hard_state.commit);
         self.votes.write(Vote {
             term: hard_state.term,
-            vote: hard_state.vote,
+            candidate: hard_state.vote,
             installing: Position::default(),
         })
     }
@@ -295,7 +295,7 @@ impl Log {
     pub fn hard_state(&self) -> HardState {
         HardState {
             term: self.votes.vote.term,
-            vote: self.votes.vote.vote,
+            vote: self.votes.vote.candidate,
             commit: self.commit,
         }
     }
@@ -534,14 +534,13 @@ impl Log {
     fn start_segment(&mut self) -> Result<(), MemberError> {
         let sequence = self.segments.back().map_or(0, |last| last.sequence) + 1;
         let name = segment::name(sequence);
-        let spare = match self.spares.pop() {
-            Some(spare) => spare,
-            None => {
-                // Under its own name only once it is whole.
-                let spare = spare_name(sequence);
-                segment::prepare(&*self.disk, &spare, self.limits.segment_bytes)?;
-                spare
-            }
+        let spare = if let Some(spare) = self.spares.pop() {
+            spare
+        } else {
+            // Under its own name only once it is whole.
+            let spare = spare_name(sequence);
+            segment::prepare(&*self.disk, &spare, self.limits.segment_bytes)?;
+            spare
         };
         self.disk
             .rename(&spare, &name)

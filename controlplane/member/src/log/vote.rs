@@ -46,7 +46,7 @@ pub(super) struct Vote {
     /// The term.
     pub(super) term: u64,
     /// Who has this member's vote in it; 0 for nobody.
-    pub(super) vote: u64,
+    pub(super) candidate: u64,
     /// The snapshot that is being installed: the keyspace may have it, and the log not know of it.
     pub(super) installing: Position,
 }
@@ -129,7 +129,7 @@ impl VoteFile {
             generation,
             vote: Vote {
                 term: fields[0],
-                vote: fields[1],
+                candidate: fields[1],
                 installing: Position {
                     index: fields[2],
                     term: fields[3],
@@ -155,7 +155,7 @@ impl VoteFile {
         self.generation += 1;
         let fields = [
             vote.term,
-            vote.vote,
+            vote.candidate,
             vote.installing.index,
             vote.installing.term,
             0,

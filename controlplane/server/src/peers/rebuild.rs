@@ -41,7 +41,7 @@ impl Damaged<'_> {
             for url in self.urls {
                 match self.rebuild_from(url).await {
                     Ok(()) => {
-                        tracing::info!(url, "this member is rebuilt");
+                        tracing::info!(url, "this member is whole again");
                         return Ok(());
                     }
                     Err(error) if is_removed(&error) => {
@@ -115,11 +115,11 @@ pub(super) async fn serve(
     if metadata.removed_members.contains(&request.member_id) {
         return Err(Status::permission_denied("the member was removed"));
     }
-    let note = Rebuild {
+    let rebuild = Rebuild {
         member_id: request.member_id,
         number: request.number,
     };
-    node.propose(Operation::Rebuild(note), None)
+    node.propose(Operation::Rebuild(rebuild), None)
         .await
         .map_err(|error| refused(&error))?;
     tracing::info!(member = %format_args!("{:x}", request.member_id), "a member is rebuilt from this one");

@@ -642,11 +642,11 @@ pub fn prepare_spare(
     match segment::prepare(disk, &name, limits.segment_bytes) {
         Ok(()) => Ok(Some(name)),
         Err(MemberError::Disk { source, .. })
-            if source.kind() == std::io::ErrorKind::StorageFull =>
+            if source.kind() == io::ErrorKind::StorageFull =>
         {
             // What there is of it is room that others need more.
             match disk.remove(&name) {
-                Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+                Err(error) if error.kind() != io::ErrorKind::NotFound => {
                     Err(MemberError::disk(format!("remove {name}"))(error))
                 }
                 _ => Ok(None),

@@ -1,0 +1,44 @@
+use std::path::Path;
+
+use super::damage::{Bench, Damage, How, is_log};
+use super::{Notes, RowFlags};
+use crate::cluster::Setup;
+
+/// The log of a member that is down ends in the middle of its last write, as after a crash; or it is
+/// damaged before its end, which no crash does.
+pub async fn make(folder: &Path, flags: &RowFlags, notes: &mut Notes) -> anyhow::Result<()> {
+    let mut bench = Bench::new(folder, Setup::of(flags.program, flags.seed)).await?;
+    let mut logs = bench.files()?;
+    logs.retain(|(file, _)| is_log(flags.program, file));
+    // The one in which the last entries are; the names of both are in order of age.
+    let Some((file, content)) = logs.pop() else {
+        anyhow::bail!("the member has no log");
+    };
+    let used = content.iter().rposition(|byte| *byte != 0).unwrap_or(0) as u64 + 1;
+    let cases = [
+        (
+            "the last 100 bytes are cut off",
+            How::Cut(used.saturating_sub(100)),
+        ),
+        (
+            "the last 100 bytes are zero",
+            How::Zero(used.saturating_sub(100), 100),
+        ),
+        ("100 bytes in the middle are zero", How::Zero(used / 2, 100)),
+        (
+            "4 KiB in the middle are zero",
+            How::Zero(used / 2 / 4096 * 4096, 4096),
+        ),
+        ("the last half is cut off", How::Cut(used / 2)),
+    ];
+    for (what, how) in cases {
+        let damage = Damage {
+            file: file.clone(),
+            live: false,
+            what: format!("({what})"),
+            how,
+        };
+        bench.damage(&damage, notes).await?;
+    }
+    notes.note_fates()
+}

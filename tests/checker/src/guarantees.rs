@@ -276,7 +276,9 @@ fn bookmarkable(told: &Told<'_>) -> Option<Violation> {
                         [format!("at {}, then at {}", before.at, response.at)],
                     ));
                 }
-                let from = notified.map_or(0, |before| before.revision + 1).max(told.start);
+                let from = notified
+                    .map_or(0, |before| before.revision + 1)
+                    .max(told.start);
                 if let Some(event) = told.missing(from, response.revision, response.at) {
                     return Some(told.broken(
                         format!(

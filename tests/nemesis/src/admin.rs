@@ -52,29 +52,6 @@ pub async fn writes(url: &str) -> bool {
     KvClient::new(channel).put(request).await.is_ok()
 }
 
-/// Ends all alarms, as far as members answer.
-pub async fn disarm(urls: &[String]) {
-    for url in urls {
-        let Ok(channel) = connect_limited(url).await else {
-            continue;
-        };
-        let mut client = MaintenanceClient::new(channel);
-        let get = pb::AlarmRequest::default();
-        let Ok(alarms) = client.alarm(get).await else {
-            continue;
-        };
-        for alarm in alarms.into_inner().alarms {
-            let request = pb::AlarmRequest {
-                action: pb::alarm_request::AlarmAction::Deactivate.into(),
-                member_id: alarm.member_id,
-                alarm: alarm.alarm,
-            };
-            // Another member may have done it.
-            let _ = client.alarm(request).await;
-        }
-    }
-}
-
 /// What a member says of itself.
 pub async fn status(url: &str) -> anyhow::Result<pb::StatusResponse> {
     let channel = connect_limited(url).await?;

@@ -13,7 +13,7 @@ use tokio::time::sleep;
 use super::Notes;
 use super::data::{Data, Found};
 use crate::admin;
-use crate::cluster::{Cluster, Setup};
+use crate::cluster::{Cluster, Setup, name};
 use crate::program::Program;
 use crate::sandbox::run;
 
@@ -63,7 +63,7 @@ pub enum Fate {
     ServesWrong,
 }
 
-/// A cluster with data, and what its member had on disk before any damage.
+/// A cluster with data, and what its members had on disk before any damage.
 pub struct Bench {
     cluster: Cluster,
     data: Data,
@@ -81,9 +81,13 @@ impl Bench {
         data.load(&Cluster::client_url(0)).await?;
         sleep(Duration::from_secs(3)).await;
         let pristine = folder.join("pristine");
-        cluster.kill(MEMBER)?;
-        copy(&cluster.disk(MEMBER).data(), &pristine)?;
-        cluster.run(MEMBER)?;
+        std::fs::create_dir(&pristine)?;
+        for at in 0..cluster.count() {
+            cluster.kill(at)?;
+        }
+        for at in 0..cluster.count() {
+            copy(&cluster.disk(at).data(), &pristine.join(name(at)))?;
+        }
         Ok(Self {
             cluster,
             data,
@@ -94,7 +98,8 @@ impl Bench {
     /// The files of the member that hold anything, with what they hold.
     pub fn files(&self) -> anyhow::Result<Vec<(PathBuf, Vec<u8>)>> {
         let mut files = Vec::new();
-        let mut folders = vec![self.pristine.clone()];
+        let pristine = self.pristine.join(name(MEMBER));
+        let mut folders = vec![pristine.clone()];
         while let Some(folder) = folders.pop() {
             for entry in std::fs::read_dir(folder)? {
                 let entry = entry?;
@@ -104,10 +109,7 @@ impl Bench {
                 }
                 let content = std::fs::read(entry.path())?;
                 if content.iter().any(|byte| *byte != 0) {
-                    files.push((
-                        entry.path().strip_prefix(&self.pristine)?.to_owned(),
-                        content,
-                    ));
+                    files.push((entry.path().strip_prefix(&pristine)?.to_owned(), content));
                 }
             }
         }
@@ -115,14 +117,17 @@ impl Bench {
         Ok(files)
     }
 
-    /// Makes the member what it was before any damage.
-    pub async fn restore(&mut self) -> anyhow::Result<()> {
-        self.cluster.kill(MEMBER)?;
-        self.cluster.disk(MEMBER).wipe()?;
-        copy(&self.pristine, &self.cluster.disk(MEMBER).data())?;
-        self.cluster.run(MEMBER)?;
-        // Whoever has raised an alarm is heard of until somebody ends it.
-        admin::disarm(&self.cluster.client_urls()).await;
+    /// Makes all members what they were before any damage: one alone would have forgotten what it
+    /// promised to the others.
+    async fn restore(&mut self) -> anyhow::Result<()> {
+        for at in 0..self.cluster.count() {
+            self.cluster.kill(at)?;
+        }
+        for at in 0..self.cluster.count() {
+            self.cluster.disk(at).wipe()?;
+            copy(&self.pristine.join(name(at)), &self.cluster.disk(at).data())?;
+            self.cluster.run(at)?;
+        }
         self.cluster.wait_for_all(Duration::from_mins(1)).await
     }
 

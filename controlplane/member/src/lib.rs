@@ -12,6 +12,7 @@ pub mod log;
 mod logger;
 mod member;
 pub mod rebuild;
+mod recover;
 pub mod replica;
 pub mod watch;
 
@@ -20,6 +21,8 @@ pub use raft::eraftpb::Message as PeerMessage;
 pub use self::error::{Damage, Failure, MemberError, RequestError};
 pub use self::identity::Identity;
 pub use self::limits::Limits;
+pub use self::recover::recover;
+
 pub use self::member::{
     ChangeKind, ConsensusStatus, Member, MemberOptions, MembershipChange, Output, Start,
 };

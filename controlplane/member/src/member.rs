@@ -29,6 +29,9 @@ const MESSAGE_BYTES: u64 = 512 * 1024;
 /// Messages to one follower that are not answered yet.
 const INFLIGHT_MESSAGES: usize = 256;
 
+/// Proposals that wait while leadership is handed over.
+const MAX_POSTPONED: usize = 10_000;
+
 /// How a member is set up.
 #[derive(Debug, Clone)]
 pub struct MemberOptions {
@@ -73,6 +76,8 @@ pub struct Member {
     /// A snapshot that was received, until consensus has taken or refused it.
     staged: Option<StagedSnapshot>,
     removed: bool,
+    /// Proposals that wait until leadership is handed over.
+    postponed: Vec<Message>,
 }
 
 /// What came out of [`Member::advance`].
@@ -200,6 +205,7 @@ impl Member {
             disk: Arc::clone(disk),
             staged: None,
             removed: metadata.removed_members.contains(&options.id),
+            postponed: Vec::new(),
         };
         member.draw_timeout();
         if conf_state.voters == [options.id] {
@@ -256,9 +262,26 @@ impl Member {
             .collect()
     }
 
+    /// Voters that could lead in this leader's place, those first that follow most closely.
+    pub fn successors(&self) -> Vec<u64> {
+        let raft = &self.node.raft;
+        let voters = raft.prs().conf().to_conf_state().voters;
+        let mut others: Vec<(u64, u64)> = raft
+            .prs()
+            .iter()
+            .filter(|(id, progress)| {
+                **id != raft.id && progress.recent_active && voters.contains(id)
+            })
+            .map(|(id, progress)| (progress.matched, *id))
+            .collect();
+        others.sort_unstable_by(|a, b| b.cmp(a));
+        others.into_iter().map(|(_, id)| id).collect()
+    }
+
     /// A tick of the clock passed.
     pub fn tick(&mut self) {
         self.node.tick();
+        self.step_postponed();
         self.draw_timeout();
     }
 
@@ -307,6 +330,10 @@ impl Member {
     }
 
     fn step_checked(&mut self, message: Message) {
+        if message.msg_type() == MessageType::MsgPropose && self.postpones() {
+            self.postponed.push(message);
+            return;
+        }
         if let Err(error) = self.node.step(message) {
             tracing::debug!(%error, "dropped a message");
         }
@@ -323,9 +350,39 @@ impl Member {
     /// Proposes a command. Its outcome comes from [`Member::advance`], or never: a change of leaders
     /// may lose it.
     pub fn propose(&mut self, command: Vec<u8>) -> Result<(), RequestError> {
+        if self.postpones() {
+            let mut message = Message::default();
+            message.set_msg_type(MessageType::MsgPropose);
+            let entry = Entry {
+                data: command,
+                ..Entry::default()
+            };
+            message.mut_entries().push(entry);
+            self.postponed.push(message);
+            return Ok(());
+        }
         self.node
             .propose(Vec::new(), command)
             .map_err(|_| RequestError::NoLeader)
+    }
+
+    /// While leadership is handed over, or nobody has it, proposals would be lost, also those that
+    /// another member sent to the leader that this one was: they wait for the next leader.
+    fn postpones(&self) -> bool {
+        let raft = &self.node.raft;
+        let lost = raft.lead_transferee.is_some() || raft.leader_id == raft::INVALID_ID;
+        lost && self.postponed.len() < MAX_POSTPONED
+    }
+
+    fn step_postponed(&mut self) {
+        let raft = &self.node.raft;
+        if raft.lead_transferee.is_some() || raft.leader_id == raft::INVALID_ID {
+            return;
+        }
+        for mut message in std::mem::take(&mut self.postponed) {
+            message.from = self.node.raft.id;
+            self.step_checked(message);
+        }
     }
 
     /// Proposes a change of membership.

@@ -15,6 +15,8 @@ use std::time::{Duration, Instant};
 use keelson_member::disk::{Disk, DiskFile};
 use prometheus::Histogram;
 
+use crate::stall::SlowSyncs;
+
 /// How often a write without room is tried again.
 const RETRY: Duration = Duration::from_millis(200);
 /// Files that the log has in reserve: one that can't be made is no loss.
@@ -26,6 +28,7 @@ pub struct ServerDisk {
     disk: Arc<dyn Disk>,
     log: Histogram,
     engine: Histogram,
+    slow: SlowSyncs,
     waiting: Waiting,
 }
 
@@ -69,21 +72,31 @@ fn needs_room(error: &io::Error) -> bool {
 
 impl ServerDisk {
     /// Syncs of files written in blocks, the log's, go to `log`; those of others to `engine`.
-    pub fn new(disk: Arc<dyn Disk>, log: Histogram, engine: Histogram, waiting: Waiting) -> Self {
+    pub fn new(
+        disk: Arc<dyn Disk>,
+        log: Histogram,
+        engine: Histogram,
+        slow: SlowSyncs,
+        waiting: Waiting,
+    ) -> Self {
         Self {
             disk,
             log,
             engine,
+            slow,
             waiting,
         }
     }
 
-    fn file(&self, name: &str, file: Arc<dyn DiskFile>, syncs: &Histogram) -> Arc<dyn DiskFile> {
+    fn file(&self, name: &str, file: Arc<dyn DiskFile>, is_log: bool) -> Arc<dyn DiskFile> {
+        let syncs = if is_log { &self.log } else { &self.engine };
+        let is_spare = name.starts_with(SPARE);
         Arc::new(ServerFile {
             name: name.to_owned(),
             file,
             syncs: syncs.clone(),
-            waiting: (!name.starts_with(SPARE)).then(|| self.waiting.clone()),
+            slow: (is_log && !is_spare).then(|| self.slow.clone()),
+            waiting: (!is_spare).then(|| self.waiting.clone()),
         })
     }
 }
@@ -92,7 +105,7 @@ impl Disk for ServerDisk {
     fn open(&self, name: &str, create: bool) -> io::Result<Arc<dyn DiskFile>> {
         let open = || self.disk.open(name, create);
         let file = self.waiting.until_done(name, open)?;
-        Ok(self.file(name, file, &self.engine))
+        Ok(self.file(name, file, false))
     }
 
     fn open_for_blocks(&self, name: &str, create: bool) -> io::Result<Arc<dyn DiskFile>> {
@@ -102,7 +115,7 @@ impl Disk for ServerDisk {
         } else {
             self.waiting.until_done(name, open)?
         };
-        Ok(self.file(name, file, &self.log))
+        Ok(self.file(name, file, true))
     }
 
     fn list(&self) -> io::Result<Vec<String>> {
@@ -127,6 +140,8 @@ struct ServerFile {
     name: String,
     file: Arc<dyn DiskFile>,
     syncs: Histogram,
+    /// Of the log.
+    slow: Option<SlowSyncs>,
     /// `None` if a write may fail.
     waiting: Option<Waiting>,
 }
@@ -160,7 +175,11 @@ impl DiskFile for ServerFile {
     fn sync_data(&self) -> io::Result<()> {
         let started = Instant::now();
         let outcome = self.file.sync_data();
-        self.syncs.observe(started.elapsed().as_secs_f64());
+        let took = started.elapsed();
+        self.syncs.observe(took.as_secs_f64());
+        if let Some(slow) = &self.slow {
+            slow.note(took);
+        }
         outcome
     }
 }

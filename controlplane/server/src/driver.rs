@@ -14,6 +14,7 @@ use tokio::sync::{mpsc, oneshot};
 use crate::maintenance;
 use crate::metrics::Metrics;
 use crate::node::Shared;
+use crate::stall::Pulse;
 
 /// Inputs that are handled before the next sync.
 const INPUTS_AT_ONCE: usize = 4096;
@@ -49,6 +50,8 @@ pub enum Request {
 
 /// Where effects go.
 pub struct Outputs {
+    /// Shows that the thread goes on.
+    pub pulse: Pulse,
     /// What others read.
     pub shared: Arc<Shared>,
     /// Messages to other members.
@@ -115,6 +118,7 @@ impl Driver {
         let mut batch = Vec::new();
         self.advance()?;
         loop {
+            self.outputs.pulse.beat();
             match inputs.recv_timeout(next_tick.saturating_duration_since(Instant::now())) {
                 Ok(told) => batch.push(told),
                 Err(RecvTimeoutError::Timeout) => {}

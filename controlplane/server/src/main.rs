@@ -4,6 +4,7 @@ mod check;
 mod compactor;
 mod disk;
 mod driver;
+mod ending;
 mod grpc;
 mod http;
 mod identity;
@@ -13,9 +14,11 @@ mod node;
 mod open;
 mod options;
 mod peers;
+mod recover;
 mod room;
 mod serve;
 mod snapshot;
+mod stall;
 mod tls;
 mod token;
 
@@ -32,6 +35,11 @@ fn main() -> std::process::ExitCode {
         .init();
     let outcome = match &options.command {
         Some(Command::Snapshot(command)) => snapshot::run(command),
+        Some(Command::Recover {
+            from,
+            member,
+            bump_revision,
+        }) => recover::run(from, member, *bump_revision),
         None => serve::run(&options),
     };
     match outcome {

@@ -185,6 +185,21 @@ fn gauges(node: &Node) -> Vec<prometheus::Result<IntGauge>> {
             i64::from(status.is_leader),
         ),
         (
+            "keelson_state_stalled",
+            "Whether the member's thread hangs, most likely on the disk.",
+            i64::from(node.is_stalled()),
+        ),
+        (
+            "keelson_state_refuses_growth",
+            "Whether writes are refused for lack of room on disks.",
+            i64::from(node.refuses_growth()),
+        ),
+        (
+            "keelson_state_alarms",
+            "Alarms that are raised, of all members.",
+            count(node.keyspace().metadata().alarms.len()),
+        ),
+        (
             "etcd_server_is_learner",
             "Whether this member has no vote.",
             i64::from(status.is_learner),

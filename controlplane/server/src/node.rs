@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::{Sender, channel};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use keelson_member::command::{Authority, Operation, Response};
 use keelson_member::disk::Disk;
@@ -19,6 +19,10 @@ use tokio::sync::{mpsc, oneshot};
 use crate::driver::{self, Request, Told};
 use crate::maintenance;
 use crate::metrics::Metrics;
+use crate::stall::Pulse;
+
+/// How often who waits looks whether the thread hangs.
+const STALL_INTERVAL: Duration = Duration::from_millis(500);
 
 /// Hands requests to the thread, and knows what it publishes.
 #[derive(Clone)]
@@ -35,6 +39,7 @@ pub struct Shared {
     term: AtomicU64,
     alone: AtomicBool,
     lacks_room: AtomicBool,
+    pulse: Pulse,
     request_timeout: Duration,
 }
 
@@ -66,6 +71,7 @@ pub fn start(
         id_prefix: options.id_prefix,
     };
     let replica = Replica::new(member, replica_options);
+    let pulse = Pulse::new(options.tick * options.election_ticks);
     let shared = Arc::new(Shared {
         watches: Arc::clone(replica.watches()),
         keyspace: Arc::clone(&keyspace),
@@ -73,6 +79,7 @@ pub fn start(
         term: AtomicU64::new(0),
         alone: AtomicBool::new(false),
         lacks_room: AtomicBool::new(false),
+        pulse: pulse.clone(),
         request_timeout: Duration::from_secs(5) + options.tick * options.election_ticks * 2,
     });
     let maintenance = maintenance::start(keyspace, disk, inputs.clone())?;
@@ -82,6 +89,7 @@ pub fn start(
         received,
         driver::Outputs {
             shared: Arc::clone(&shared),
+            pulse,
             outbox,
             metrics,
             maintenance,
@@ -110,9 +118,22 @@ impl Node {
         &self.shared.watches
     }
 
-    /// What the member knows of its cluster.
+    /// What the member knows of its cluster: of no leader, while its thread hangs.
     pub fn status(&self) -> ConsensusStatus {
-        *self.shared.status.lock()
+        let status = *self.shared.status.lock();
+        if self.is_stalled() {
+            return ConsensusStatus {
+                leader: 0,
+                is_leader: false,
+                ..status
+            };
+        }
+        status
+    }
+
+    /// Whether the thread hangs, on the disk most likely. What needs it is refused meanwhile.
+    pub fn is_stalled(&self) -> bool {
+        self.shared.pulse.is_stalled()
     }
 
     /// The current term.
@@ -185,14 +206,21 @@ impl Node {
         &self,
         request: impl FnOnce(oneshot::Sender<Result<T, RequestError>>) -> Request,
     ) -> Result<T, RequestError> {
-        let (reply, answer) = oneshot::channel();
+        if self.is_stalled() {
+            return Err(RequestError::NoLeader);
+        }
+        let (reply, mut answer) = oneshot::channel();
         self.inputs
             .send(Told::Request(request(reply)))
             .map_err(|_| RequestError::Stopped)?;
-        match tokio::time::timeout(self.shared.request_timeout, answer).await {
-            Ok(Ok(outcome)) => outcome,
-            Ok(Err(_)) => Err(RequestError::Stopped),
-            Err(_) => Err(RequestError::TimedOut),
+        let limit = Instant::now() + self.shared.request_timeout;
+        loop {
+            match tokio::time::timeout(STALL_INTERVAL, &mut answer).await {
+                Ok(Ok(outcome)) => return outcome,
+                Ok(Err(_)) => return Err(RequestError::Stopped),
+                Err(_) if Instant::now() < limit && !self.is_stalled() => {}
+                Err(_) => return Err(RequestError::TimedOut),
+            }
         }
     }
 }

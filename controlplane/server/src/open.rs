@@ -13,6 +13,7 @@ use crate::node::Node;
 use crate::options::{ClusterState, Options};
 use crate::peers::rebuild::Damaged;
 use crate::peers::{self, Connector, Lobby};
+use crate::stall::SlowSyncs;
 
 /// How often the other founders are asked.
 const FOUNDERS_POLL: Duration = Duration::from_millis(200);
@@ -37,6 +38,7 @@ pub fn lock(
     options: &Options,
     metrics: &Metrics,
     waiting: &Waiting,
+    slow_syncs: &SlowSyncs,
 ) -> anyhow::Result<Arc<dyn Disk>> {
     let folder = options.member.folder();
     let disk = Folder::open(&folder).map_err(|error| match error.kind() {
@@ -49,6 +51,7 @@ pub fn lock(
         Arc::new(disk),
         metrics.log_syncs.clone(),
         metrics.engine_syncs.clone(),
+        slow_syncs.clone(),
         waiting.clone(),
     )))
 }
@@ -178,10 +181,13 @@ async fn begin(
          empty the folder and have the member rebuilt from the others",
         folder.display()
     );
-    let (identity, beginning) = match options.initial_cluster_state {
-        ClusterState::New => found(options, connector, lobby).await?,
-        ClusterState::Existing => {
-            let joined = peers::join::ask(&options.member, connector).await?;
+    let (identity, beginning) = match (options.initial_cluster_state, &options.replace) {
+        (ClusterState::New, None) => found(options, connector, lobby).await?,
+        (_, gone) => {
+            let joined = match gone {
+                Some(gone) => peers::join::replace(&options.member, gone, connector).await?,
+                None => peers::join::ask(&options.member, connector).await?,
+            };
             let identity = Identity::new(joined.cluster_id, joined.member_id);
             let beginning = if joined.has_been_there {
                 Beginning::Lost

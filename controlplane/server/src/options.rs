@@ -54,6 +54,11 @@ pub struct Options {
         default_value = "new"
     )]
     pub initial_cluster_state: ClusterState,
+    /// Takes the place of a member that is gone for good (name or id): removes it, joins as a
+    /// learner, and gets a vote when it has caught up. Refused while that member is there. Of no
+    /// effect once the member has data and a vote.
+    #[arg(long, value_name = "MEMBER")]
+    pub replace: Option<String>,
     /// Milliseconds between heartbeats.
     #[arg(long, default_value_t = 100, value_parser = clap::value_parser!(u64).range(10..=10_000))]
     pub heartbeat_interval: u64,
@@ -105,6 +110,18 @@ pub enum Command {
     /// Works with backups, which `etcdctl snapshot save` takes.
     #[command(subcommand)]
     Snapshot(SnapshotCommand),
+    /// Makes a new cluster of one member from the folder of any member of a cluster that has lost
+    /// its quorum for good. The folder is copied. What this member had of the log is applied, also
+    /// what may never have been committed; history is compacted, so that watchers notice.
+    Recover {
+        /// The folder of the member that is left.
+        from: PathBuf,
+        #[command(flatten)]
+        member: Box<MemberFlags>,
+        /// Adds to the revision, so that no revision that a client has seen comes again.
+        #[arg(long, default_value_t = 1_000_000_000, value_parser = clap::value_parser!(i64).range(0..))]
+        bump_revision: i64,
+    },
 }
 
 /// Works with backups.

@@ -13,9 +13,12 @@ use tokio::task::JoinHandle;
 use tonic::service::Routes;
 use tonic::transport::server::TcpIncoming;
 use tonic::transport::{Server, ServerTlsConfig};
+use tonic_health::ServingStatus;
+use tonic_health::server::HealthReporter;
 
 use crate::compactor;
 use crate::disk::Waiting;
+use crate::ending::{self, Ending};
 use crate::grpc::{Limits, Passwords, ResponseMemory, Services};
 use crate::http;
 use crate::metrics::Metrics;
@@ -24,6 +27,7 @@ use crate::open;
 use crate::options::{self, Listen, Options};
 use crate::peers::{self, Connector, Lobby, Peers};
 use crate::room::Room;
+use crate::stall::{self, SlowSyncs};
 
 /// Serves a member with the given flags.
 pub fn run(options: &Options) -> anyhow::Result<()> {
@@ -69,12 +73,21 @@ async fn serve(options: &Options) -> anyhow::Result<End> {
     let connector = Connector::new(options.tls.peers().client()?);
     let metrics = Metrics::new()?;
     let waiting = Waiting::default();
-    let disk = open::lock(options, &metrics, &waiting)?;
+    let slow_syncs = SlowSyncs::new(Duration::from_millis(options.election_timeout) / 4);
+    let disk = open::lock(options, &metrics, &waiting, &slow_syncs)?;
     let lobby = Lobby::default();
     let mut listeners = Vec::new();
     for listen_on in &peer_addresses {
         let routes = Routes::new(lobby.service());
-        listeners.push(listen(*listen_on, peer_tls.as_ref(), routes).await?);
+        listeners.push(
+            listen(
+                *listen_on,
+                peer_tls.as_ref(),
+                routes,
+                std::future::pending(),
+            )
+            .await?,
+        );
     }
     let opened = open::open(options, disk, &connector, &lobby).await?;
     for listener in listeners {
@@ -99,12 +112,14 @@ async fn serve(options: &Options) -> anyhow::Result<End> {
     )?;
     let peers = Peers::new(identity.cluster_id, identity.member_id, connector);
     tokio::spawn(Arc::clone(&peers).run(node.clone(), sent));
+    let (end, ending) = Ending::new();
     let services = Services {
         node: node.clone(),
         peers: Arc::clone(&peers),
         cluster_id: identity.cluster_id,
         member_id: identity.member_id,
         limits: limits(options)?,
+        ending: ending.clone(),
         responses: ResponseMemory::new(usize::try_from(options.max_response_bytes)?),
         passwords: Passwords {
             cost: options.bcrypt_cost,
@@ -118,16 +133,17 @@ async fn serve(options: &Options) -> anyhow::Result<End> {
     lobby.answer(identity.cluster_id, move || {
         is_pristine(seen.keyspace(), seen.term())
     });
+    let mut listeners = Vec::new();
     for listen_on in peer_addresses {
         let service = peers::service(node.clone(), Arc::clone(&disk), identity.cluster_id);
         let routes = Routes::new(service).add_service(lobby.service());
-        listen(listen_on, peer_tls.as_ref(), routes).await?;
+        // Other members go on talking to this one until the process is gone.
+        let never = std::future::pending();
+        listen(listen_on, peer_tls.as_ref(), routes, never).await?;
     }
     for listen_on in clients {
         let (health, health_service) = tonic_health::server::health_reporter();
-        health
-            .set_service_status("", tonic_health::ServingStatus::Serving)
-            .await;
+        tokio::spawn(report_health(node.clone(), health));
         let routes = services.clone().routes().add_service(health_service);
         let with_http = http::routes(
             routes.into_axum_router(),
@@ -135,7 +151,9 @@ async fn serve(options: &Options) -> anyhow::Result<End> {
             identity.member_id,
             metrics.clone(),
         );
-        listen(listen_on, client_tls.as_ref(), Routes::from(with_http)).await?;
+        let ends = ending.clone().begins();
+        let routes = Routes::from(with_http);
+        listeners.push(listen(listen_on, client_tls.as_ref(), routes, ends).await?);
     }
     tracing::info!(
         member = %format_args!("{:x}", identity.member_id),
@@ -152,6 +170,7 @@ async fn serve(options: &Options) -> anyhow::Result<End> {
         member_id: identity.member_id,
     };
     tokio::spawn(room.watch(node.clone()));
+    tokio::spawn(stall::watch(node.clone(), slow_syncs));
     if let Some(retention) = options.retention()? {
         tokio::spawn(compactor::run(node.clone(), retention));
     }
@@ -161,6 +180,7 @@ async fn serve(options: &Options) -> anyhow::Result<End> {
         identity.member_id,
         options.member.name.clone(),
         options.client_urls(),
+        options.replace.is_some(),
     ));
     tokio::spawn(open::remember_peers(
         node.clone(),
@@ -179,7 +199,9 @@ async fn serve(options: &Options) -> anyhow::Result<End> {
             Err(_) => anyhow::bail!("the member's thread ended"),
         },
         () = stopped() => {
-            node.stop();
+            ending::hand_over(&node).await;
+            let _ = end.send(true);
+            ending::wind_up(node, listeners).await;
             Ok(End::Stopped)
         }
     }
@@ -209,10 +231,12 @@ fn server_tls(
     Ok(config)
 }
 
+/// Listens until `end`; what is returned ends when the last request is answered.
 async fn listen(
     on: Listen,
     tls: Option<&ServerTlsConfig>,
     routes: Routes,
+    end: impl Future<Output = ()> + Send + 'static,
 ) -> anyhow::Result<JoinHandle<()>> {
     let address = on.address;
     let listener = TcpListener::bind(address)
@@ -228,7 +252,9 @@ async fn listen(
             .tls_config(tls)
             .context("the certificate or its key is unusable")?;
     }
-    let server = server.add_routes(routes).serve_with_incoming(incoming);
+    let server = server
+        .add_routes(routes)
+        .serve_with_incoming_shutdown(incoming, end);
     Ok(tokio::spawn(async move {
         if let Err(error) = server.await {
             tracing::error!(%address, %error, "a listener ended");
@@ -236,9 +262,29 @@ async fn listen(
     }))
 }
 
+/// Says over gRPC's health service whether this member can serve.
+async fn report_health(node: Node, health: HealthReporter) {
+    loop {
+        let status = if node.is_stalled() {
+            ServingStatus::NotServing
+        } else {
+            ServingStatus::Serving
+        };
+        health.set_service_status("", status).await;
+        tokio::time::sleep(Duration::from_millis(500)).await;
+    }
+}
+
 /// Tells the cluster this member's name and client URLs, until it has heard; then keeps connections
 /// in step with the membership.
-async fn introduce(node: Node, peers: Arc<Peers>, id: u64, name: String, client_urls: Vec<String>) {
+async fn introduce(
+    node: Node,
+    peers: Arc<Peers>,
+    id: u64,
+    name: String,
+    client_urls: Vec<String>,
+    wants_vote: bool,
+) {
     loop {
         let metadata = node.keyspace().metadata();
         let known = metadata.members.iter().find(|member| member.id == id);
@@ -254,6 +300,12 @@ async fn introduce(node: Node, peers: Arc<Peers>, id: u64, name: String, client_
             if let Err(error) = node.propose(Operation::Member(member), None).await {
                 tracing::debug!(%error, "the cluster has not heard of this member's URLs yet");
             }
+        }
+        if wants_vote
+            && known.is_some_and(|known| known.is_learner && known.name == name)
+            && let Err(error) = peers.promote_self(&node).await
+        {
+            tracing::debug!(%error, "this member has no vote yet");
         }
         peers.prune(&node);
         tokio::time::sleep(Duration::from_secs(1)).await;

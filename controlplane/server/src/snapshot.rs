@@ -11,10 +11,11 @@ use std::sync::Arc;
 use anyhow::Context as _;
 use keelson_member::disk::{Disk, Folder};
 use keelson_member::keyspace::{SnapshotReader, SnapshotWriter, StagedSnapshot};
-use keelson_member::{Identity, Limits, Member, MemberError, MemberOptions, Start};
+use keelson_member::{Identity, Member, MemberError};
 use sha2::{Digest as _, Sha256};
 
 use crate::options::{MemberFlags, Output, SnapshotCommand};
+use crate::recover::{begin_anew, ensure_empty, first_member};
 
 /// The stream is padded to a multiple of this.
 const BLOCK: u64 = 512;
@@ -124,39 +125,13 @@ fn restore(
 ) -> anyhow::Result<()> {
     let founders = flags.founders()?;
     let folder = flags.folder();
-    if let Ok(mut entries) = std::fs::read_dir(&folder) {
-        anyhow::ensure!(
-            entries.next().is_none(),
-            "{} is not empty: restore into a new folder",
-            folder.display()
-        );
-    }
+    ensure_empty(&folder)?;
     let (staged, disk) = load(file, &folder)?;
     let mut metadata = staged.metadata().clone();
-    metadata.cluster_id = founders.cluster_id;
-    metadata.members.clone_from(&founders.members);
-    metadata.removed_members.clear();
-    metadata.alarms.clear();
-    metadata.revision = metadata
-        .revision
-        .checked_add(bump_revision)
-        .context("--bump-revision is too large")?;
-    if mark_compacted {
-        metadata.compact_revision = metadata.revision;
-    }
-    metadata.found();
+    begin_anew(&mut metadata, &founders, bump_revision, mark_compacted)?;
     staged.restore(&*disk, &metadata)?;
-    let options = MemberOptions {
-        cluster_id: founders.cluster_id,
-        id: founders.member_id,
-        start: Start::New(founders.members),
-        election_ticks: 10,
-        seed: 1,
-        cache_bytes: 1 << 20,
-        limits: Limits::default(),
-    };
     // Its log begins here.
-    drop(Member::open(&disk, &options)?);
+    drop(Member::open(&disk, &first_member(&founders))?);
     Identity::new(founders.cluster_id, founders.member_id).store(&*disk)?;
     println!(
         "restored revision {} into {}: start it as member {:?} of the new cluster",

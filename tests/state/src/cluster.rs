@@ -109,6 +109,11 @@ impl Cluster {
         self.run_with(at, &["--initial-cluster-state", "existing"]);
     }
 
+    /// Runs a member with flags of its own beside those of all.
+    pub fn run_as(&mut self, at: usize, flags: &[&str]) {
+        self.run_with(at, flags);
+    }
+
     /// Runs a member that is not running.
     pub fn run(&mut self, at: usize) {
         self.run_with(at, &[]);

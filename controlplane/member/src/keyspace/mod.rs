@@ -410,6 +410,18 @@ impl Keyspace {
         Ok(Some(flush.metadata))
     }
 
+    /// Writes everything that is in memory, with other metadata: a new cluster begins here. Nobody
+    /// else uses it.
+    pub(crate) fn begin_anew(&self, metadata: &Metadata) -> Result<(), MemberError> {
+        if let Some(flush) = self.begin_flush() {
+            self.flush(Flush {
+                metadata: metadata.clone(),
+                ..flush
+            })?;
+        }
+        Ok(())
+    }
+
     /// Reads what was last flushed.
     pub fn snapshot(&self) -> Result<SnapshotReader, MemberError> {
         SnapshotReader::new(&self.engine.lock(), self.limits.chunk_bytes)

@@ -641,9 +641,7 @@ pub fn prepare_spare(
     let name = format!("spare-new-{number:016x}");
     match segment::prepare(disk, &name, limits.segment_bytes) {
         Ok(()) => Ok(Some(name)),
-        Err(MemberError::Disk { source, .. })
-            if source.kind() == io::ErrorKind::StorageFull =>
-        {
+        Err(MemberError::Disk { source, .. }) if source.kind() == io::ErrorKind::StorageFull => {
             // What there is of it is room that others need more.
             match disk.remove(&name) {
                 Err(error) if error.kind() != io::ErrorKind::NotFound => {

@@ -81,4 +81,6 @@ pub struct Progress {
     pub caught_up: bool,
     /// Members that the leader hears of, itself included.
     pub active: Vec<u64>,
+    /// Voters among them that could lead, this one not, those first that follow most closely.
+    pub voters: Vec<u64>,
 }

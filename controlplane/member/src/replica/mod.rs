@@ -257,6 +257,7 @@ impl Replica {
         Ok(Progress {
             caught_up: self.member.is_caught_up(id),
             active: self.member.active_members(),
+            voters: self.member.successors(),
         })
     }
 

@@ -78,9 +78,10 @@ impl Lease for Services {
             }
         });
         // One client may keep many leases alive over one stream: they share rounds of consensus.
-        Ok(Response::new(Box::pin(
-            answers.buffered(KEEP_ALIVES_AT_ONCE),
-        )))
+        let answers = answers.buffered(KEEP_ALIVES_AT_ONCE);
+        let stopped = futures::stream::once(self.ending.clone().begins());
+        let stopped = stopped.map(|()| Err(refused(&RequestError::Stopped)));
+        Ok(Response::new(Box::pin(until(answers, stopped))))
     }
 
     async fn lease_time_to_live(
@@ -137,6 +138,18 @@ impl Lease for Services {
             leases: ids.into_iter().map(|id| pb::LeaseStatus { id }).collect(),
         }))
     }
+}
+
+/// The items of a stream until it ends, or until there is an item of the other one.
+fn until<T>(stream: impl Stream<Item = T>, end: impl Stream<Item = T>) -> impl Stream<Item = T> {
+    let ended = futures::stream::once(std::future::ready(None));
+    let items = stream.map(Some).chain(ended).map(|item| (item, false));
+    let both = futures::stream::select(items, end.map(|item| (Some(item), true)));
+    both.scan(false, |ended, (item, last)| {
+        let item = item.filter(|_| !*ended);
+        *ended |= last;
+        std::future::ready(item)
+    })
 }
 
 /// An id for a lease whose client did not choose one.

@@ -30,6 +30,7 @@ use tonic::{Code, Status};
 pub use self::auth::Passwords;
 pub use self::ranges::{ResponseMemory, hold};
 
+use crate::ending::Ending;
 use crate::node::Node;
 use crate::peers::Peers;
 
@@ -50,6 +51,8 @@ pub struct Services {
     pub member_id: u64,
     /// Limits that flags set.
     pub limits: Limits,
+    /// Streams end when the process is about to.
+    pub ending: Ending,
     /// Memory for large answers.
     pub responses: ResponseMemory,
     /// How passwords are handled.

@@ -1,6 +1,7 @@
 //! Watches: one task for each client's stream.
 
 use std::collections::HashMap;
+use std::pin::pin;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -19,10 +20,16 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming};
 
 use super::credentials::Credentials;
-use super::{Services, failed};
+use super::{Services, failed, refused};
 
 /// Responses that wait for the client to read. What comes then waits in the member's queue.
 const RESPONSES: usize = 16;
+/// What etcd's clients set that want no answers from a member that is cut off.
+const NEEDS_LEADER: &str = "hasleader";
+/// How often such a stream looks for a leader.
+const LEADER_INTERVAL: Duration = Duration::from_secs(1);
+/// As often it may find none.
+const LEADERLESS_INTERVALS: u32 = 3;
 /// What etcd answers in place of an id that there is not.
 const NO_WATCH: i64 = -1;
 
@@ -50,6 +57,7 @@ impl Watch for Services {
             watches: HashMap::new(),
             next_id: 0,
             progress_wanted: false,
+            needs_leader: request.metadata().contains_key(NEEDS_LEADER),
         };
         tokio::spawn(session.run(request.into_inner(), news));
         Ok(Response::new(ReceiverStream::new(received)))
@@ -66,6 +74,8 @@ struct Session {
     next_id: i64,
     /// The client asked for progress, and not all watches were synced.
     progress_wanted: bool,
+    /// The stream is to end when there is no leader.
+    needs_leader: bool,
 }
 
 /// What a watch wants of its responses.
@@ -87,8 +97,24 @@ impl Session {
                 .watch_progress
                 .min(Duration::from_secs(10)),
         );
+        let mut ending = pin!(self.services.ending.clone().begins());
+        let mut leader = tokio::time::interval(LEADER_INTERVAL);
+        let mut without_leader = 0;
         loop {
             let outcome = tokio::select! {
+                () = &mut ending => self.end(&RequestError::Stopped).await,
+                _ = leader.tick(), if self.needs_leader => {
+                    if self.services.node.status().leader == 0 {
+                        without_leader += 1;
+                    } else {
+                        without_leader = 0;
+                    }
+                    if without_leader < LEADERLESS_INTERVALS {
+                        Ok(())
+                    } else {
+                        self.end(&RequestError::NoLeader).await
+                    }
+                }
                 request = requests.message() => match request {
                     Ok(Some(request)) => self.handle(request).await,
                     Ok(None) | Err(_) => Err(Gone),
@@ -100,6 +126,12 @@ impl Session {
                 return;
             }
         }
+    }
+
+    /// Ends the stream: the client goes on elsewhere.
+    async fn end(&self, reason: &RequestError) -> Result<(), Gone> {
+        let _ = self.responses.send(Err(refused(reason))).await;
+        Err(Gone)
     }
 
     async fn handle(&mut self, request: pb::WatchRequest) -> Result<(), Gone> {

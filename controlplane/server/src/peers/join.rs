@@ -1,10 +1,19 @@
 //! How a member that joins a cluster learns who it is.
 
+use std::time::Duration;
+
 use anyhow::Context as _;
+use keelson_member::RequestError;
 use keelson_member::keyspace::Member as MemberInfo;
+use tonic::Code;
 
 use super::{Connector, proto};
+
 use crate::options::MemberFlags;
+
+/// How often members are asked for a leader, and how long it is waited in between.
+const ATTEMPTS: u32 = 10;
+const RETRY: Duration = Duration::from_millis(500);
 
 /// What the cluster knows of itself, and of this member.
 #[derive(Debug)]
@@ -39,6 +48,47 @@ pub async fn ask(flags: &MemberFlags, connector: &Connector) -> anyhow::Result<J
         "--initial-cluster names no other member to ask: give all members of the cluster"
     );
     anyhow::bail!("no member of the cluster answers: {}", failures.join("; "))
+}
+
+/// Has the cluster put this member in the place of `gone`. A member that does not lead refuses, and
+/// the next one is asked.
+pub async fn replace(
+    flags: &MemberFlags,
+    gone: &str,
+    connector: &Connector,
+) -> anyhow::Result<Joined> {
+    let mut failures = Vec::new();
+    for _ in 0..ATTEMPTS {
+        failures.clear();
+        for (name, urls) in flags.members()? {
+            if name == flags.name {
+                continue;
+            }
+            for url in urls {
+                let request = proto::ReplaceRequest {
+                    member: gone.to_owned(),
+                    peer_urls: flags.initial_advertise_peer_urls.clone(),
+                };
+                let mut client = connector.client(&url)?;
+                match client.replace(request).await {
+                    Ok(response) => return find_self(flags, response.into_inner()),
+                    Err(error) if error.message() == RequestError::NotLeader.to_string() => {}
+                    // The leader has decided.
+                    Err(error)
+                        if matches!(error.code(), Code::NotFound | Code::FailedPrecondition) =>
+                    {
+                        anyhow::bail!("cannot replace {gone:?}: {}", error.message());
+                    }
+                    Err(error) => failures.push(format!("{url}: {}", error.message())),
+                }
+            }
+        }
+        tokio::time::sleep(RETRY).await;
+    }
+    anyhow::bail!(
+        "no leader among the members of --initial-cluster answers: {}",
+        failures.join("; ")
+    )
 }
 
 async fn membership(connector: &Connector, url: &str) -> anyhow::Result<proto::MembershipResponse> {

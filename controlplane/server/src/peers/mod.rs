@@ -7,6 +7,7 @@ mod connector;
 pub mod join;
 mod lobby;
 pub mod rebuild;
+mod replace;
 mod service;
 mod snapshot;
 
@@ -27,6 +28,7 @@ pub use self::connector::Connector;
 pub use self::lobby::{Lobby, pristine_quorum};
 pub use self::service::service;
 
+use crate::grpc::refused;
 use crate::node::Node;
 
 /// What tonic generates from `proto/peer.proto`.
@@ -121,6 +123,14 @@ impl Peers {
         Ok(u64::try_from(response.into_inner().remaining_ms).ok())
     }
 
+    /// Asks the leader for a vote for this member, a learner.
+    pub async fn promote_self(&self, node: &Node) -> Result<(), Status> {
+        let mut leader = self.leader(node).map_err(|error| refused(&error))?;
+        let id = self.member_id;
+        leader.promote(proto::PromoteRequest { id }).await?;
+        Ok(())
+    }
+
     /// Asks the leader how far members follow.
     pub async fn progress(&self, node: &Node, id: u64) -> Result<Progress, RequestError> {
         let mut leader = self.leader(node)?;
@@ -132,6 +142,7 @@ impl Peers {
         Ok(Progress {
             caught_up: response.caught_up,
             active: response.active,
+            voters: response.voters,
         })
     }
 

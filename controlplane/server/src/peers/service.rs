@@ -11,7 +11,7 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming};
 
 use super::proto::peer_server::{Peer, PeerServer};
-use super::{LARGEST_PIECE, check_cluster, garbage, proto, rebuild, snapshot};
+use super::{LARGEST_PIECE, check_cluster, garbage, proto, rebuild, replace, snapshot};
 use crate::grpc::refused;
 use crate::node::Node;
 
@@ -124,7 +124,28 @@ impl Peer for PeerService {
         Ok(Response::new(proto::ProgressResponse {
             caught_up: progress.caught_up,
             active: progress.active,
+            voters: progress.voters,
         }))
+    }
+
+    async fn replace(
+        &self,
+        request: Request<proto::ReplaceRequest>,
+    ) -> Result<Response<proto::MembershipResponse>, Status> {
+        let request = request.into_inner();
+        let members = replace::replace(&self.node, &request.member, request.peer_urls).await?;
+        Ok(Response::new(proto::MembershipResponse {
+            cluster_id: self.cluster_id,
+            members: members.into_iter().map(Into::into).collect(),
+        }))
+    }
+
+    async fn promote(
+        &self,
+        request: Request<proto::PromoteRequest>,
+    ) -> Result<Response<proto::PromoteResponse>, Status> {
+        replace::promote(&self.node, request.into_inner().id).await?;
+        Ok(Response::new(proto::PromoteResponse {}))
     }
 
     async fn renew_lease(

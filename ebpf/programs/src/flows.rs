@@ -45,8 +45,8 @@ pub fn judge(
     direction: Direction,
     ends: &Ends,
     ip: &Ip,
+    transport: &Transport,
 ) -> Result<(), DropReason> {
-    let transport = transport::transport(packet, ip)?;
     let (Some(established), Some(opening)) =
         (FLOWS.get(policy.slot), OPENING_FLOWS.get(policy.slot))
     else {
@@ -64,7 +64,7 @@ pub fn judge(
     let has_key = if is_error {
         set_quoted_key(&mut key, packet, direction, ends, ip)?
     } else {
-        set_own_key(&mut key, direction, &transport)
+        set_own_key(&mut key, direction, transport)
     };
     // SAFETY: the helper has no preconditions.
     let now = unsafe { bpf_ktime_get_coarse_ns() };
@@ -80,7 +80,7 @@ pub fn judge(
                 if is_error {
                     return Ok(());
                 }
-                if continues(flow, direction, &transport) {
+                if continues(flow, direction, transport) {
                     let answered = advance(flow, direction, &transport, now);
                     if answered && is_opening {
                         promote(established, opening, &key, flow);
@@ -100,7 +100,7 @@ pub fn judge(
     if !rules::allow(table, ends.peer, transport.protocol, transport.rule_port) {
         return Err(DropReason::NotAllowed);
     }
-    if has_key && !is_error && can_open(&transport) {
+    if has_key && !is_error && can_open(transport) {
         let flow = FlowState {
             last_seen_ns: now,
             generation: policy.generation,

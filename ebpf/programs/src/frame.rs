@@ -1,5 +1,6 @@
 //! Reads and checks the Ethernet header and ARP. Uses no maps.
 
+use aya_ebpf::helpers::generated::bpf_skb_load_bytes;
 use aya_ebpf::programs::TcContext;
 use keelson_ebpf_common::{DropReason, PolicyEntry};
 use network_types::arp::ArpHdr;
@@ -36,21 +37,63 @@ pub fn read<T>(packet: &TcContext, offset: usize) -> Result<T, DropReason> {
     packet.load(offset).map_err(|_| DropReason::Malformed)
 }
 
-/// Reads the Ethernet header. A VLAN tag is refused wherever the kernel keeps it: it takes the outer
-/// one out of the frame before the ingress hook.
+/// The beginning of a frame, read at once: a call of a helper costs more than the bytes that it
+/// copies. As far as the frame is shorter, zeros.
+#[repr(C)]
+pub struct Head {
+    /// So that the IP header is aligned.
+    padding: u16,
+    pub destination: [u16; 3],
+    pub source: [u16; 3],
+    ether_type: u16,
+    /// An IPv4 header without options, or half of an IPv6 header.
+    pub network: [u32; 5],
+    /// What follows it.
+    pub rest: [u32; 5],
+}
+
+/// Bytes that a head has: all, or up to the header of UDP and ICMP over IPv4, of IPv4, of Ethernet.
+const HEAD_LENGTHS: [usize; 4] = [54, 42, 34, EthHdr::LEN];
+
+/// Reads the beginning of a frame. A VLAN tag is refused wherever the kernel keeps it: it takes the
+/// outer one out of the frame before the ingress hook.
 #[inline(always)]
-pub fn ethernet(packet: &TcContext) -> Result<EthHdr, DropReason> {
+pub fn head(packet: &TcContext) -> Result<Head, DropReason> {
     // SAFETY: the kernel gives the program a valid context.
     if unsafe { (*packet.skb.skb).vlan_present } != 0 {
         return Err(DropReason::Vlan);
     }
-    read(packet, 0)
+    let mut head = Head {
+        padding: 0,
+        destination: [0; 3],
+        source: [0; 3],
+        ether_type: 0,
+        network: [0; 5],
+        rest: [0; 5],
+    };
+    let [whole, udp, ipv4, ethernet] = HEAD_LENGTHS;
+    let is_read = load_head(packet, &mut head, whole)
+        || load_head(packet, &mut head, udp)
+        || load_head(packet, &mut head, ipv4)
+        || load_head(packet, &mut head, ethernet);
+    if is_read {
+        Ok(head)
+    } else {
+        Err(DropReason::Malformed)
+    }
+}
+
+#[inline(always)]
+fn load_head(packet: &TcContext, head: &mut Head, length: usize) -> bool {
+    let to = (&raw mut head.destination).cast();
+    // SAFETY: behind the padding the head has 54 bytes of integers, and `length` is no more.
+    unsafe { bpf_skb_load_bytes(packet.skb.skb.cast(), 0, to, length as u32) == 0 }
 }
 
 /// What the frame carries, if that is anything that has a policy.
 #[inline(always)]
-pub fn payload(ethernet: &EthHdr) -> Result<Payload, DropReason> {
-    match u16::from_be(ethernet.ether_type) {
+pub fn payload(head: &Head) -> Result<Payload, DropReason> {
+    match u16::from_be(head.ether_type) {
         ether_type::IPV4 => Ok(Payload::Ipv4),
         ether_type::IPV6 => Ok(Payload::Ipv6),
         ether_type::ARP => Ok(Payload::Arp),
@@ -89,11 +132,26 @@ pub fn arp(packet: &TcContext) -> Result<ArpHdr, DropReason> {
     Ok(arp)
 }
 
-/// Compares MAC addresses in two steps instead of six.
+/// A MAC address in words, as a head has it.
 #[inline(always)]
-pub fn same_mac(one: [u8; 6], other: [u8; 6]) -> bool {
-    let [a, b, c, d, e, f] = one;
-    let [u, v, w, x, y, z] = other;
-    u32::from_ne_bytes([a, b, c, d]) == u32::from_ne_bytes([u, v, w, x])
-        && u16::from_ne_bytes([e, f]) == u16::from_ne_bytes([y, z])
+pub fn words([a, b, c, d, e, f]: [u8; 6]) -> [u16; 3] {
+    [
+        u16::from_ne_bytes([a, b]),
+        u16::from_ne_bytes([c, d]),
+        u16::from_ne_bytes([e, f]),
+    ]
+}
+
+/// A MAC address as maps have it.
+#[inline(always)]
+pub fn bytes([a, b, c]: [u16; 3]) -> [u8; 6] {
+    let ([a, b], [c, d], [e, f]) = (a.to_ne_bytes(), b.to_ne_bytes(), c.to_ne_bytes());
+    [a, b, c, d, e, f]
+}
+
+/// Compares MAC addresses word by word.
+#[inline(always)]
+pub fn same_mac(one: [u16; 3], other: [u8; 6]) -> bool {
+    let other = words(other);
+    one[0] == other[0] && one[1] == other[1] && one[2] == other[2]
 }

@@ -9,13 +9,12 @@ use aya_ebpf::programs::TcContext;
 use keelson_ebpf_common::{
     Direction, DropReason, NO_ADDRESS, PolicyEntry, flag, from_ipv4, local,
 };
-use network_types::eth::EthHdr;
 
 use crate::flows::{self, Ends};
-use crate::frame::{self, Payload};
+use crate::frame::{self, Head, Payload};
 use crate::ip::{self, Ip, protocol};
-use crate::transport::icmp_type;
-use crate::{Passed, fragments, neighbour_discovery, stations};
+use crate::transport::{Transport, icmp_type};
+use crate::{Passed, fragments, neighbour_discovery, stations, transport};
 
 const DHCP_PORTS: [u16; 2] = [67, 68];
 const DHCPV6_PORTS: [u16; 2] = [547, 546];
@@ -23,17 +22,17 @@ const DHCPV6_PORTS: [u16; 2] = [547, 546];
 /// The decision; see the module.
 #[inline(always)]
 pub fn decide(packet: &TcContext, policy: &PolicyEntry) -> Result<Passed, DropReason> {
-    let ethernet = frame::ethernet(packet)?;
-    if !frame::same_mac(ethernet.src_addr, policy.mac) {
+    let head = frame::head(packet)?;
+    if !frame::same_mac(head.source, policy.mac) {
         return Err(DropReason::SpoofedMac);
     }
-    let payload = frame::payload(&ethernet)?;
+    let payload = frame::payload(&head)?;
     if payload == Payload::Arp {
         return decide_arp(packet, policy);
     }
     frame::check_size(packet, policy)?;
     let (ip, ends) = if payload == Payload::Ipv4 {
-        let ip = ip::ipv4(packet)?;
+        let ip = ip::ipv4(packet, &head)?;
         let own = from_ipv4(policy.ipv4);
         if policy.ipv4 == 0 || !ip::same(ip.source, own) {
             return Err(DropReason::SpoofedIpv4);
@@ -45,8 +44,8 @@ pub fn decide(packet: &TcContext, policy: &PolicyEntry) -> Result<Passed, DropRe
         };
         (ip, ends)
     } else {
-        let ip = ip::ipv6(packet)?;
-        if neighbour_discovery::is_housekeeping(packet, &ip)? {
+        let ip = ip::ipv6(packet, &head)?;
+        if neighbour_discovery::is_housekeeping(&ip) {
             check_ipv6_source(policy, &ip, true)?;
             return neighbour_discovery::sent(packet, policy, &ip).map(|()| Passed::On);
         }
@@ -58,28 +57,27 @@ pub fn decide(packet: &TcContext, policy: &PolicyEntry) -> Result<Passed, DropRe
         };
         (ip, ends)
     };
-    if ip.fragment_offset == 0 {
-        refuse_servers(packet, &ip)?;
-    }
-    decide_ip(packet, policy, &ethernet, &ip, &ends)
+    decide_ip(packet, policy, &head, &ip, &ends)
 }
 
 #[inline(always)]
 fn decide_ip(
     packet: &TcContext,
     policy: &PolicyEntry,
-    ethernet: &EthHdr,
+    head: &Head,
     ip: &Ip,
     ends: &Ends,
 ) -> Result<Passed, DropReason> {
-    let station = stations::find(policy, ethernet.dst_addr);
+    let station = stations::find(policy, head.destination);
     if station.is_some() && policy.flags & flag::ISOLATED != 0 {
         return Err(DropReason::Isolated);
     }
     if ip.fragment_offset != 0 {
         fragments::follow(policy, ends, ip, Direction::FromGuest)?;
     } else {
-        flows::judge(packet, policy, Direction::FromGuest, ends, ip)?;
+        let transport = transport::transport(ip)?;
+        refuse_servers(ip, &transport)?;
+        flows::judge(packet, policy, Direction::FromGuest, ends, ip, &transport)?;
         fragments::note(policy, ends, ip, Direction::FromGuest);
     }
     Ok(match station {
@@ -96,7 +94,7 @@ fn decide_arp(packet: &TcContext, policy: &PolicyEntry) -> Result<Passed, DropRe
     let sender = u32::from_ne_bytes(arp.spa());
     let is_probe = sender == 0 && arp.oper() == 1;
     let is_own = sender == policy.ipv4 && policy.ipv4 != 0;
-    if !frame::same_mac(arp.sha(), policy.mac) || !(is_probe || is_own) {
+    if !frame::same_mac(frame::words(arp.sha()), policy.mac) || !(is_probe || is_own) {
         return Err(DropReason::SpoofedArp);
     }
     if is_own && arp.oper() == 1 {
@@ -123,24 +121,17 @@ fn check_ipv6_source(policy: &PolicyEntry, ip: &Ip, may_be_none: bool) -> Result
 
 /// Refuses what only DHCP servers and routers send.
 #[inline(always)]
-fn refuse_servers(packet: &TcContext, ip: &Ip) -> Result<(), DropReason> {
-    if ip.protocol == protocol::UDP {
-        let ports: [u8; 4] = frame::read(packet, ip.offset)?;
-        let source = u16::from_be_bytes([ports[0], ports[1]]);
-        let destination = u16::from_be_bytes([ports[2], ports[3]]);
-        let server = if ip.is_ipv6 { DHCPV6_PORTS } else { DHCP_PORTS };
-        if [source, destination] == server {
-            return Err(DropReason::DhcpServer);
-        }
-    } else if ip.protocol == protocol::ICMP && !ip.is_ipv6 {
-        let [icmp_type, _]: [u8; 2] = frame::read(packet, ip.offset)?;
-        if matches!(
-            icmp_type,
-            icmp_type::REDIRECT | icmp_type::ROUTER_ADVERTISEMENT
-        ) {
-            return Err(DropReason::RouterAdvertisement);
-        }
+fn refuse_servers(ip: &Ip, transport: &Transport) -> Result<(), DropReason> {
+    let server = if ip.is_ipv6 { DHCPV6_PORTS } else { DHCP_PORTS };
+    if transport.protocol == protocol::UDP
+        && transport.source_port == server[0]
+        && transport.destination_port == server[1]
+    {
+        return Err(DropReason::DhcpServer);
+    }
+    if transport.is_icmp(icmp_type::REDIRECT) || transport.is_icmp(icmp_type::ROUTER_ADVERTISEMENT)
+    {
+        return Err(DropReason::RouterAdvertisement);
     }
     Ok(())
 }
-

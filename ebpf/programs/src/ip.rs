@@ -5,7 +5,7 @@ use keelson_ebpf_common::{Address, DropReason, from_ipv4};
 use network_types::eth::EthHdr;
 use network_types::ip::Ipv4Hdr;
 
-use crate::frame::read;
+use crate::frame::{Head, read};
 
 /// IP protocol numbers, and IPv6's extension headers among them.
 pub mod protocol {
@@ -40,6 +40,8 @@ pub struct Ip {
     pub hop_limit: u8,
     /// Where the payload begins in the frame.
     pub offset: usize,
+    /// Its first bytes, zeros behind its end.
+    pub first: [u32; 4],
     /// Bytes of the payload in this packet.
     pub length: u32,
     /// Whether this is a part of a larger packet, or says so (RFC 6946).
@@ -56,9 +58,11 @@ pub struct Ip {
 
 /// Reads the IPv4 header. Options are refused: those that hosts still heed are attacks.
 #[inline(always)]
-pub fn ipv4(packet: &TcContext) -> Result<Ip, DropReason> {
-    // The header in words, as it lies in the packet.
-    let [first, second, third, source, destination]: [u32; 5] = read(packet, EthHdr::LEN)?;
+pub fn ipv4(packet: &TcContext, head: &Head) -> Result<Ip, DropReason> {
+    if packet.len() < (EthHdr::LEN + Ipv4Hdr::LEN) as u32 {
+        return Err(DropReason::Malformed);
+    }
+    let [first, second, third, source, destination] = head.network;
     let [version_and_length, _, total_high, total_low] = first.to_ne_bytes();
     let [id_high, id_low, fragment_high, fragment_low] = second.to_ne_bytes();
     let [_, protocol, ..] = third.to_ne_bytes();
@@ -86,6 +90,7 @@ pub fn ipv4(packet: &TcContext) -> Result<Ip, DropReason> {
         protocol,
         hop_limit: 0,
         offset: EthHdr::LEN + Ipv4Hdr::LEN,
+        first: [head.rest[0], head.rest[1], head.rest[2], head.rest[3]],
         length: total_length - Ipv4Hdr::LEN as u32,
         is_fragment: more_fragments || fragment_offset != 0,
         more_fragments,
@@ -97,9 +102,10 @@ pub fn ipv4(packet: &TcContext) -> Result<Ip, DropReason> {
 
 /// Reads the IPv6 header and the extension headers behind it.
 #[inline(always)]
-pub fn ipv6(packet: &TcContext) -> Result<Ip, DropReason> {
-    let [first, second]: [u32; 2] = read(packet, EthHdr::LEN)?;
-    let [source, destination]: [Address; 2] = read(packet, EthHdr::LEN + 8)?;
+pub fn ipv6(packet: &TcContext, head: &Head) -> Result<Ip, DropReason> {
+    let [first, second, a, b, c] = head.network;
+    let [d, e, f, g, h] = head.rest;
+    let (source, destination) = ([a, b, c, d], [e, f, g, h]);
     let [version, ..] = first.to_ne_bytes();
     let [length_high, length_low, next_header, hop_limit] = second.to_ne_bytes();
     let length = u32::from(u16::from_be_bytes([length_high, length_low]));
@@ -114,6 +120,7 @@ pub fn ipv6(packet: &TcContext) -> Result<Ip, DropReason> {
         protocol: next_header,
         hop_limit,
         offset: EthHdr::LEN + IPV6_LEN,
+        first: [0; 4],
         length,
         is_fragment: false,
         more_fragments: false,
@@ -124,7 +131,7 @@ pub fn ipv6(packet: &TcContext) -> Result<Ip, DropReason> {
     let mut hop_by_hop_allowed = true;
     for _ in 0..EXTENSION_HEADERS {
         if !is_extension_header(ip.protocol) {
-            return Ok(ip);
+            break;
         }
         skip_extension_header(packet, &mut ip, hop_by_hop_allowed)?;
         hop_by_hop_allowed = false;
@@ -135,6 +142,7 @@ pub fn ipv6(packet: &TcContext) -> Result<Ip, DropReason> {
     if is_extension_header(ip.protocol) {
         return Err(DropReason::ExtensionHeaders);
     }
+    ip.first = first_bytes(packet, ip.offset);
     Ok(ip)
 }
 
@@ -200,6 +208,18 @@ fn skip_extension_header(
         return Err(DropReason::Malformed);
     }
     Ok(())
+}
+
+/// Up to 16 bytes, as many as a header that is whole has.
+#[inline(always)]
+fn first_bytes(packet: &TcContext, offset: usize) -> [u32; 4] {
+    if let Ok(bytes) = packet.load(offset) {
+        return bytes;
+    }
+    match packet.load::<[u32; 2]>(offset) {
+        Ok([a, b]) => [a, b, 0, 0],
+        Err(_) => [0; 4],
+    }
 }
 
 /// Whether an IPv6 address is a group's (`ff00::/8`).

@@ -4,7 +4,7 @@
 use aya_ebpf::programs::TcContext;
 use keelson_ebpf_common::{Address, DropReason, NO_ADDRESS, PolicyEntry};
 
-use crate::frame::{read, same_mac};
+use crate::frame::{read, same_mac, words};
 use crate::ip::{self, Ip, protocol};
 use crate::transport::icmpv6_type;
 
@@ -17,22 +17,22 @@ const TARGET_LINK_LAYER: u8 = 2;
 
 /// Whether an IPv6 packet is housekeeping.
 #[inline(always)]
-pub fn is_housekeeping(packet: &TcContext, ip: &Ip) -> Result<bool, DropReason> {
-    if ip.protocol != protocol::ICMPV6 || ip.fragment_offset != 0 || ip.length < 8 {
-        return Ok(false);
-    }
-    let [icmpv6_type, ..]: [u8; 8] = read(packet, ip.offset)?;
-    Ok(matches!(
-        icmpv6_type,
-        icmpv6_type::LISTENER_QUERY..=icmpv6_type::REDIRECT | icmpv6_type::LISTENER_REPORT
-    ))
+pub fn is_housekeeping(ip: &Ip) -> bool {
+    let [icmpv6_type, ..] = ip.first[0].to_ne_bytes();
+    ip.protocol == protocol::ICMPV6
+        && ip.fragment_offset == 0
+        && ip.length >= 8
+        && matches!(
+            icmpv6_type,
+            icmpv6_type::LISTENER_QUERY..=icmpv6_type::REDIRECT | icmpv6_type::LISTENER_REPORT
+        )
 }
 
 /// Decides about a message that the guest sent. Its source may be none where it asks whether its own
 /// address is free (RFC 4862), or has no address yet.
 #[inline(always)]
 pub fn sent(packet: &TcContext, policy: &PolicyEntry, ip: &Ip) -> Result<(), DropReason> {
-    let [icmpv6_type, code, ..]: [u8; 8] = read(packet, ip.offset)?;
+    let [icmpv6_type, code, ..] = ip.first[0].to_ne_bytes();
     match icmpv6_type {
         icmpv6_type::LISTENER_QUERY
         | icmpv6_type::ROUTER_ADVERTISEMENT
@@ -64,7 +64,7 @@ pub fn sent(packet: &TcContext, policy: &PolicyEntry, ip: &Ip) -> Result<(), Dro
 /// lies; the others come from the host or its uplink.
 #[inline(always)]
 pub fn received(packet: &TcContext, policy: &PolicyEntry, ip: &Ip) -> Result<(), DropReason> {
-    let [icmpv6_type, code, ..]: [u8; 8] = read(packet, ip.offset)?;
+    let [icmpv6_type, code, ..] = ip.first[0].to_ne_bytes();
     match icmpv6_type {
         icmpv6_type::LISTENER_QUERY => Ok(()),
         icmpv6_type::ROUTER_ADVERTISEMENT | icmpv6_type::REDIRECT => check_form(ip, code),
@@ -129,7 +129,7 @@ fn check_options(
         if eighths == 0 || (length as usize) < position + option_length {
             return Err(DropReason::Malformed);
         }
-        if matches!(kind, SOURCE_LINK_LAYER | TARGET_LINK_LAYER) && !same_mac(mac, policy.mac) {
+        if matches!(kind, SOURCE_LINK_LAYER | TARGET_LINK_LAYER) && !same_mac(words(mac), policy.mac) {
             return Err(DropReason::SpoofedNeighbour);
         }
         offset += option_length;

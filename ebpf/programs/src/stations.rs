@@ -11,13 +11,13 @@ use crate::{Passed, frame};
 
 /// The interface of the guest with this MAC address in the same network on this host.
 #[inline(always)]
-pub fn find(policy: &PolicyEntry, mac: [u8; 6]) -> Option<u32> {
+pub fn find(policy: &PolicyEntry, mac: [u16; 3]) -> Option<u32> {
     if policy.network == 0 {
         return None;
     }
     let key = StationKey {
         network: policy.network,
-        mac,
+        mac: frame::bytes(mac),
         reserved: [0; 2],
     };
     // SAFETY: reads one aligned number; an entry that was replaced meanwhile gives the index of

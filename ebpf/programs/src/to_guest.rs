@@ -11,24 +11,24 @@ use keelson_ebpf_common::{
 use crate::flows::{self, Ends};
 use crate::frame::{self, Payload};
 use crate::ip::{self, Ip};
-use crate::{Passed, fragments, neighbour_discovery, stations};
+use crate::{Passed, fragments, neighbour_discovery, stations, transport};
 
 /// The decision; see the module.
 #[inline(always)]
 pub fn decide(packet: &TcContext, policy: &PolicyEntry) -> Result<Passed, DropReason> {
-    let ethernet = frame::ethernet(packet)?;
+    let head = frame::head(packet)?;
     // A bridge floods what it hasn't learnt: not everything that arrives is the guest's.
-    let is_group = ethernet.dst_addr[0] & 1 != 0;
-    if !is_group && !frame::same_mac(ethernet.dst_addr, policy.mac) {
+    let is_group = head.destination[0].to_ne_bytes()[0] & 1 != 0;
+    if !is_group && !frame::same_mac(head.destination, policy.mac) {
         return Err(DropReason::WrongDestination);
     }
-    if policy.flags & flag::ISOLATED != 0 && stations::find(policy, ethernet.src_addr).is_some() {
+    if policy.flags & flag::ISOLATED != 0 && stations::find(policy, head.source).is_some() {
         return Err(DropReason::Isolated);
     }
-    let (ip, ends) = match frame::payload(&ethernet)? {
+    let (ip, ends) = match frame::payload(&head)? {
         Payload::Arp => return decide_arp(packet, policy).map(|()| Passed::On),
         Payload::Ipv4 => {
-            let ip = ip::ipv4(packet)?;
+            let ip = ip::ipv4(packet, &head)?;
             let own = from_ipv4(policy.ipv4);
             if policy.ipv4 == 0 || !ip::same(ip.destination, own) {
                 return Err(DropReason::WrongDestination);
@@ -44,9 +44,9 @@ pub fn decide(packet: &TcContext, policy: &PolicyEntry) -> Result<Passed, DropRe
             (ip, ends)
         }
         Payload::Ipv6 => {
-            let ip = ip::ipv6(packet)?;
+            let ip = ip::ipv6(packet, &head)?;
             let local = check_ipv6(policy, &ip)?;
-            if neighbour_discovery::is_housekeeping(packet, &ip)? {
+            if neighbour_discovery::is_housekeeping(&ip) {
                 return neighbour_discovery::received(packet, policy, &ip).map(|()| Passed::On);
             }
             let Some(local) = local else {
@@ -63,7 +63,8 @@ pub fn decide(packet: &TcContext, policy: &PolicyEntry) -> Result<Passed, DropRe
     if ip.fragment_offset != 0 {
         fragments::follow(policy, &ends, &ip, Direction::ToGuest)?;
     } else {
-        flows::judge(packet, policy, Direction::ToGuest, &ends, &ip)?;
+        let transport = transport::transport(&ip)?;
+        flows::judge(packet, policy, Direction::ToGuest, &ends, &ip, &transport)?;
         fragments::note(policy, &ends, &ip, Direction::ToGuest);
     }
     Ok(Passed::On)

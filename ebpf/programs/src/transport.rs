@@ -116,14 +116,14 @@ impl Transport {
     }
 }
 
-/// Reads the transport header of a whole packet or of a first fragment, which must hold all of
-/// that header (RFC 1858, RFC 7112).
+/// The transport header of a whole packet or of a first fragment, which must hold all of that header
+/// (RFC 1858, RFC 7112).
 #[inline(always)]
-pub fn transport(packet: &TcContext, ip: &Ip) -> Result<Transport, DropReason> {
+pub fn transport(ip: &Ip) -> Result<Transport, DropReason> {
     match (ip.protocol, ip.is_ipv6) {
-        (protocol::TCP, _) => tcp(packet, ip),
-        (protocol::UDP, _) => udp(packet, ip),
-        (protocol::ICMP, false) | (protocol::ICMPV6, true) => icmp(packet, ip),
+        (protocol::TCP, _) => tcp(ip),
+        (protocol::UDP, _) => udp(ip),
+        (protocol::ICMP, false) | (protocol::ICMPV6, true) => icmp(ip),
         // Each of the two belongs to its own version of IP only.
         (protocol::ICMP, true) | (protocol::ICMPV6, false) => Err(DropReason::Malformed),
         (other, _) => Ok(Transport {
@@ -137,63 +137,68 @@ pub fn transport(packet: &TcContext, ip: &Ip) -> Result<Transport, DropReason> {
 }
 
 #[inline(always)]
-fn tcp(packet: &TcContext, ip: &Ip) -> Result<Transport, DropReason> {
-    // Up to and with the flags, for which the header type has only single bits.
-    let bytes: [u8; 14] = read(packet, ip.offset)?;
-    let header_length = u32::from(bytes[12] >> 4) * 4;
+fn tcp(ip: &Ip) -> Result<Transport, DropReason> {
+    let [data_offset, flags, ..] = ip.first[3].to_ne_bytes();
+    let header_length = u32::from(data_offset >> 4) * 4;
     if header_length < TcpHdr::LEN as u32 || ip.length < header_length {
         return Err(DropReason::Malformed);
     }
-    let flags = bytes[13];
     // No stack sends these; scanners do, to see what a filter makes of them.
     let contradicts = flags & TCP_SYN != 0 && flags & (TCP_FIN | TCP_RST) != 0;
     if contradicts || flags & (TCP_SYN | TCP_RST | TCP_ACK) == 0 {
         return Err(DropReason::Malformed);
     }
-    let destination_port = u16::from_be_bytes([bytes[2], bytes[3]]);
+    let (source_port, destination_port) = ports(ip);
     Ok(Transport {
         protocol: protocol::TCP,
         detail: flags,
-        source_port: u16::from_be_bytes([bytes[0], bytes[1]]),
+        source_port,
         destination_port,
         rule_port: destination_port,
     })
 }
 
 #[inline(always)]
-fn udp(packet: &TcContext, ip: &Ip) -> Result<Transport, DropReason> {
-    let bytes: [u8; 8] = read(packet, ip.offset)?;
-    let length = u32::from(u16::from_be_bytes([bytes[4], bytes[5]]));
+fn udp(ip: &Ip) -> Result<Transport, DropReason> {
+    let [high, low, ..] = ip.first[1].to_ne_bytes();
+    let length = u32::from(u16::from_be_bytes([high, low]));
     if ip.length < UdpHdr::LEN as u32
         || length < UdpHdr::LEN as u32
         || (!ip.more_fragments && length > ip.length)
     {
         return Err(DropReason::Malformed);
     }
-    let destination_port = u16::from_be_bytes([bytes[2], bytes[3]]);
+    let (source_port, destination_port) = ports(ip);
     Ok(Transport {
         protocol: protocol::UDP,
         detail: 0,
-        source_port: u16::from_be_bytes([bytes[0], bytes[1]]),
+        source_port,
         destination_port,
         rule_port: destination_port,
     })
 }
 
 #[inline(always)]
-fn icmp(packet: &TcContext, ip: &Ip) -> Result<Transport, DropReason> {
-    let bytes: [u8; ICMP_LEN] = read(packet, ip.offset)?;
+fn icmp(ip: &Ip) -> Result<Transport, DropReason> {
     if ip.length < ICMP_LEN as u32 {
         return Err(DropReason::Malformed);
     }
-    let identifier = u16::from_be_bytes([bytes[4], bytes[5]]);
+    let [icmp_type, code, ..] = ip.first[0].to_ne_bytes();
+    let [high, low, ..] = ip.first[1].to_ne_bytes();
+    let identifier = u16::from_be_bytes([high, low]);
     Ok(Transport {
         protocol: ip.protocol,
-        detail: bytes[0],
+        detail: icmp_type,
         source_port: identifier,
         destination_port: identifier,
-        rule_port: u16::from_be_bytes([bytes[0], bytes[1]]),
+        rule_port: u16::from_be_bytes([icmp_type, code]),
     })
+}
+
+#[inline(always)]
+fn ports(ip: &Ip) -> (u16, u16) {
+    let [a, b, c, d] = ip.first[0].to_ne_bytes();
+    (u16::from_be_bytes([a, b]), u16::from_be_bytes([c, d]))
 }
 
 /// The packet that an ICMP error quotes: its IP header and 8 bytes (RFC 792, RFC 4443).

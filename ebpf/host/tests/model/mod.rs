@@ -98,7 +98,6 @@ impl Model {
                     return self.judge_housekeeping(from_guest, &packet, frame);
                 }
                 if from_guest {
-                    refuse_servers(&packet, frame)?;
                     if self.policy.isolated && self.stations.contains(&destination) {
                         return Err(DropReason::Isolated);
                     }
@@ -282,6 +281,9 @@ impl Model {
     ) -> Verdict {
         let transport = packet.transport(frame)?;
         let protocol = packet.protocol;
+        if direction == Direction::FromGuest {
+            refuse_servers(packet, &transport)?;
+        }
         if transport.is_error {
             let quoted = packet.quoted(frame)?;
             let related = quoted.is_some_and(|quoted| {
@@ -400,30 +402,13 @@ fn flow_key(
     Some((protocol, own, guest_port, peer, peer_port))
 }
 
-fn refuse_servers(packet: &Packet, frame: &[u8]) -> Verdict {
-    if packet.fragment.is_some_and(|fragment| fragment.offset != 0) {
-        return Ok(());
-    }
+/// What only DHCP servers and routers send.
+fn refuse_servers(packet: &Packet, transport: &Transport) -> Verdict {
     let is_ipv4 = packet.source.is_ipv4();
+    let dhcp = if is_ipv4 { (67, 68) } else { (547, 546) };
     match packet.protocol {
-        17 => {
-            let ports = frame.get(packet.offset..packet.offset + 4);
-            let dhcp = if is_ipv4 {
-                [0, 67, 0, 68]
-            } else {
-                [2, 35, 2, 34]
-            };
-            match ports {
-                None => Err(DropReason::Malformed),
-                Some(ports) if *ports == dhcp => Err(DropReason::DhcpServer),
-                Some(_) => Ok(()),
-            }
-        }
-        1 if is_ipv4 => match frame.get(packet.offset..packet.offset + 2) {
-            None => Err(DropReason::Malformed),
-            Some([5 | 9, _]) => Err(DropReason::RouterAdvertisement),
-            Some(_) => Ok(()),
-        },
+        17 if transport.ports == dhcp => Err(DropReason::DhcpServer),
+        1 if matches!(transport.rule_port >> 8, 5 | 9) => Err(DropReason::RouterAdvertisement),
         _ => Ok(()),
     }
 }

@@ -6,6 +6,7 @@ mod inventory;
 mod launch;
 mod link;
 mod network;
+mod packet_events;
 mod process;
 mod rules;
 mod tap;

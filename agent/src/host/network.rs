@@ -6,12 +6,14 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use keelson_api::{MacAddress, NetworkSpec};
 use keelson_ebpf::{
-    Datapath, DatapathConfig, DatapathError, EgressPolicy, HookChoice, InterfaceCounters,
-    InterfacePolicy,
+    Datapath, DatapathConfig, DatapathError, EgressPolicy, Flow, HookChoice, InterfaceCounters,
+    InterfacePolicy, PacketEvent,
 };
 use sha2::{Digest, Sha256};
+use tokio::sync::broadcast;
 
 use super::link::Links;
+use super::packet_events::PacketEvents;
 use super::rules::{Rules, expand};
 use super::{bridge, tap};
 use crate::config::{Config, NetworkHook};
@@ -24,7 +26,23 @@ const TAP_PREFIX: &str = "ktap-";
 #[derive(Clone)]
 pub struct HostNetwork {
     links: Links,
-    datapath: Arc<Mutex<Datapath>>,
+    datapath: SharedDatapath,
+    packets: PacketEvents,
+}
+
+/// The datapath, whose calls block.
+#[derive(Clone)]
+pub struct SharedDatapath(Arc<Mutex<Datapath>>);
+
+impl SharedDatapath {
+    /// Does `work` on a blocking thread, after the work before it.
+    pub async fn with<T: Send + 'static>(
+        &self,
+        work: impl FnOnce(&mut Datapath) -> std::result::Result<T, DatapathError> + Send + 'static,
+    ) -> Result<T> {
+        let Self(datapath) = self.clone();
+        blocking(move || work(&mut datapath.lock().unwrap_or_else(PoisonError::into_inner))).await
+    }
 }
 
 /// One interface of one guest, as the host sees it.
@@ -90,10 +108,17 @@ impl HostNetwork {
             },
             ..DatapathConfig::default()
         };
-        let datapath = blocking(move || Datapath::open(&datapath_config)).await?;
+        let mut datapath = blocking(move || Datapath::open(&datapath_config)).await?;
+        let reader = datapath.take_event_reader();
+        let datapath = SharedDatapath(Arc::new(Mutex::new(datapath)));
+        let reader = reader.ok_or_else(|| AgentError::Process {
+            reason: "NoEvents",
+            message: "the eBPF network's events are read by another".into(),
+        })?;
         Ok(Self {
             links: Links::connect()?,
-            datapath: Arc::new(Mutex::new(datapath)),
+            packets: PacketEvents::start(reader, datapath.clone()),
+            datapath,
         })
     }
 
@@ -127,7 +152,8 @@ impl HostNetwork {
             tap::create(&device)?;
         }
         let policy = port.policy()?;
-        self.with_datapath(move |datapath| datapath.attach(&policy))
+        self.datapath
+            .with(move |datapath| datapath.attach(&policy))
             .await?;
         self.links
             .bring_up(&device, port.network_spec.mtu, Some(bridge))
@@ -137,7 +163,8 @@ impl HostNetwork {
     /// Puts a guest's present rules in force, on a device that is attached.
     pub async fn update_port(&self, port: &GuestPort) -> Result<()> {
         let policy = port.policy()?;
-        self.with_datapath(move |datapath| datapath.update(&policy))
+        self.datapath
+            .with(move |datapath| datapath.update(&policy))
             .await
     }
 
@@ -145,7 +172,8 @@ impl HostNetwork {
     pub async fn remove_port(&self, guest: &str, interface: &str) -> Result<()> {
         let device = device_name(TAP_PREFIX, &format!("{guest}/{interface}"));
         self.links.delete(&device).await?;
-        self.with_datapath(move |datapath| datapath.detach(&device).map(drop))
+        self.datapath
+            .with(move |datapath| datapath.detach(&device).map(drop))
             .await
     }
 
@@ -158,11 +186,13 @@ impl HostNetwork {
         for device in self.links.names(TAP_PREFIX).await? {
             if !wanted.contains(&device) {
                 self.links.delete(&device).await?;
-                self.with_datapath(move |datapath| datapath.detach(&device).map(drop))
+                self.datapath
+                    .with(move |datapath| datapath.detach(&device).map(drop))
                     .await?;
             }
         }
-        self.with_datapath(|datapath| datapath.collect_garbage().map(drop))
+        self.datapath
+            .with(|datapath| datapath.collect_garbage().map(drop))
             .await
     }
 
@@ -175,25 +205,36 @@ impl HostNetwork {
         let device = device_name(TAP_PREFIX, &format!("{guest}/{interface}"));
         let name = device.clone();
         let counters = self
-            .with_datapath(move |datapath| datapath.counters(&name))
+            .datapath
+            .with(move |datapath| datapath.counters(&name))
             .await?;
         Ok((device, counters))
     }
 
     /// How programs are attached on this kernel: `tcx`, `clsact`, or `none` before the first.
     pub async fn hook(&self) -> Result<String> {
-        let attached = self.with_datapath(|datapath| datapath.attached()).await?;
+        let attached = self.datapath.with(|datapath| datapath.attached()).await?;
         Ok(attached
             .first()
             .map_or("none".into(), |attached| attached.hook.to_string()))
     }
 
-    async fn with_datapath<T: Send + 'static>(
-        &self,
-        work: impl FnOnce(&mut Datapath) -> std::result::Result<T, DatapathError> + Send + 'static,
-    ) -> Result<T> {
-        let datapath = Arc::clone(&self.datapath);
-        blocking(move || work(&mut datapath.lock().unwrap_or_else(PoisonError::into_inner))).await
+    /// The flows that the device of a guest's interface has.
+    pub async fn flows(&self, guest: &str, interface: &str) -> Result<Vec<Flow>> {
+        let device = device_name(TAP_PREFIX, &format!("{guest}/{interface}"));
+        self.datapath
+            .with(move |datapath| datapath.flows(&device))
+            .await
+    }
+
+    /// What happens to packets from now on, on devices by their names.
+    pub fn packets(&self) -> broadcast::Receiver<Arc<PacketEvent>> {
+        self.packets.subscribe()
+    }
+
+    /// The name of the device of a guest's interface.
+    pub fn device_of(guest: &str, interface: &str) -> String {
+        device_name(TAP_PREFIX, &format!("{guest}/{interface}"))
     }
 }
 

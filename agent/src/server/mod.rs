@@ -4,6 +4,7 @@ mod console;
 mod events;
 mod host;
 mod objects;
+mod packets;
 mod virtual_machines;
 
 use std::fs;

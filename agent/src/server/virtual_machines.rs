@@ -8,14 +8,15 @@ use futures::{Stream, StreamExt};
 use keelson_api::proto::virtual_machines_server::VirtualMachines;
 use keelson_api::proto::{
     ConsoleInput, ConsoleOutput, CountersRequest, CountersResponse, DirectionCounters, DropCounter,
-    InterfaceCounters, LogsChunk, LogsRequest, Object, PacketCounter, StartRequest, StopRequest,
+    FlowsRequest, FlowsResponse, InterfaceCounters, LogsChunk, LogsRequest, Object, PacketCounter,
+    PacketEvent, PacketsRequest, StartRequest, StopRequest,
 };
 use keelson_api::{PowerState, VirtualMachine};
 use tokio::fs::File;
 use tokio::io::{AsyncReadExt, AsyncSeekExt};
 use tonic::{Request, Response, Status, Streaming};
 
-use super::{console, status, to_proto};
+use super::{console, packets, status, to_proto};
 use crate::guest::{GuestPaths, Machine};
 use crate::objects::set_power_state;
 use crate::{Agent, AgentError};
@@ -149,6 +150,39 @@ impl VirtualMachines for VirtualMachinesService {
             }
         }
         Ok(Response::new(CountersResponse { interfaces }))
+    }
+
+    async fn flows(
+        &self,
+        request: Request<FlowsRequest>,
+    ) -> Result<Response<FlowsResponse>, Status> {
+        let name = request.into_inner().name;
+        let guest = self.guest(&name).await?;
+        let mut flows = Vec::new();
+        for interface in &guest.spec.interfaces {
+            let interface = &interface.name;
+            match self.agent.network.flows(&name, interface).await {
+                Ok(found) => {
+                    flows.extend(found.iter().map(|flow| packets::flow(interface, flow)));
+                }
+                Err(AgentError::Datapath(keelson_ebpf::DatapathError::NotAttached { .. })) => {}
+                Err(error) => return Err(status(error)),
+            }
+        }
+        Ok(Response::new(FlowsResponse { flows }))
+    }
+
+    type PacketsStream = Pin<Box<dyn Stream<Item = Result<PacketEvent, Status>> + Send>>;
+
+    async fn packets(
+        &self,
+        request: Request<PacketsRequest>,
+    ) -> Result<Response<Self::PacketsStream>, Status> {
+        let request = request.into_inner();
+        if !request.name.is_empty() {
+            self.guest(&request.name).await?;
+        }
+        Ok(Response::new(packets::follow(&self.agent, request).boxed()))
     }
 }
 

@@ -8,6 +8,7 @@
 
 mod address;
 mod counters;
+mod event;
 mod flow;
 #[cfg(feature = "host")]
 mod pod;
@@ -18,6 +19,7 @@ pub use address::{Address, IPV4_PREFIX_BITS, NO_ADDRESS, from_ipv4};
 pub use counters::{
     CounterKey, Direction, DirectionTallies, DropReason, REASON_SLOTS, Tally, passed_index,
 };
+pub use event::{EVENTS_BYTES, Event, happening};
 pub use flow::{FlowKey, FlowState, FragmentKey, FragmentState, local, phase, timeout};
 pub use policy::{NAME_LENGTH, Neighbour, NeighbourKey, PolicyEntry, StationKey, flag};
 pub use rules::{ALLOW_ALL, PeerKey, PortKey, port_prefix_length};
@@ -50,6 +52,10 @@ pub mod map_name {
     pub const PASSED: &str = "PASSED";
     /// Interface index and direction → [`DirectionTallies`](crate::DirectionTallies), per CPU.
     pub const DROPPED: &str = "DROPPED";
+    /// Ring buffer of [`Event`](crate::Event).
+    pub const EVENTS: &str = "EVENTS";
+    /// One element: which kinds of events someone waits for.
+    pub const OBSERVED: &str = "OBSERVED";
 }
 
 /// Names of the programs in the object.

@@ -3,7 +3,7 @@
 use aya::Pod;
 
 use crate::{
-    CounterKey, DirectionTallies, FlowKey, FlowState, FragmentKey, FragmentState, Neighbour,
+    CounterKey, DirectionTallies, Event, FlowKey, FlowState, FragmentKey, FragmentState, Neighbour,
     NeighbourKey, PeerKey, PolicyEntry, PortKey, StationKey, Tally,
 };
 
@@ -21,6 +21,7 @@ macro_rules! pod {
 pod! {
     CounterKey = 8,
     DirectionTallies = 512,
+    Event = 64,
     FlowKey = 24,
     FlowState = 16,
     FragmentKey = 24,

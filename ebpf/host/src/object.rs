@@ -3,7 +3,8 @@
 use std::error::Error;
 
 use aya::maps::{
-    ArrayOfMaps, HashMap, LpmTrie, Map, MapData, MapError, PerCpuArray, PerCpuHashMap,
+    Array, ArrayOfMaps, HashMap, LpmTrie, Map, MapData, MapError, PerCpuArray, PerCpuHashMap,
+    RingBuf,
 };
 use aya::programs::{ProgramError, SchedClassifier};
 use aya::util::KernelVersion;
@@ -37,6 +38,9 @@ pub struct Object {
     pub neighbours: HashMap<MapData, NeighbourKey, Neighbour>,
     pub passed: PerCpuArray<MapData, Tally>,
     pub dropped: PerCpuHashMap<MapData, CounterKey, DirectionTallies>,
+    pub observed: Array<MapData, u32>,
+    /// Until someone takes it.
+    pub events: Option<RingBuf<MapData>>,
 }
 
 impl Object {
@@ -55,6 +59,8 @@ impl Object {
             map_name::NEIGHBOURS,
             map_name::PASSED,
             map_name::DROPPED,
+            map_name::EVENTS,
+            map_name::OBSERVED,
         ] {
             loader.map_pin_path(name, root.map(name));
         }
@@ -75,6 +81,8 @@ impl Object {
             neighbours: take(&mut ebpf, map_name::NEIGHBOURS)?,
             passed: take(&mut ebpf, map_name::PASSED)?,
             dropped: take(&mut ebpf, map_name::DROPPED)?,
+            observed: take(&mut ebpf, map_name::OBSERVED)?,
+            events: Some(take(&mut ebpf, map_name::EVENTS)?),
             ebpf,
         })
     }

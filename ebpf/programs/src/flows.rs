@@ -11,12 +11,12 @@
 use aya_ebpf::helpers::generated::bpf_ktime_get_coarse_ns;
 use aya_ebpf::programs::TcContext;
 use keelson_ebpf_common::{
-    Address, Direction, DropReason, FlowKey, FlowState, PolicyEntry, phase, timeout,
+    Address, Direction, DropReason, FlowKey, FlowState, PolicyEntry, happening, phase, timeout,
 };
 
 use crate::ip::{self, Ip, protocol};
 use crate::maps::{FLOWS, Flows, OPENING_FLOWS};
-use crate::rules;
+use crate::{events, rules};
 use crate::transport::{self, Transport, icmp_type, icmpv6_type};
 
 /// How long `last_seen_ns` may lag: writing it for every packet would move its cache line between
@@ -81,7 +81,11 @@ pub fn judge(
                     return Ok(());
                 }
                 if continues(flow, direction, transport) {
-                    let answered = advance(flow, direction, &transport, now);
+                    let was_closed = flow.phase == phase::CLOSED;
+                    let answered = advance(flow, direction, transport, now);
+                    if flow.phase == phase::CLOSED && !was_closed {
+                        events::report_if_observed(packet, direction, happening::CLOSED, 0);
+                    }
                     if answered && is_opening {
                         promote(established, opening, &key, flow);
                     }
@@ -112,6 +116,7 @@ pub fn judge(
         // Without memory for it the answer is dropped, which is the safe outcome.
         let _ = opening.insert(&key, flow, 0);
         let _ = established.remove(&key);
+        events::report_if_observed(packet, direction, happening::OPENED, 0);
     }
     Ok(())
 }

@@ -63,6 +63,16 @@ pub fn head(packet: &TcContext) -> Result<Head, DropReason> {
     if unsafe { (*packet.skb.skb).vlan_present } != 0 {
         return Err(DropReason::Vlan);
     }
+    let head = head_or_zeros(packet);
+    if packet.len() < EthHdr::LEN as u32 {
+        return Err(DropReason::Malformed);
+    }
+    Ok(head)
+}
+
+/// Reads the beginning of a frame, whatever it is.
+#[inline(always)]
+pub fn head_or_zeros(packet: &TcContext) -> Head {
     let mut head = Head {
         padding: 0,
         destination: [0; 3],
@@ -72,15 +82,29 @@ pub fn head(packet: &TcContext) -> Result<Head, DropReason> {
         rest: [0; 5],
     };
     let [whole, udp, ipv4, ethernet] = HEAD_LENGTHS;
-    let is_read = load_head(packet, &mut head, whole)
+    let _ = load_head(packet, &mut head, whole)
         || load_head(packet, &mut head, udp)
         || load_head(packet, &mut head, ipv4)
         || load_head(packet, &mut head, ethernet);
-    if is_read {
-        Ok(head)
-    } else {
-        Err(DropReason::Malformed)
-    }
+    head
+}
+
+/// The EtherType as a number.
+#[inline(always)]
+pub fn ether_type(head: &Head) -> u16 {
+    u16::from_be(head.ether_type)
+}
+
+/// Whether the frame says that it carries IPv4.
+#[inline(always)]
+pub fn is_ipv4(head: &Head) -> bool {
+    ether_type(head) == ether_type::IPV4
+}
+
+/// Whether the frame says that it carries IPv6.
+#[inline(always)]
+pub fn is_ipv6(head: &Head) -> bool {
+    ether_type(head) == ether_type::IPV6
 }
 
 #[inline(always)]

@@ -7,6 +7,7 @@
 #![no_main]
 
 mod counters;
+mod events;
 mod flows;
 mod fragments;
 mod frame;
@@ -23,7 +24,7 @@ use aya_ebpf::bindings::{TC_ACT_SHOT, TC_ACT_UNSPEC};
 use aya_ebpf::helpers::generated::bpf_redirect;
 use aya_ebpf::macros::classifier;
 use aya_ebpf::programs::TcContext;
-use keelson_ebpf_common::{Direction, DropReason, PolicyEntry};
+use keelson_ebpf_common::{Direction, DropReason, PolicyEntry, happening};
 
 /// Where a packet that passed goes.
 pub enum Passed {
@@ -75,6 +76,7 @@ fn enforce(
         }
         Err(reason) => {
             counters::count_dropped(ifindex, direction, length, reason);
+            events::report_if_observed(packet, direction, happening::DROPPED, reason as u8);
             TC_ACT_SHOT
         }
     }

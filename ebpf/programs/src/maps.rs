@@ -3,9 +3,9 @@
 use aya_ebpf::bindings::BPF_F_NO_PREALLOC;
 use aya_ebpf::btf_maps::{self, ArrayOfMaps};
 use aya_ebpf::macros::{btf_map, map};
-use aya_ebpf::maps::{HashMap, LpmTrie, PerCpuArray, PerCpuHashMap};
+use aya_ebpf::maps::{Array, HashMap, LpmTrie, PerCpuArray, PerCpuHashMap, RingBuf};
 use keelson_ebpf_common::{
-    CounterKey, DirectionTallies, FlowKey, FlowState, FragmentKey, FragmentState, Neighbour,
+    CounterKey, DirectionTallies, EVENTS_BYTES, FlowKey, FlowState, FragmentKey, FragmentState, Neighbour,
     NeighbourKey, PeerKey, PolicyEntry, PortKey, SLOTS, StationKey, Tally,
 };
 
@@ -60,3 +60,11 @@ pub static PASSED: PerCpuArray<Tally> = PerCpuArray::with_max_entries(2 * SLOTS,
 #[map]
 pub static DROPPED: PerCpuHashMap<CounterKey, DirectionTallies> =
     PerCpuHashMap::with_max_entries(2 * SLOTS, BPF_F_NO_PREALLOC);
+
+/// What happened to packets, for whoever waits for it.
+#[map]
+pub static EVENTS: RingBuf = RingBuf::with_byte_size(EVENTS_BYTES, 0);
+
+/// Which kinds of events someone waits for.
+#[map]
+pub static OBSERVED: Array<u32> = Array::with_max_entries(1, 0);

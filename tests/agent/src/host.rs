@@ -218,6 +218,34 @@ impl Host {
         said(&output)
     }
 
+    /// Runs a command that goes on until it is killed, while `work` is done, and waits until it has
+    /// printed all of `words` on one line.
+    ///
+    /// # Panics
+    /// If the client can't be run, or does not print them in time.
+    pub fn following<S: AsRef<OsStr>>(&self, arguments: &[S], work: impl FnOnce(), words: &[&str]) {
+        let path = self.path("followed");
+        let output = File::create(&path).expect("a file is made");
+        let mut client = Command::new(binary("keelson"))
+            .env("KEELSON_SOCKET", self.path("run/keelsond.sock"))
+            .args(arguments)
+            .stdin(Stdio::null())
+            .stdout(output)
+            .spawn()
+            .expect("keelson runs");
+        // It says nothing when it listens.
+        std::thread::sleep(Duration::from_secs(1));
+        work();
+        wait_until("line with what the command should print", || {
+            let text = fs::read_to_string(&path).unwrap_or_default();
+            text.lines()
+                .any(|line| words.iter().all(|word| line.contains(word)))
+                .then_some(())
+        });
+        client.kill().expect("it runs");
+        client.wait().expect("it ends");
+    }
+
     /// Applies a manifest.
     ///
     /// # Panics

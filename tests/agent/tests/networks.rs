@@ -84,3 +84,92 @@ fn a_rule_may_name_a_group_and_follows_its_members() {
     .done();
     host.wait_for_console("client", "payload: net-ping ok");
 }
+
+#[test]
+fn a_trace_names_the_rule_that_decides() {
+    let host = Host::new();
+    let groups = "---
+apiVersion: keelson.dev/v1alpha1
+kind: SecurityGroup
+metadata: {name: web}
+spec:
+  ingress:
+    - {protocol: icmp}
+    - {protocol: tcp, ports: [80, 8000-8100], fromGroups: [clients]}
+---
+apiVersion: keelson.dev/v1alpha1
+kind: SecurityGroup
+metadata: {name: clients}
+spec:
+  egress:
+    - {protocol: tcp, to: [10.90.0.0/24]}
+";
+    let client = client().replace(
+        "address: 10.90.0.3}",
+        "address: 10.90.0.3, securityGroups: [clients]}",
+    );
+    let network = network("lan", "10.90.0.0/24", "10.90.0.1");
+    host.apply(&format!("{network}{groups}{}{client}", server("web")))
+        .done();
+    let allowed = host.keelson(&["net", "trace", "client", "server", "8080"]);
+    let said = allowed.done();
+    for line in [
+        "tcp port 8080 from client/eth0 (10.90.0.3) to server/eth0 (10.90.0.2)",
+        "egress of client/eth0: allowed by SecurityGroup/clients spec.egress[0]",
+        "ingress of server/eth0: allowed by SecurityGroup/web spec.ingress[1]",
+        "passes",
+    ] {
+        assert!(said.contains(line), "{line:?} is said:\n{said}");
+    }
+    for (arguments, reason) in [
+        (
+            ["client", "server", "22", "--protocol=tcp"],
+            "ingress of server/eth0: dropped, since no ingress rule of its groups allows it (web)",
+        ),
+        (
+            ["client", "server", "8", "--protocol=icmp"],
+            "egress of client/eth0: dropped, since no egress rule of its groups allows it (clients)",
+        ),
+        (
+            ["10.90.0.1", "client/eth0", "53", "--protocol=udp"],
+            "ingress of client/eth0: dropped, since no ingress rule of its groups allows it (clients)",
+        ),
+    ] {
+        let said = host.keelson(&[&["net", "trace"][..], &arguments].concat());
+        assert_eq!(said.code, Some(1), "{}{}", said.output, said.errors);
+        assert!(
+            said.output.contains(reason),
+            "{reason:?} is said:\n{}",
+            said.output
+        );
+    }
+}
+
+#[test]
+fn drops_and_flows_can_be_watched() {
+    let host = Host::new();
+    host.apply(&format!("{}{}", base(), server(""))).done();
+    host.wait_for_console("server", "payload: net-serve ready");
+    host.following(
+        &["net", "drops", "server"],
+        || drop(host.apply(&client()).done()),
+        &[
+            "to server/eth0",
+            "dropped: not-allowed",
+            "icmp type 8 10.90.0.3 -> 10.90.0.2",
+        ],
+    );
+    host.apply(&security_group("pings", "{protocol: icmp}"))
+        .done();
+    host.apply(&server("pings")).done();
+    host.keelson(&["stop", "client", "--force"]).done();
+    host.following(
+        &["net", "flows", "--follow", "--output=json"],
+        || drop(host.keelson(&["start", "client"]).done()),
+        &["\"opened\"", "\"toGuest\"", "\"icmpType\":8"],
+    );
+    host.wait_for_console("client", "payload: net-ping ok");
+    let flows = host.keelson(&["net", "flows", "server"]).done();
+    assert!(flows.contains("10.90.0.3"), "{flows}");
+    assert!(flows.contains("established"), "{flows}");
+}

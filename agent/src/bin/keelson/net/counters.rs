@@ -1,19 +1,12 @@
-//! `keelson net`
+//! `keelson net counters`
 
-use clap::{Args, Subcommand};
+use clap::Args;
 use keelson_api::proto::{CountersRequest, DirectionCounters};
 use serde_json::{Value, json};
 
 use crate::client::Client;
 use crate::failure::Failure;
 use crate::output::{Format, print_lines, print_value, table};
-
-/// Show what guests' network interfaces passed and dropped.
-#[derive(Subcommand)]
-pub enum Net {
-    /// Packets and bytes by interface, direction and reason.
-    Counters(Counters),
-}
 
 /// Packets and bytes by interface, direction and reason.
 #[derive(Args)]
@@ -25,18 +18,17 @@ pub struct Counters {
     output: Format,
 }
 
-impl Net {
+impl Counters {
     /// Runs the command.
     pub async fn run(self, client: &mut Client) -> Result<(), Failure> {
-        let Self::Counters(command) = self;
-        let request = CountersRequest { name: command.name };
+        let request = CountersRequest { name: self.name };
         let interfaces = client
             .guests
             .counters(request)
             .await?
             .into_inner()
             .interfaces;
-        if matches!(command.output, Format::Json | Format::Yaml) {
+        if matches!(self.output, Format::Json | Format::Yaml) {
             let interfaces: Vec<_> = interfaces
                 .iter()
                 .map(|interface| {
@@ -48,7 +40,7 @@ impl Net {
                     })
                 })
                 .collect();
-            return print_value(command.output, &interfaces);
+            return print_value(self.output, &interfaces);
         }
         let mut rows = table([
             "INTERFACE",

@@ -1,0 +1,35 @@
+//! `keelson net`
+
+mod counters;
+mod packets;
+mod trace;
+
+use clap::Subcommand;
+
+use crate::client::Client;
+use crate::failure::Failure;
+
+/// Show what guests' networks do.
+#[derive(Subcommand)]
+pub enum Net {
+    /// Packets and bytes by interface, direction and reason.
+    Counters(counters::Counters),
+    /// A guest's flows; with --follow, those that begin and end.
+    Flows(packets::Flows),
+    /// Each packet that is dropped from now on, and why.
+    Drops(packets::Drops),
+    /// Say which rule decides about a new connection, and why.
+    Trace(trace::Trace),
+}
+
+impl Net {
+    /// Runs the command.
+    pub async fn run(self, client: &mut Client) -> Result<(), Failure> {
+        match self {
+            Self::Counters(command) => command.run(client).await,
+            Self::Flows(command) => command.run(client).await,
+            Self::Drops(command) => command.run(client).await,
+            Self::Trace(command) => command.run(client).await,
+        }
+    }
+}

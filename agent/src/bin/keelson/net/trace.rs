@@ -1,0 +1,331 @@
+//! `keelson net trace`
+
+use std::collections::BTreeSet;
+use std::net::IpAddr;
+
+use anyhow::anyhow;
+use clap::{Args, ValueEnum};
+use keelson_api::{
+    EgressRule, IngressRule, Interface, Kind, Network, Object, Protocol, RuleParts, SecurityGroup,
+    VirtualMachine,
+};
+
+use crate::client::Client;
+use crate::failure::Failure;
+use crate::output::line;
+
+/// Say which rule decides about a new connection, and why.
+///
+/// Reads the objects, not the packets: what they say is in force a moment after they changed. Answers
+/// to what is allowed need no rule. Exit code 1 if it is dropped.
+#[derive(Args)]
+pub struct Trace {
+    /// Who sends: a guest, a guest's interface as GUEST/INTERFACE, or an address.
+    from: String,
+    /// To whom: as FROM.
+    to: String,
+    /// The destination port; the type with ICMP [default there: an echo request].
+    port: Option<u16>,
+    /// The protocol.
+    #[arg(short, long, value_enum, default_value_t = TraceProtocol::Tcp)]
+    protocol: TraceProtocol,
+    /// Between the IPv6 addresses of guests instead of their IPv4 addresses.
+    #[arg(short = '6', long)]
+    ipv6: bool,
+}
+
+/// Protocols that can be asked about.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum TraceProtocol {
+    Tcp,
+    Udp,
+    Icmp,
+}
+
+/// The objects that decide.
+struct Objects {
+    guests: Vec<VirtualMachine>,
+    groups: Vec<SecurityGroup>,
+    networks: Vec<Network>,
+}
+
+/// One end: an address, and the interface that has it, if that is a guest's.
+struct End<'a> {
+    address: IpAddr,
+    interface: Option<(&'a VirtualMachine, &'a Interface)>,
+}
+
+/// What is asked.
+struct Question {
+    protocol: Protocol,
+    /// The port, or the ICMP type.
+    number: u16,
+}
+
+impl Trace {
+    /// Runs the command.
+    pub async fn run(self, client: &mut Client) -> Result<(), Failure> {
+        let objects = Objects::read(client).await?;
+        let from = objects.end(&self.from, self.ipv6)?;
+        let to = objects.end(&self.to, self.ipv6)?;
+        let question = self.question(&from, &to)?;
+        line(&format!(
+            "{} from {} to {}",
+            question,
+            from.describe(),
+            to.describe()
+        ))?;
+        let mut allowed = true;
+        if let Some(problem) = objects.apart(&from, &to) {
+            line(&format!("network: {problem}: dropped"))?;
+            allowed = false;
+        }
+        if from.interface.is_none() && to.interface.is_none() {
+            line("neither end is a guest's: no rule is asked")?;
+        }
+        if let Some((guest, interface)) = from.interface {
+            let (verdict, reason) = objects.egress(interface, &to, &question);
+            line(&format!("egress of {}: {reason}", named(guest, interface)))?;
+            allowed &= verdict;
+        }
+        if let Some((guest, interface)) = to.interface {
+            let (verdict, reason) = objects.ingress(interface, &from, &question);
+            line(&format!("ingress of {}: {reason}", named(guest, interface)))?;
+            allowed &= verdict;
+        }
+        if allowed {
+            line("passes")
+        } else {
+            Err(Failure::Other(anyhow!("it is dropped")))
+        }
+    }
+
+    fn question(&self, from: &End<'_>, to: &End<'_>) -> Result<Question, Failure> {
+        let other = |message: &str| Failure::Other(anyhow!(message.to_owned()));
+        if from.address.is_ipv4() != to.address.is_ipv4() {
+            let message = format!(
+                "{} and {} are of different versions of IP",
+                from.address, to.address
+            );
+            return Err(other(&message));
+        }
+        let (protocol, default) = match (self.protocol, to.address) {
+            (TraceProtocol::Tcp, _) => (Protocol::Tcp, None),
+            (TraceProtocol::Udp, _) => (Protocol::Udp, None),
+            (TraceProtocol::Icmp, IpAddr::V4(_)) => (Protocol::Icmp, Some(8)),
+            (TraceProtocol::Icmp, IpAddr::V6(_)) => (Protocol::Icmpv6, Some(128)),
+        };
+        let number = self
+            .port
+            .or(default)
+            .ok_or_else(|| other("give the destination port"))?;
+        if default.is_some() && number > 255 {
+            return Err(other("an ICMP type is at most 255"));
+        }
+        Ok(Question { protocol, number })
+    }
+}
+
+impl Objects {
+    async fn read(client: &mut Client) -> Result<Self, Failure> {
+        let mut objects = Self {
+            guests: Vec::new(),
+            groups: Vec::new(),
+            networks: Vec::new(),
+        };
+        for kind in [Kind::VirtualMachine, Kind::SecurityGroup, Kind::Network] {
+            for object in client.list(kind).await? {
+                match object {
+                    Object::VirtualMachine(guest) => objects.guests.push(guest),
+                    Object::SecurityGroup(group) => objects.groups.push(group),
+                    Object::Network(network) => objects.networks.push(network),
+                    _ => {}
+                }
+            }
+        }
+        Ok(objects)
+    }
+
+    /// Reads an end as the user wrote it.
+    fn end(&self, text: &str, ipv6: bool) -> Result<End<'_>, Failure> {
+        let interfaces = self.guests.iter().flat_map(|guest| {
+            let interfaces = guest.spec.interfaces.iter();
+            interfaces.map(move |interface| (guest, interface))
+        });
+        if let Ok(address) = text.parse::<IpAddr>() {
+            let mut holders = interfaces.filter(|(_, interface)| has(interface, address));
+            return Ok(End {
+                address,
+                interface: holders.next(),
+            });
+        }
+        let (name, interface_name) = match text.split_once('/') {
+            Some((name, interface)) => (name, Some(interface)),
+            None => (text, None),
+        };
+        let mut named = interfaces.filter(|(guest, interface)| {
+            guest.metadata.name == name
+                && interface_name.is_none_or(|wanted| interface.name == wanted)
+        });
+        let (guest, interface) = named.next().ok_or_else(|| {
+            Failure::Other(anyhow!(
+                "{text:?} is neither an address nor a guest with such an interface"
+            ))
+        })?;
+        let address = if ipv6 {
+            interface.address_v6.map(IpAddr::from)
+        } else {
+            interface.address.map(IpAddr::from)
+        };
+        let family = if ipv6 { "IPv6" } else { "IPv4" };
+        let address =
+            address.ok_or_else(|| Failure::Other(anyhow!("{text} has no {family} address")))?;
+        Ok(End {
+            address,
+            interface: Some((guest, interface)),
+        })
+    }
+
+    /// Why the two do not reach each other whatever the rules say.
+    fn apart(&self, from: &End<'_>, to: &End<'_>) -> Option<String> {
+        let ((_, one), (_, other)) = (from.interface?, to.interface?);
+        let network = |name: &str| self.networks.iter().find(|n| n.metadata.name == name);
+        let isolated = network(&one.network).is_some_and(|network| network.spec.isolated);
+        (isolated && one.network == other.network)
+            .then(|| format!("Network/{} keeps its guests apart", one.network))
+    }
+
+    fn groups_of<'a>(
+        &'a self,
+        interface: &'a Interface,
+    ) -> impl Iterator<Item = &'a SecurityGroup> {
+        self.groups
+            .iter()
+            .filter(|group| interface.security_groups.contains(&group.metadata.name))
+    }
+
+    fn egress(&self, interface: &Interface, to: &End<'_>, question: &Question) -> (bool, String) {
+        let mut restricted = Vec::new();
+        for group in self.groups_of(interface) {
+            let Some(rules) = &group.spec.egress else {
+                continue;
+            };
+            restricted.push(group.metadata.name.as_str());
+            let mut rules = rules.iter().map(EgressRule::parts).enumerate();
+            if let Some((index, _)) = rules.find(|(_, rule)| self.matches(*rule, to, question)) {
+                let name = &group.metadata.name;
+                return (
+                    true,
+                    format!("allowed by SecurityGroup/{name} spec.egress[{index}]"),
+                );
+            }
+        }
+        if restricted.is_empty() {
+            return (
+                true,
+                "allowed, since none of its groups has egress rules".into(),
+            );
+        }
+        let names = restricted.join(", ");
+        (
+            false,
+            format!("dropped, since no egress rule of its groups allows it ({names})"),
+        )
+    }
+
+    fn ingress(
+        &self,
+        interface: &Interface,
+        from: &End<'_>,
+        question: &Question,
+    ) -> (bool, String) {
+        for group in self.groups_of(interface) {
+            let mut rules = group
+                .spec
+                .ingress
+                .iter()
+                .map(IngressRule::parts)
+                .enumerate();
+            if let Some((index, _)) = rules.find(|(_, rule)| self.matches(*rule, from, question)) {
+                let name = &group.metadata.name;
+                return (
+                    true,
+                    format!("allowed by SecurityGroup/{name} spec.ingress[{index}]"),
+                );
+            }
+        }
+        let names = interface.security_groups.join(", ");
+        let reason = if names.is_empty() {
+            "dropped, since it is in no security group".to_owned()
+        } else {
+            format!("dropped, since no ingress rule of its groups allows it ({names})")
+        };
+        (false, reason)
+    }
+
+    fn matches(&self, rule: RuleParts<'_>, peer: &End<'_>, question: &Question) -> bool {
+        let protocol = rule.protocol == Protocol::Any || rule.protocol == question.protocol;
+        let port = rule.ports.is_empty()
+            || rule
+                .ports
+                .iter()
+                .any(|range| (range.first..=range.last).contains(&question.number));
+        let icmp_type = rule.icmp_types.is_empty()
+            || rule.icmp_types.iter().any(|icmp| {
+                // Without a code the question is about code 0, as an echo request has it.
+                u16::from(icmp.number) == question.number && icmp.code.is_none_or(|code| code == 0)
+            });
+        protocol && port && icmp_type && self.is_peer(rule, peer.address)
+    }
+
+    fn is_peer(&self, rule: RuleParts<'_>, address: IpAddr) -> bool {
+        if rule.networks.is_empty() && rule.groups.is_empty() {
+            return true;
+        }
+        let named: BTreeSet<&str> = rule.groups.iter().map(String::as_str).collect();
+        let is_member = |interface: &Interface| {
+            let mut groups = interface.security_groups.iter();
+            groups.any(|group| named.contains(group.as_str()))
+        };
+        rule.networks
+            .iter()
+            .any(|network| network.contains(&address))
+            || self
+                .guests
+                .iter()
+                .flat_map(|guest| &guest.spec.interfaces)
+                .any(|interface| has(interface, address) && is_member(interface))
+    }
+}
+
+impl End<'_> {
+    fn describe(&self) -> String {
+        match self.interface {
+            Some((guest, interface)) => {
+                format!("{} ({})", named(guest, interface), self.address)
+            }
+            None => self.address.to_string(),
+        }
+    }
+}
+
+impl std::fmt::Display for Question {
+    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self.protocol {
+            Protocol::Tcp => write!(formatter, "tcp port {}", self.number),
+            Protocol::Udp => write!(formatter, "udp port {}", self.number),
+            _ => write!(formatter, "icmp type {}", self.number),
+        }
+    }
+}
+
+fn has(interface: &Interface, address: IpAddr) -> bool {
+    match address {
+        IpAddr::V4(ipv4) => interface.address == Some(ipv4),
+        IpAddr::V6(ipv6) => interface.address_v6 == Some(ipv6),
+    }
+}
+
+fn named(guest: &VirtualMachine, interface: &Interface) -> String {
+    format!("{}/{}", guest.metadata.name, interface.name)
+}

@@ -18,7 +18,7 @@ pub struct Event {
     pub source_port: u16,
     /// Zero for protocols without ports.
     pub destination_port: u16,
-    /// EtherType.
+    /// The type of what the Ethernet frame carries.
     pub ether_type: u16,
     /// IP protocol number.
     pub protocol: u8,

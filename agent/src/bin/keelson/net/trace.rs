@@ -139,7 +139,7 @@ impl Objects {
                     Object::VirtualMachine(guest) => objects.guests.push(guest),
                     Object::SecurityGroup(group) => objects.groups.push(group),
                     Object::Network(network) => objects.networks.push(network),
-                    _ => {}
+                    Object::Disk(_) => {}
                 }
             }
         }

@@ -29,6 +29,9 @@ pub struct Config {
     pub program_directory: Option<PathBuf>,
     /// How eBPF programs are attached.
     pub network_hook: NetworkHook,
+    /// Guests' virtual machines run in jails: as users of their own, in namespaces, with nothing but
+    /// their own files.
+    pub jail: bool,
     /// The host's name in objects' status; the kernel's host name where not given.
     pub host_name: Option<String>,
 }
@@ -56,6 +59,7 @@ impl Default for Config {
             bpf_directory: "/sys/fs/bpf/keelson".into(),
             program_directory: None,
             network_hook: NetworkHook::default(),
+            jail: true,
             host_name: None,
         }
     }

@@ -6,13 +6,14 @@ use std::time::Duration;
 use keelson_vmm::api::{Event, ExitStatus, GuestState, Request, Response, Status};
 use keelson_vmm::client::{ClientError, VmmClient};
 use keelson_vmm::config::{
-    ConsoleConfig, DiskConfig, GuestConfig, HugepageSize, InterfaceConfig, KernelConfig,
+    ConsoleConfig, CpuConfig, DiskConfig, GuestConfig, HugepageSize, InterfaceConfig, KernelConfig,
     MemoryConfig, OnReboot,
 };
 use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
 use tokio::net::UnixStream;
 
 use super::GuestPaths;
+use super::jail::JailUser;
 use super::plan::Plan;
 use crate::host::{Exit, LaunchRequest, ProcessHandle};
 use crate::{AgentError, error::Result};
@@ -36,17 +37,27 @@ impl Machine {
     ///
     /// # Errors
     /// [`AgentError::Process`] with the reason that keelson-vmm gives.
-    pub async fn start(programs: &Path, paths: &GuestPaths, plan: &Plan) -> Result<Self> {
+    pub async fn start(
+        programs: &Path,
+        paths: &GuestPaths,
+        plan: &Plan,
+        jail: Option<JailUser>,
+    ) -> Result<Self> {
         let config = vmm_config(paths, plan)?;
         crate::host::write_atomically(&paths.vmm_config(), &config)?;
+        let mut arguments = vec![
+            "--config".into(),
+            paths.vmm_config().into(),
+            "--api-socket".into(),
+            paths.api_socket().into(),
+        ];
+        if let Some(user) = jail {
+            arguments.push("--jail".into());
+            arguments.push(user.to_string().into());
+        }
         let request = LaunchRequest {
             program: programs.join("keelson-vmm"),
-            arguments: vec![
-                "--config".into(),
-                paths.vmm_config().into(),
-                "--api-socket".into(),
-                paths.api_socket().into(),
-            ],
+            arguments,
             unit: format!("keelson-vm-{}", plan.name),
             log: paths.vmm_log(),
             record: paths.vmm_record(),
@@ -191,7 +202,9 @@ fn vmm_config(paths: &GuestPaths, plan: &Plan) -> Result<GuestConfig> {
                 keelson_api::HugepageSize::Size2Mi => HugepageSize::Size2MiB,
                 keelson_api::HugepageSize::Size1Gi => HugepageSize::Size1GiB,
             }),
+            ..MemoryConfig::default()
         },
+        cpu: CpuConfig::default(),
         kernel: KernelConfig {
             image: hardware.kernel.image.clone(),
             initrd: hardware.kernel.initrd.clone(),

@@ -3,6 +3,7 @@
 mod actor;
 mod disk_backend;
 mod groups;
+mod jail;
 mod machine;
 mod paths;
 mod plan;

@@ -11,6 +11,7 @@ use keelson_vmm::api::ExitStatus;
 use tokio::task::JoinHandle;
 
 use super::actor::{GuestExit, first_ended};
+use super::jail::JailUser;
 use super::plan::{Plan, RunningPlan};
 use super::{GuestPaths, Machine, disk_backend};
 use crate::host::{GuestPort, ProcessHandle, write_atomically};
@@ -109,7 +110,11 @@ impl Runtime {
             self.agent.network.ensure_port(port).await?;
         }
         self.ports.clone_from(&plan.ports);
-        let machine = Machine::start(&programs, &self.paths, plan).await?;
+        let jail = self.agent.config.jail.then(|| JailUser::of(&self.name));
+        if let Some(user) = jail {
+            user.take_over(&self.paths, &plan.hardware.disks)?;
+        }
+        let machine = Machine::start(&programs, &self.paths, plan, jail).await?;
         let running = RunningPlan {
             generation: plan.generation,
             hardware: plan.hardware.clone(),
@@ -174,6 +179,9 @@ impl Runtime {
         };
         let programs = self.agent.config.programs()?;
         let process = disk_backend::start(&programs, &self.paths, &self.name, disk, spec).await?;
+        if self.agent.config.jail {
+            JailUser::of(&self.name).own_socket(&self.paths, disk)?;
+        }
         self.disks.insert(disk.into(), process);
         Ok((
             "DiskBackendEnded",

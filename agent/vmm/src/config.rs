@@ -4,6 +4,7 @@
 //! validates a file, and every error names the field by its path (`disks[1].queue_size`) and says
 //! what it may be.
 
+mod cpu;
 mod mac_address;
 
 use std::collections::HashSet;
@@ -12,6 +13,7 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
+pub use cpu::{CpuConfig, CpuTemplate, Topology};
 pub use mac_address::MacAddress;
 
 /// The most vCPUs a guest can have.
@@ -23,6 +25,8 @@ pub const MAX_MEMORY_MIB: u64 = 4 << 20;
 /// The longest kernel command line, in bytes without the terminating NUL (`COMMAND_LINE_SIZE` of
 /// Linux on x86 is 2048 with it).
 pub const MAX_COMMAND_LINE: usize = 2047;
+/// The highest number of a host's NUMA node (`CONFIG_NODES_SHIFT` of Linux is at most 10).
+pub const MAX_NUMA_NODE: u16 = 1023;
 /// The most disks and interfaces together: each takes one PCI slot of the one bus, whose slot 0
 /// is the host bridge and whose slot 1 is the entropy device.
 pub const MAX_DEVICES: usize = 30;
@@ -76,6 +80,9 @@ pub struct GuestConfig {
     pub name: String,
     /// Virtual CPUs, 1 to [`MAX_VCPUS`].
     pub vcpus: u8,
+    /// How the vCPUs look, and where they run.
+    #[serde(default)]
+    pub cpu: CpuConfig,
     /// The guest's memory.
     pub memory: MemoryConfig,
     /// What the guest boots.
@@ -103,6 +110,13 @@ pub struct MemoryConfig {
     /// Back the memory by pages of the host's hugetlb pool.
     #[serde(default)]
     pub hugepages: Option<HugepageSize>,
+    /// Take all of the memory from the host before the guest starts, not page by page when it is
+    /// touched.
+    #[serde(default)]
+    pub prefault: bool,
+    /// The host's NUMA node that all of the memory is taken from, 0 to 1023.
+    #[serde(default)]
+    pub numa_node: Option<u16>,
 }
 
 /// A page size of the host's hugetlb pool.
@@ -254,6 +268,7 @@ impl GuestConfig {
     pub fn validate(&self) -> Result<(), ConfigError> {
         check_name("name", &self.name)?;
         check_range("vcpus", u64::from(self.vcpus), 1, u64::from(MAX_VCPUS))?;
+        self.cpu.validate(self.vcpus)?;
         self.memory.validate()?;
         self.kernel.validate()?;
         self.console.validate()?;
@@ -299,6 +314,10 @@ impl MemoryConfig {
             MIN_MEMORY_MIB,
             MAX_MEMORY_MIB,
         )?;
+        if let Some(node) = self.numa_node {
+            let most = u64::from(MAX_NUMA_NODE);
+            check_range("memory.numa_node", u64::from(node), 0, most)?;
+        }
         match self.hugepages {
             Some(page) if !self.size_mib.is_multiple_of(page.mib()) => Err(field(
                 "memory.size_mib",

@@ -1,8 +1,13 @@
 //! The CPUID that a guest sees: what KVM supports, with what only the VMM knows filled in.
 
-use kvm_bindings::{CpuId, KVM_MAX_CPUID_ENTRIES, kvm_cpuid_entry2};
+mod templates;
+
+use kvm_bindings::{
+    CpuId, KVM_CPUID_FLAG_SIGNIFCANT_INDEX, KVM_MAX_CPUID_ENTRIES, kvm_cpuid_entry2,
+};
 use kvm_ioctls::{Cap, Kvm};
 
+use crate::config::{CpuTemplate, Topology};
 use crate::error::VmmError;
 use crate::snapshot::SnapshotError;
 
@@ -27,13 +32,15 @@ const CACHE_TYPE_BITS: u32 = 5;
 const KVM_SIGNATURE: u32 = 0x4000_0000;
 const KVM_FEATURES: u32 = 0x4000_0001;
 
-/// Asks KVM for what it supports, and fixes what is the same for all vCPUs.
-pub fn template(kvm: &Kvm) -> Result<CpuId, VmmError> {
-    let mut cpuid = kvm
+/// Asks KVM for what it supports, keeps what `model` has, and fixes what is the same for all vCPUs.
+pub fn template(kvm: &Kvm, model: CpuTemplate) -> Result<CpuId, VmmError> {
+    let supported = kvm
         .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
         .map_err(VmmError::kvm("tell the CPUID it supports"))?;
+    let mut entries = supported.as_slice().to_vec();
+    templates::apply(model, &mut entries)?;
     let tsc_deadline = kvm.check_extension(Cap::TscDeadlineTimer);
-    for entry in cpuid.as_mut_slice() {
+    for entry in &mut entries {
         match entry.function {
             1 => {
                 entry.ecx |= LEAF1_ECX_HYPERVISOR;
@@ -46,12 +53,15 @@ pub fn template(kvm: &Kvm) -> Result<CpuId, VmmError> {
             _ => {}
         }
     }
-    Ok(cpuid)
+    add_topology_leaves(&mut entries);
+    CpuId::from_entries(&entries).map_err(|_| {
+        VmmError::kvm("take so many CPUID entries")(kvm_ioctls::Error::new(libc::E2BIG))
+    })
 }
 
 /// Checks that this host has what the CPUID of a guest from another one promises.
 pub fn check_host(kvm: &Kvm, guest: &[kvm_cpuid_entry2]) -> Result<(), SnapshotError> {
-    let host = template(kvm).map_err(|e| SnapshotError::Host(e.to_string()))?;
+    let host = template(kvm, CpuTemplate::Host).map_err(|e| SnapshotError::Host(e.to_string()))?;
     let missing = |leaf: u32, index: u32, register: &str, bits: u32| {
         SnapshotError::Host(format!(
             "its processor lacks features that the guest uses: CPUID leaf {leaf:#x}.{index}, \
@@ -92,34 +102,36 @@ pub fn check_host(kvm: &Kvm, guest: &[kvm_cpuid_entry2]) -> Result<(), SnapshotE
     Ok(())
 }
 
-/// The CPUID of vCPU `index` of `count`: one socket of `count` cores with one thread each, whose
-/// APIC ids are the vCPUs' indexes.
-pub fn for_vcpu(template: &CpuId, index: u8, count: u8) -> CpuId {
+/// The CPUID of the vCPU with `apic_id`, in `topology`.
+pub fn for_vcpu(template: &CpuId, apic_id: u32, topology: Topology) -> CpuId {
     let mut cpuid = template.clone();
-    let id = u32::from(index);
-    let count = u32::from(count);
-    let core_bits = count.next_power_of_two().trailing_zeros();
+    let threads = u32::from(topology.threads);
+    let in_socket = u32::from(topology.cores) * threads;
+    let several = u32::from(topology.sockets) * in_socket > 1;
     for entry in cpuid.as_mut_slice() {
         match entry.function {
             1 => {
-                entry.ebx = (id << LEAF1_EBX_APIC_ID_SHIFT)
+                // Logical processors of a socket, as ids that are set aside for them.
+                let count = in_socket.next_power_of_two().min(0xff);
+                entry.ebx = (apic_id << LEAF1_EBX_APIC_ID_SHIFT)
                     | (count << LEAF1_EBX_COUNT_SHIFT)
                     | LEAF1_EBX_CLFLUSH
                     | (entry.ebx & 0xff);
-                if count > 1 {
+                if several {
                     entry.edx |= LEAF1_EDX_HTT;
                 }
             }
-            4 => set_cache_sharing_intel(entry, count),
-            0xb | 0x1f => set_extended_topology(entry, id, count, core_bits),
+            4 => set_cache_sharing_intel(entry, topology),
+            0xb | 0x1f => set_extended_topology(entry, apic_id, topology),
             0x8000_0008 => {
-                entry.ecx = (entry.ecx & !0xf0ff) | (core_bits << 12) | (count - 1);
+                let bits = topology.socket_bits();
+                entry.ecx = (entry.ecx & !0xf0ff) | (bits << 12) | (in_socket - 1);
             }
-            0x8000_001d => set_cache_sharing_amd(entry, count),
+            0x8000_001d => set_cache_sharing_amd(entry, topology),
             0x8000_001e => {
-                entry.eax = id;
-                entry.ebx = id;
-                entry.ecx = 0;
+                entry.eax = apic_id;
+                entry.ebx = (apic_id >> topology.thread_bits()) & 0xff | (threads - 1) << 8;
+                entry.ecx = apic_id >> topology.socket_bits();
             }
             _ => {}
         }
@@ -127,38 +139,69 @@ pub fn for_vcpu(template: &CpuId, index: u8, count: u8) -> CpuId {
     cpuid
 }
 
-/// Leaf 4 (Intel): caches 1 and 2 are a core's own, 3 is the socket's.
-fn set_cache_sharing_intel(entry: &mut kvm_cpuid_entry2, count: u32) {
+/// How many ids share a cache of `level`, less one: 1 and 2 are a core's own, 3 is the socket's.
+fn sharing(level: u32, topology: Topology) -> u32 {
+    let bits = if level >= 3 {
+        topology.socket_bits()
+    } else {
+        topology.thread_bits()
+    };
+    (1 << bits) - 1
+}
+
+/// Leaf 4 (Intel).
+fn set_cache_sharing_intel(entry: &mut kvm_cpuid_entry2, topology: Topology) {
     if entry.eax.trailing_zeros() >= CACHE_TYPE_BITS {
         return;
     }
-    let level = (entry.eax >> 5) & 7;
-    let sharing = if level >= 3 { count - 1 } else { 0 };
-    let cores = count.next_power_of_two() - 1;
+    let sharing = sharing((entry.eax >> 5) & 7, topology);
+    let cores = (1 << (topology.socket_bits() - topology.thread_bits())) - 1;
     entry.eax = (entry.eax & 0x3fff) | (sharing << 14) | (cores << 26);
 }
 
 /// Leaf 0x8000001d (AMD): as leaf 4, without the number of cores.
-fn set_cache_sharing_amd(entry: &mut kvm_cpuid_entry2, count: u32) {
+fn set_cache_sharing_amd(entry: &mut kvm_cpuid_entry2, topology: Topology) {
     if entry.eax.trailing_zeros() >= CACHE_TYPE_BITS {
         return;
     }
-    let level = (entry.eax >> 5) & 7;
-    let sharing = if level >= 3 { count - 1 } else { 0 };
+    let sharing = sharing((entry.eax >> 5) & 7, topology);
     entry.eax = (entry.eax & 0x3fff) | (sharing << 14);
 }
 
 /// Leaves 0xb and 0x1f: level 0 is the thread of a core, level 1 the core of the socket.
-fn set_extended_topology(entry: &mut kvm_cpuid_entry2, id: u32, count: u32, core_bits: u32) {
+fn set_extended_topology(entry: &mut kvm_cpuid_entry2, apic_id: u32, topology: Topology) {
     const THREAD: u32 = 1 << 8;
     const CORE: u32 = 2 << 8;
+    let threads = u32::from(topology.threads);
     let (shift, logical, kind) = match entry.index {
-        0 => (0, 1, THREAD),
-        1 => (core_bits, count, CORE),
+        0 => (topology.thread_bits(), threads, THREAD),
+        1 => (
+            topology.socket_bits(),
+            u32::from(topology.cores) * threads,
+            CORE,
+        ),
         _ => (0, 0, 0),
     };
     entry.eax = shift;
     entry.ebx = logical;
     entry.ecx = entry.index | kind;
-    entry.edx = id;
+    entry.edx = apic_id;
+}
+
+/// Adds the levels that KVM's list may lack: without leaf 0xb a guest guesses its topology.
+fn add_topology_leaves(entries: &mut Vec<kvm_cpuid_entry2>) {
+    for index in 0..=2 {
+        let same = |e: &kvm_cpuid_entry2| (e.function, e.index) == (0xb, index);
+        if !entries.iter().any(same) {
+            entries.push(kvm_cpuid_entry2 {
+                function: 0xb,
+                index,
+                flags: KVM_CPUID_FLAG_SIGNIFCANT_INDEX,
+                ..Default::default()
+            });
+        }
+    }
+    for entry in entries.iter_mut().filter(|entry| entry.function == 0) {
+        entry.eax = entry.eax.max(0xb);
+    }
 }

@@ -80,6 +80,21 @@ pub enum VmmError {
     /// The process can't be isolated.
     #[error(transparent)]
     Isolation(#[from] IsolationError),
+    /// The host lacks what a CPU template has.
+    #[error(
+        "cpu.template: this host lacks features of {template}: CPUID leaf {leaf:#x}, {register} bits \
+         {bits:#x}"
+    )]
+    CpuTemplate {
+        /// The template.
+        template: &'static str,
+        /// CPUID's leaf.
+        leaf: u32,
+        /// The register of its answer.
+        register: &'static str,
+        /// The bits that are missing.
+        bits: u32,
+    },
     /// An operating system resource can't be had.
     #[error("can't {step}: {source}")]
     Os {
@@ -95,7 +110,7 @@ impl VmmError {
     /// kernel, initrd or snapshot, 4 `/dev/kvm`, 5 disk backend or TAP.
     pub const fn exit_code(&self) -> u8 {
         match self {
-            Self::Config(_) => 2,
+            Self::Config(_) | Self::CpuTemplate { .. } => 2,
             Self::Boot(_) | Self::Snapshot(_) => 3,
             Self::KvmMissing | Self::KvmPermission | Self::KvmUnusable(_) => 4,
             Self::Disk(_) | Self::Tap(_) => 5,

@@ -118,8 +118,10 @@ impl Machine {
     ) -> Result<Self, VmmError> {
         let memory = memory::allocate(&config.memory)?;
         let board = Board::assemble(host, config, memory, false, None)?;
+        let topology = config.cpu.topology(config.vcpus);
         let acpi = AcpiConfig {
             vcpus: config.vcpus,
+            topology,
         };
         let opened;
         let files = if let Some(files) = &host.boot_files {
@@ -131,13 +133,14 @@ impl Machine {
         let command_line = &config.kernel.command_line;
         let entry = boot::load(&board.memory, files, command_line, acpi)?;
         write_generation_id(&board.memory)?;
-        let template = cpuid::template(&host.kvm)?;
+        let template = cpuid::template(&host.kvm, config.cpu.template)?;
         let mut vcpus = Vec::with_capacity(usize::from(config.vcpus));
         for index in 0..config.vcpus {
-            let cpuid = cpuid::for_vcpu(&template, index, config.vcpus);
-            vcpus.push(Vcpu::new(&board.vm, index, &cpuid, entry)?);
+            let apic_id = topology.apic_id(index);
+            let cpuid = cpuid::for_vcpu(&template, apic_id, topology);
+            vcpus.push(Vcpu::new(&board.vm, index, apic_id, &cpuid, entry)?);
         }
-        let machine = board.finish(host, vcpus, reporters, None)?;
+        let machine = board.finish(host, vcpus, reporters, &config.cpu.pinning, None)?;
         machine.vcpus.resume();
         Ok(machine)
     }
@@ -210,12 +213,13 @@ impl Board {
         host: &HostResources,
         vcpus: Vec<Vcpu>,
         reporters: &Reporters,
+        pinning: &[Vec<u16>],
         base: Option<Base>,
     ) -> Result<Machine, VmmError> {
         let has_disks = !self.disks.is_empty();
         let disk_watcher = watch_disks(self.disks, reporters, host.seccomp)?;
         let handler: Arc<dyn ExitHandler> = Arc::clone(&self.platform) as _;
-        let vcpus = VcpuThreads::start(vcpus, &handler, &reporters.end, host.seccomp)
+        let vcpus = VcpuThreads::start(vcpus, &handler, &reporters.end, pinning, host.seccomp)
             .map_err(VmmError::os("start the vCPU threads"))?;
         Ok(Machine {
             vcpus,

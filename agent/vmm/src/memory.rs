@@ -57,6 +57,22 @@ pub enum MemoryError {
         /// What the kernel said.
         message: String,
     },
+    /// The memory can't be bound to a NUMA node.
+    #[error("memory.numa_node: can't take memory from the host's NUMA node {node}: {source}")]
+    Node {
+        /// The node.
+        node: u16,
+        /// What the kernel said.
+        source: io::Error,
+    },
+    /// The host hasn't so much memory.
+    #[error("memory.prefault: can't take {size_mib} MiB from the host: {source}")]
+    Prefault {
+        /// The guest's memory in MiB.
+        size_mib: u64,
+        /// What the kernel said.
+        source: io::Error,
+    },
     /// KVM refused the memory.
     #[error("KVM refused {length:#x} bytes of memory at {address:#x}: {source}")]
     Slot {
@@ -105,9 +121,49 @@ fn map(config: &MemoryConfig, file: File, flags: i32) -> Result<GuestMemory, Mem
         regions.push(region);
         offset += length;
     }
-    GuestMemoryMmap::from_regions(regions)
+    let memory = GuestMemoryMmap::from_regions(regions)
         .map(Arc::new)
-        .map_err(|e| failed(e.to_string()))
+        .map_err(|e| failed(e.to_string()))?;
+    place(config, &memory)?;
+    Ok(memory)
+}
+
+/// Binds the memory to its NUMA node, and takes it from the host, as configured.
+fn place(config: &MemoryConfig, memory: &Ram) -> Result<(), MemoryError> {
+    const MPOL_BIND: libc::c_ulong = 2;
+    for region in memory.iter() {
+        let (address, length) = (region.as_ptr(), region.size());
+        if let Some(node) = config.numa_node {
+            let mut nodes = [0u64; 17];
+            nodes[usize::from(node) / 64] |= 1 << (node % 64);
+            // SAFETY: the range is the region's, and the mask has as many bits as is said.
+            let bound = unsafe {
+                libc::syscall(
+                    libc::SYS_mbind,
+                    address,
+                    length,
+                    MPOL_BIND,
+                    nodes.as_ptr(),
+                    1025,
+                    0,
+                )
+            };
+            if bound != 0 {
+                let source = io::Error::last_os_error();
+                return Err(MemoryError::Node { node, source });
+            }
+        }
+        if config.prefault {
+            // SAFETY: the range is the region's; its content stays.
+            let filled =
+                unsafe { libc::madvise(address.cast(), length, libc::MADV_POPULATE_WRITE) };
+            if filled != 0 {
+                let (size_mib, source) = (config.size_mib, io::Error::last_os_error());
+                return Err(MemoryError::Prefault { size_mib, source });
+            }
+        }
+    }
+    Ok(())
 }
 
 /// Gives the memory to the virtual machine, one slot a region; with `log`, KVM notes which pages

@@ -63,8 +63,14 @@ pub struct Vcpu {
 
 impl Vcpu {
     /// Creates vCPU `index`; the first starts at `entry`, the others wait for INIT and SIPI.
-    pub fn new(vm: &VmFd, index: u8, cpuid: &CpuId, entry: Entry) -> Result<Self, VcpuError> {
-        let vcpu = Self::create(vm, index, cpuid)?;
+    pub fn new(
+        vm: &VmFd,
+        index: u8,
+        apic_id: u32,
+        cpuid: &CpuId,
+        entry: Entry,
+    ) -> Result<Self, VcpuError> {
+        let vcpu = Self::create(vm, index, apic_id, cpuid)?;
         vcpu.set_msrs();
         vcpu.set_local_interrupts()
             .map_err(vcpu.failed("set the local APIC"))?;
@@ -83,7 +89,7 @@ impl Vcpu {
     }
 
     /// Creates vCPU `index` in its reset state, for [`Self::restore`].
-    pub fn create(vm: &VmFd, index: u8, cpuid: &CpuId) -> Result<Self, VcpuError> {
+    pub fn create(vm: &VmFd, index: u8, apic_id: u32, cpuid: &CpuId) -> Result<Self, VcpuError> {
         let failed = |step| {
             move |source| VcpuError {
                 index,
@@ -92,7 +98,7 @@ impl Vcpu {
             }
         };
         let fd = vm
-            .create_vcpu(u64::from(index))
+            .create_vcpu(u64::from(apic_id))
             .map_err(failed("create the file descriptor"))?;
         fd.set_cpuid2(cpuid).map_err(failed("set the CPUID"))?;
         Ok(Self {
@@ -102,7 +108,7 @@ impl Vcpu {
         })
     }
 
-    /// This vCPU's index, which is its APIC id.
+    /// This vCPU's index.
     pub const fn index(&self) -> u8 {
         self.index
     }

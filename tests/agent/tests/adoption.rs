@@ -16,7 +16,7 @@ fn a_running_guest_is_found_again() {
     ))
     .done();
     host.wait_for_console("web", "payload: wait-power-button ready");
-    let before = host.object("vm", "web")["status"].clone();
+    let before = host.wait_for_phase("web", "Running");
     for _ in 0..3 {
         host.kill_agent();
         host.start_agent();

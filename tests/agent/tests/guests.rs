@@ -172,20 +172,20 @@ fn a_disk_backend_that_is_killed_is_replaced() {
     let host = Host::new();
     let image = host.path("data.img");
     fs::write(&image, vec![0; MIB]).expect("an image can be written");
-    let steps = "blk-watch:outages=1,ms=50000 blk-write:sectors=64 hang";
+    let steps = "blk-write:sectors=8 idle:ms=2000 blk-write:sectors=64 hang";
     let guest = Guest::new("web", steps)
         .field("disks: [{name: data, disk: data}]")
         .manifest();
     host.apply(&format!("{}{guest}", disk("data", &image)))
         .done();
-    host.wait_for_console("web", "payload: blk-watch up");
+    host.wait_for_console("web", "payload: blk-write ok sectors=8");
     let backends = host.processes("keelson-blk");
     let [backend] = backends[..] else {
         panic!("there are backends {backends:?}");
     };
     let id = rustix::process::Pid::from_raw(backend.cast_signed()).expect("not zero");
     rustix::process::kill_process(id, Signal::KILL).expect("it is there");
-    host.wait_for_console("web", "payload: blk-write ok");
+    host.wait_for_console("web", "payload: blk-write ok sectors=64");
     assert_eq!(host.object("vm", "web")["status"]["phase"], "Running");
     assert_ne!(host.processes("keelson-blk"), [backend]);
 }

@@ -47,7 +47,7 @@ fn a_changed_group_holds_at_once() {
     let host = Host::new();
     host.apply(&format!("{}{}", base(), server("pings"))).done();
     host.wait_for_console("server", "payload: net-serve ready");
-    let process = host.object("vm", "server")["status"]["processId"].clone();
+    let process = host.wait_for_phase("server", "Running")["processId"].clone();
     host.apply(&security_group("pings", "{protocol: tcp, ports: [22]}"))
         .done();
     host.apply(&client()).done();

@@ -257,3 +257,46 @@ fn boot_file(name: &str, contents: &[u8]) -> Ended {
     fs::write(&path, contents).expect("the file can be written");
     builder.set("/kernel/image", path.to_str()).run()
 }
+
+#[test]
+fn processors_and_nodes_that_the_host_lacks_are_refused() {
+    let refused = |pointer: &str, value: Value, code, words: &[&str]| {
+        GuestBuilder::new("hello")
+            .set(pointer, value)
+            .run()
+            .assert_refused(code, words);
+    };
+    refused(
+        "/cpu",
+        json!({"pinning": [[8000]]}),
+        1,
+        &["cpu.pinning", "8000"],
+    );
+    refused(
+        "/cpu",
+        json!({"pinning": [[0], [0]]}),
+        2,
+        &["cpu.pinning", "2 lists"],
+    );
+    let six = json!({"topology": {"sockets": 1, "cores": 2, "threads": 3}});
+    refused("/cpu", six, 2, &["cpu.topology", "are 6", "vcpus is 1"]);
+    refused(
+        "/memory/numa_node",
+        json!(1000),
+        1,
+        &["memory.numa_node", "1000"],
+    );
+    refused(
+        "/memory/numa_node",
+        json!(1024),
+        2,
+        &["memory.numa_node", "1023"],
+    );
+    refused(
+        "/cpu",
+        json!({"template": "pentium"}),
+        2,
+        &["cpu.template", "x86-64-v2"],
+    );
+    refused("/vcpus", json!(65), 2, &["vcpus", "1 to 64"]);
+}

@@ -1,6 +1,7 @@
 //! A guest boots, sees what it was configured to have, and powers off.
 
 use keelson_vmm_tests::GuestBuilder;
+use serde_json::json;
 
 #[test]
 fn a_guest_boots_and_powers_off() {
@@ -83,4 +84,26 @@ fn the_pci_bus_holds_a_host_bridge_and_the_entropy_device() {
     ended.assert_passed();
     ended.line("payload: pci function slot=0");
     ended.line("payload: pci function slot=1 vendor=0x1af4 device=0x1044");
+}
+
+#[test]
+fn sixty_four_vcpus_are_arranged_as_configured() {
+    for topology in [json!(null), json!({"sockets": 4, "cores": 8, "threads": 2})] {
+        let ended = GuestBuilder::new("cpus")
+            .set("/vcpus", 64)
+            .set("/cpu", json!({"topology": topology}))
+            .run();
+        ended.assert_passed();
+        assert_eq!(ended.line("payload: cpus"), "payload: cpus ok count=64");
+    }
+}
+
+#[test]
+fn memory_can_be_prefaulted_pinned_and_bound() {
+    let ended = GuestBuilder::new("hello")
+        .set("/memory/prefault", true)
+        .set("/memory/numa_node", 0)
+        .set("/cpu", json!({"pinning": [[0]]}))
+        .run();
+    ended.assert_passed();
 }

@@ -22,6 +22,7 @@ use acpi_tables::{Aml, AmlSink};
 use vm_memory::{Bytes, GuestAddress};
 
 use super::{BootError, layout};
+use crate::config::Topology;
 use crate::memory::Ram;
 
 const OEM_ID: [u8; 6] = *b"KEELSN";
@@ -34,8 +35,10 @@ const RSDP_BYTES: u64 = 36;
 /// What the tables describe.
 #[derive(Debug, Clone, Copy)]
 pub struct AcpiConfig {
-    /// The number of vCPUs; their APIC ids are 0 to this less one.
+    /// The number of vCPUs.
     pub vcpus: u8,
+    /// How they are arranged, which gives their APIC ids.
+    pub topology: Topology,
 }
 
 /// Writes all tables and returns the RSDP's guest-physical address.
@@ -121,8 +124,10 @@ fn fadt(dsdt: u64) -> impl Aml {
 fn madt(config: AcpiConfig) -> impl Aml {
     let local_apic = LocalInterruptController::Address(layout::LOCAL_APIC);
     let mut madt = MADT::new(OEM_ID, OEM_TABLE_ID, OEM_REVISION, local_apic);
-    for id in 0..config.vcpus {
-        madt.add_structure(ProcessorLocalApic::new(id, id, EnabledStatus::Enabled));
+    for index in 0..config.vcpus {
+        // The configuration keeps APIC ids below 255.
+        let id = u8::try_from(config.topology.apic_id(index)).unwrap_or(u8::MAX);
+        madt.add_structure(ProcessorLocalApic::new(index, id, EnabledStatus::Enabled));
     }
     madt.add_structure(IoApic::new(0, layout::IO_APIC, 0));
     madt

@@ -76,10 +76,13 @@ impl Machine {
             let message = "it has another number of disks and interfaces".to_owned();
             return Err(SnapshotError::Mismatch(message).into());
         }
+        let topology = config.cpu.topology(config.vcpus);
         let mut vcpus = Vec::with_capacity(state.vcpus.len());
         for (index, saved) in (0u8..).zip(&state.vcpus) {
             cpuid::check_host(&host.kvm, saved.cpuid())?;
-            let vcpu = Vcpu::create(&board.vm, index, &Vcpu::cpuid_of(index, saved)?)?;
+            let apic_id = topology.apic_id(index);
+            let cpuid = Vcpu::cpuid_of(index, saved)?;
+            let vcpu = Vcpu::create(&board.vm, index, apic_id, &cpuid)?;
             vcpu.restore(saved)?;
             vcpus.push(vcpu);
         }
@@ -118,7 +121,7 @@ impl Machine {
             id: snapshot.state().id,
             directory: snapshot.directory().to_owned(),
         });
-        let machine = board.finish(host, vcpus, reporters, base)?;
+        let machine = board.finish(host, vcpus, reporters, &config.cpu.pinning, base)?;
         machine.resume();
         Ok(machine)
     }
@@ -375,6 +378,10 @@ fn check_fits(config: &GuestConfig, snapshot: &Snapshot) -> Result<(), SnapshotE
     };
     if was.vcpus != config.vcpus {
         return differs("vcpus", &was.vcpus, &config.vcpus);
+    }
+    if was.cpu.topology(was.vcpus) != config.cpu.topology(config.vcpus) {
+        let message = "cpu.topology was another one".to_owned();
+        return Err(SnapshotError::Mismatch(message));
     }
     if was.memory.size_mib != config.memory.size_mib {
         return differs(

@@ -50,6 +50,7 @@ impl VcpuThreads {
         vcpus: Vec<Vcpu>,
         handler: &Arc<dyn ExitHandler>,
         report: &EndReporter,
+        pinning: &[Vec<u16>],
         seccomp: Mode,
     ) -> io::Result<Self> {
         let mut started = Self {
@@ -68,13 +69,19 @@ impl VcpuThreads {
             let handler = Arc::clone(handler);
             let report = Arc::clone(report);
             let orders = Arc::clone(&started.orders);
-            let thread =
-                std::thread::Builder::new().name(name).spawn(move || {
-                    match seccomp::apply(Thread::Vcpu, seccomp) {
-                        Ok(()) => serve(&vcpu, &orders, &*handler, &report),
-                        Err(e) => report(VcpuEnd::Error(e.to_string())),
+            let cpus = pinning.get(started.threads.len()).cloned();
+            let thread = std::thread::Builder::new().name(name).spawn(move || {
+                let ready = pin(cpus.as_deref()).and_then(|()| {
+                    seccomp::apply(Thread::Vcpu, seccomp).map_err(|e| e.to_string())
+                });
+                match ready {
+                    Ok(()) => serve(&vcpu, &orders, &*handler, &report),
+                    Err(e) => {
+                        *orders.parked() += 1;
+                        report(VcpuEnd::Error(e));
                     }
-                })?;
+                }
+            })?;
             started.threads.push(thread);
         }
         Ok(started)
@@ -154,6 +161,31 @@ fn serve(vcpu: &Mutex<Vcpu>, orders: &Orders, handler: &dyn ExitHandler, report:
             return;
         }
     }
+}
+
+/// Lets the calling thread run on these processors of the host only.
+fn pin(cpus: Option<&[u16]>) -> Result<(), String> {
+    let Some(cpus) = cpus else {
+        return Ok(());
+    };
+    // SAFETY: an all-zero set is valid.
+    let mut set: libc::cpu_set_t = unsafe { std::mem::zeroed() };
+    for cpu in cpus {
+        let cpu = usize::from(*cpu);
+        if cpu >= 8 * size_of::<libc::cpu_set_t>() {
+            return Err(format!("cpu.pinning: this host has no processor {cpu}"));
+        }
+        // SAFETY: the set has a bit for the processor.
+        unsafe { libc::CPU_SET(cpu, &mut set) };
+    }
+    // SAFETY: the pointer and size are those of `set`.
+    if unsafe { libc::sched_setaffinity(0, size_of_val(&set), &raw const set) } == 0 {
+        return Ok(());
+    }
+    let error = io::Error::last_os_error();
+    Err(format!(
+        "cpu.pinning: a vCPU can't run on the processors {cpus:?} of this host: {error}"
+    ))
 }
 
 fn kick(thread: &JoinHandle<()>) {

@@ -1,5 +1,7 @@
 //! `perf`: benchmarks of Keelson beside its peers, in the same run.
 
+mod blk;
+mod command;
 mod net;
 mod process;
 mod report;
@@ -19,6 +21,8 @@ struct Options {
 enum Area {
     /// The state store beside etcd.
     State(state::Options),
+    /// keelson-blk beside qemu-storage-daemon and io_uring straight on the file.
+    Blk(blk::Options),
     /// The eBPF network beside a bridge with nftables.
     Net(net::Options),
 }
@@ -26,6 +30,7 @@ enum Area {
 fn main() -> anyhow::Result<()> {
     match Options::parse().area {
         Area::State(options) => state::run(&options),
+        Area::Blk(options) => blk::run(&options),
         Area::Net(options) => net::run(&options),
     }
 }

@@ -14,30 +14,15 @@ use indicatif::{ProgressBar, ProgressStyle};
 
 use self::load::Work;
 use self::server::{Cluster, Peer, Programs};
+use crate::command::{Common, print_goals};
 use crate::report::{Report, Sample, Wanted};
 
 /// Compares keelson-state with etcd: the same client code, the same disk, the same durability,
 /// alternating.
 #[derive(Debug, clap::Args)]
 pub struct Options {
-    /// Few rounds of few kinds of work, in under a minute.
-    #[arg(long)]
-    quick: bool,
-    /// Write every sample here.
-    #[arg(long)]
-    json: Option<PathBuf>,
-    /// Write a page with plots here.
-    #[arg(long)]
-    html: Option<PathBuf>,
-    /// Rounds of each kind of work [default: 5, with --quick 2].
-    #[arg(long)]
-    rounds: Option<u32>,
-    /// Seconds of each measurement [default: 3, with --quick 1].
-    #[arg(long)]
-    seconds: Option<f64>,
-    /// Only work whose name contains this.
-    #[arg(long)]
-    only: Option<String>,
+    #[command(flatten)]
+    common: Common,
     /// The etcd to compare with [default: that of `setup/etcd`].
     #[arg(long)]
     etcd: Option<PathBuf>,
@@ -54,20 +39,12 @@ type Plan = Vec<(Work, usize, usize)>;
 
 pub fn run(options: &Options) -> anyhow::Result<()> {
     let programs = programs(options)?;
-    let mut plan = if options.quick { quick() } else { full() };
-    if let Some(only) = &options.only {
-        plan.retain(|(work, clients, members)| {
-            label(*work, *clients, *members).contains(only.as_str())
-        });
-    }
-    let rounds = options
-        .rounds
-        .unwrap_or(if options.quick { 2 } else { 5 })
-        .max(1);
-    let seconds = options
-        .seconds
-        .unwrap_or(if options.quick { 1.0 } else { 3.0 });
-    let duration = Duration::try_from_secs_f64(seconds).context("--seconds")?;
+    let common = &options.common;
+    let mut plan = if common.quick { quick() } else { full() };
+    plan.retain(|(work, clients, members)| common.wants(&label(*work, *clients, *members)));
+    let rounds = common.rounds();
+    let duration = common.duration(1.0)?;
+    let seconds = duration.as_secs_f64();
     let mut report = Report {
         area: "state",
         time: jiff::Timestamp::now().to_string(),
@@ -100,13 +77,7 @@ pub fn run(options: &Options) -> anyhow::Result<()> {
         ("cpu_us_per_operation", "Server's CPU per operation, µs"),
         ("peak_memory_mib", "Peak memory so far, MiB"),
     ];
-    if let Some(path) = &options.json {
-        report.write_json(path)?;
-    }
-    if let Some(path) = &options.html {
-        report.write_html(path, &Peer::ALL.map(Peer::name), &plots)?;
-    }
-    Ok(())
+    common.write(&report, &Peer::ALL.map(Peer::name), &plots)
 }
 
 fn quick() -> Plan {
@@ -317,22 +288,7 @@ fn print(report: &Report) {
         }
     }
     println!("{table}");
-    let mut table = Table::new();
-    table.load_style(presets::NOTHING);
-    table.set_header(["goal (times etcd's)", "wanted", "measured", "spread", "met"]);
-    for goal in &report.goals {
-        table.add_row([
-            goal.name.clone(),
-            goal.goal.clone(),
-            format!("{:.2}", goal.measured),
-            format!("{:.2}–{:.2}", goal.spread.0, goal.spread.1),
-            if goal.met { "yes" } else { "no" }.to_owned(),
-        ]);
-    }
-    println!("{table}");
-    for (program, version) in &report.versions {
-        println!("{program} {version}");
-    }
+    print_goals(&report.goals, &report.versions);
 }
 
 fn programs(options: &Options) -> anyhow::Result<Programs> {

@@ -1,0 +1,382 @@
+//! `perf blk`: keelson-blk beside qemu-storage-daemon, and io_uring straight on the file as the
+//! limit.
+
+mod backend;
+mod client;
+mod figures;
+mod shared_memory;
+mod straight;
+mod work;
+
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use anyhow::Context as _;
+use comfy_table::{Table, presets};
+use indicatif::{ProgressBar, ProgressStyle};
+
+use self::backend::{Backend, Peer, Scene};
+use self::client::Client;
+use self::figures::Times;
+use self::straight::Straight;
+use self::work::{Backing, Operations, Pattern, Work};
+use crate::command::{Common, print_goals, rounded};
+use crate::report::{Goal, Report, Sample, Wanted};
+
+/// Disks that one process serves while nobody asks anything of them.
+const IDLE_DISKS: usize = 100;
+/// As a kind of work in the report.
+const IDLE: &str = "100 idle disks in one process";
+/// How long to watch them.
+const IDLE_WATCH: Duration = Duration::from_secs(3);
+/// Between the connections and the watch.
+const SETTLE: Duration = Duration::from_millis(500);
+
+/// Compares keelson-blk with qemu-storage-daemon: the same client, which shares no code with
+/// either, on the same file around the page cache, with one thread for the disk each; and with
+/// io_uring straight on the file.
+#[derive(Debug, clap::Args)]
+pub struct Options {
+    #[command(flatten)]
+    common: Common,
+    /// The keelson-blk to measure [default: beside this program].
+    #[arg(long)]
+    keelson_blk: Option<PathBuf>,
+    /// The qemu-storage-daemon to compare with.
+    #[arg(long, default_value = "qemu-storage-daemon")]
+    qemu_storage_daemon: PathBuf,
+    /// Folder on the disk to measure on.
+    #[arg(long, default_value = ".")]
+    folder: PathBuf,
+}
+
+/// Runs the comparison and reports it.
+pub fn run(options: &Options) -> anyhow::Result<()> {
+    let common = &options.common;
+    let mut plan = if common.quick {
+        work::quick()
+    } else {
+        work::full()
+    };
+    plan.retain(|work| common.wants(&work.label()));
+    let (rounds, duration) = (common.rounds(), common.duration(0.6)?);
+    let folder = tempfile::TempDir::with_prefix_in("perf-blk-", &options.folder)?;
+    let scene = prepare(options, folder.path())?;
+    let mut report = Report {
+        area: "blk",
+        time: jiff::Timestamp::now().to_string(),
+        machine: crate::state::machine(),
+        versions: versions(&scene)?,
+        method: method(rounds, duration),
+        samples: Vec::new(),
+        goals: Vec::new(),
+    };
+    let outcome = measure(&mut report, &plan, &scene, rounds, duration);
+    if let Some(device) = &scene.loop_device {
+        Command::new("losetup")
+            .arg("--detach")
+            .arg(device)
+            .status()?;
+    }
+    outcome?;
+    if common.wants(IDLE) {
+        measure_idle(&mut report, &scene)?;
+    }
+    add_goals(&mut report, &plan);
+    print(&report);
+    let plots = [
+        ("iops", "Operations per second"),
+        ("p99_us", "99th percentile, µs"),
+        ("cpu_us_per_io", "Backend's CPU per operation, µs"),
+    ];
+    common.write(&report, &Peer::ALL.map(Peer::name), &plots)
+}
+
+fn method(rounds: u32, duration: Duration) -> String {
+    format!(
+        "Rounds: {rounds}, {} s of each work for each peer, alternating who is first, after a tenth of that to warm \
+         up. Client: the crate virtio-driver in one thread that sleeps in poll. Depth: operations under way over all \
+         queues. Both backends: one thread for the disk (workers, iothread), O_DIRECT, io_uring, a new process for \
+         each measurement. io_uring: one thread straight on the file with a registered file and buffers. CPU: of the \
+         backend's process, by the scheduler's clock; of io_uring's thread, its client included.",
+        duration.as_secs_f64()
+    )
+}
+
+fn prepare(options: &Options, folder: &Path) -> anyhow::Result<Scene> {
+    let beside = std::env::current_exe()?.with_file_name("keelson-blk");
+    let keelson = options.keelson_blk.clone().unwrap_or(beside);
+    anyhow::ensure!(
+        keelson.exists(),
+        "{} is missing: run cargo build --release -p keelson-blk -p keelson-perf",
+        keelson.display()
+    );
+    let bytes: u64 = if options.common.quick {
+        256 << 20
+    } else {
+        1 << 30
+    };
+    let file = folder.join("disk.img");
+    // Written in full: what was never written needs no disk.
+    let mut content = File::create(&file)?;
+    let mut chunk = vec![0_u8; 1 << 20];
+    for at in 0..bytes >> 20 {
+        for (place, byte) in chunk.iter_mut().enumerate() {
+            *byte = u8::try_from((place as u64 * 31 + at) % 251).unwrap_or(0);
+        }
+        content.write_all(&chunk)?;
+    }
+    content.sync_all()?;
+    let root = rustix::process::geteuid().is_root();
+    let loop_device = if root && !options.common.quick {
+        attach_loop(&file)?
+    } else {
+        None
+    };
+    Ok(Scene {
+        keelson,
+        qemu: options.qemu_storage_daemon.clone(),
+        folder: folder.to_path_buf(),
+        file,
+        loop_device,
+        bytes,
+    })
+}
+
+fn attach_loop(file: &Path) -> anyhow::Result<Option<PathBuf>> {
+    let output = Command::new("losetup")
+        .args(["--find", "--show", "--direct-io=on"])
+        .arg(file)
+        .output()?;
+    let name = String::from_utf8_lossy(&output.stdout).trim().to_owned();
+    Ok(output.status.success().then(|| PathBuf::from(name)))
+}
+
+fn versions(scene: &Scene) -> anyhow::Result<BTreeMap<String, String>> {
+    let mut versions = BTreeMap::new();
+    for (name, program) in [
+        ("keelson-blk", &scene.keelson),
+        ("qemu-storage-daemon", &scene.qemu),
+    ] {
+        let output = Command::new(program).arg("--version").output();
+        let output = output
+            .with_context(|| format!("run {}: install qemu-system-common?", program.display()))?;
+        let text = String::from_utf8_lossy(&output.stdout);
+        let first = text.lines().next().unwrap_or_default();
+        let version = first
+            .split_whitespace()
+            .find(|word| word.starts_with(|c: char| c.is_ascii_digit()));
+        versions.insert(name.to_owned(), version.unwrap_or_default().to_owned());
+    }
+    Ok(versions)
+}
+
+fn measure(
+    report: &mut Report,
+    plan: &[Work],
+    scene: &Scene,
+    rounds: u32,
+    duration: Duration,
+) -> anyhow::Result<()> {
+    let progress = ProgressBar::new(plan.len() as u64 * u64::from(rounds)).with_style(
+        ProgressStyle::with_template("{bar:30} {pos}/{len} {msg} {eta}")?,
+    );
+    for round in 0..rounds {
+        for work in plan {
+            let label = work.label();
+            progress.set_message(label.clone());
+            progress.inc(1);
+            if work.backing == Backing::Loop && scene.loop_device.is_none() {
+                continue;
+            }
+            let mut peers = Peer::ALL;
+            if round % 2 == 1 {
+                peers.reverse();
+            }
+            for peer in peers {
+                let figures = match (peer, scene.disk(work.backing)) {
+                    (Peer::Straight, None) => continue,
+                    (Peer::Straight, Some(path)) => measure_straight(path, *work, scene, duration),
+                    _ => measure_backend(peer, scene, *work, duration),
+                };
+                report.samples.push(Sample {
+                    peer: peer.name(),
+                    work: label.clone(),
+                    round,
+                    figures: figures.with_context(|| format!("{}: {label}", peer.name()))?,
+                });
+            }
+        }
+    }
+    progress.finish_and_clear();
+    Ok(())
+}
+
+fn measure_straight(
+    path: &Path,
+    work: Work,
+    scene: &Scene,
+    duration: Duration,
+) -> anyhow::Result<BTreeMap<&'static str, f64>> {
+    let mut straight = Straight::open(path, work)?;
+    let mut operations = Operations::new(work, scene.bytes);
+    straight.run(&mut operations, duration / 10, &mut Times::new())?;
+    let mut times = Times::new();
+    let (elapsed, cpu) = straight.run(&mut operations, duration, &mut times)?;
+    times.figures(elapsed, cpu)
+}
+
+fn measure_backend(
+    peer: Peer,
+    scene: &Scene,
+    work: Work,
+    duration: Duration,
+) -> anyhow::Result<BTreeMap<&'static str, f64>> {
+    let backend = Backend::start(peer, scene, work)?;
+    let mut client = Client::connect(&backend.socket, work)?;
+    let mut operations = Operations::new(work, scene.bytes);
+    client.run(&mut operations, duration / 10, &mut Times::new())?;
+    let mut times = Times::new();
+    let before = backend.processor_time()?;
+    let elapsed = client.run(&mut operations, duration, &mut times)?;
+    let cpu = backend.processor_time()?.saturating_sub(before);
+    let mut figures = times.figures(elapsed, cpu)?;
+    figures.insert("memory_mib", backend.memory_mib()?);
+    figures.insert("start_ms", backend.started_in.as_secs_f64() * 1e3);
+    Ok(figures)
+}
+
+fn measure_idle(report: &mut Report, scene: &Scene) -> anyhow::Result<()> {
+    let (backend, sockets) = Backend::start_many(scene, IDLE_DISKS)?;
+    let alone = backend.memory_mib()?;
+    let work = Work {
+        pattern: Pattern::RandomRead,
+        backing: Backing::File,
+        block: 4096,
+        depth: 1,
+        queues: 1,
+    };
+    let mut clients = Vec::new();
+    for socket in &sockets {
+        let mut client = Client::connect(socket, work)?;
+        // Each has been used before it is left alone.
+        let mut operations = Operations::new(work, 64 << 20);
+        client.run(&mut operations, Duration::ZERO, &mut Times::new())?;
+        clients.push(client);
+    }
+    std::thread::sleep(SETTLE);
+    let (begin, before) = (Instant::now(), backend.processor_time()?);
+    std::thread::sleep(IDLE_WATCH);
+    let cpu = backend.processor_time()?.saturating_sub(before);
+    let memory = backend.memory_mib()?;
+    #[allow(clippy::cast_precision_loss, reason = "a hundred")]
+    let disks = IDLE_DISKS as f64;
+    report.samples.push(Sample {
+        peer: Peer::Keelson.name(),
+        work: IDLE.to_owned(),
+        round: 0,
+        figures: BTreeMap::from([
+            (
+                "idle_cpu_percent",
+                cpu.as_secs_f64() / begin.elapsed().as_secs_f64() * 100.0,
+            ),
+            ("memory_mib_per_disk", memory / disks),
+            ("memory_mib", memory),
+            ("memory_mib_unconnected", alone),
+            ("start_ms", backend.started_in.as_secs_f64() * 1e3),
+        ]),
+    });
+    Ok(())
+}
+
+fn add_goals(report: &mut Report, plan: &[Work]) {
+    let ours = Peer::Keelson.name();
+    let (qemu, limit) = (Peer::Qemu.name(), Peer::Straight.name());
+    for work in plan {
+        let label = work.label();
+        match work.backing {
+            Backing::File => {
+                for (figure, within, better) in [
+                    ("iops", Wanted::AtLeast(0.95), Wanted::AtLeast(1.0)),
+                    ("p99_us", Wanted::AtMost(1.05), Wanted::AtMost(1.0)),
+                    ("cpu_us_per_io", Wanted::AtMost(1.05), Wanted::AtMost(1.0)),
+                ] {
+                    let name = |peer| format!("{figure}, of {peer}'s: {label}");
+                    report.goal(name(limit), (ours, limit), &label, figure, within);
+                    report.goal(name(qemu), (ours, qemu), &label, figure, better);
+                }
+            }
+            Backing::Null => {
+                let wanted = Wanted::AtLeast(1.5);
+                let figure = "iops_per_cpu_s";
+                let name = format!("{figure}, of {qemu}'s: {label}");
+                report.goal(name, (ours, qemu), &label, figure, wanted);
+                if work.depth == 1 {
+                    let name = format!("iops, of {qemu}'s: {label}");
+                    report.goal(name, (ours, qemu), &label, "iops", wanted);
+                }
+            }
+            Backing::Loop => {}
+        }
+    }
+    for (figure, most, unit) in [
+        ("idle_cpu_percent", 0.05, "% of one processor"),
+        ("memory_mib_per_disk", 2.0, "MiB"),
+    ] {
+        if let Some(measured) = report.figure(ours, IDLE, figure) {
+            report.goals.push(Goal {
+                name: format!("{figure}: {IDLE}"),
+                goal: format!("at most {most}"),
+                measured,
+                unit,
+                spread: (measured, measured),
+                met: measured <= most,
+            });
+        }
+    }
+}
+
+fn print(report: &Report) {
+    let mut table = Table::new();
+    table.load_style(presets::NOTHING);
+    table.set_header([
+        "",
+        "",
+        "IOPS",
+        "p50 µs",
+        "p99 µs",
+        "p99.9 µs",
+        "CPU µs/IO",
+        "MiB",
+        "start ms",
+    ]);
+    for work in report.works().into_iter().filter(|work| *work != IDLE) {
+        for peer in Peer::ALL {
+            let figure = |name: &str| rounded(report.figure(peer.name(), work, name));
+            if figure("iops").is_empty() {
+                continue;
+            }
+            table.add_row([
+                if peer == Peer::Keelson {
+                    work.to_owned()
+                } else {
+                    String::new()
+                },
+                peer.name().to_owned(),
+                figure("iops"),
+                figure("p50_us"),
+                figure("p99_us"),
+                figure("p99.9_us"),
+                figure("cpu_us_per_io"),
+                figure("memory_mib"),
+                figure("start_ms"),
+            ]);
+        }
+    }
+    println!("{table}");
+    print_goals(&report.goals, &report.versions);
+}

@@ -1,0 +1,99 @@
+//! What every area's command line and printed report have alike.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use anyhow::Context as _;
+use comfy_table::{Table, presets};
+
+use crate::report::{Goal, Report};
+
+/// The options of every area.
+#[derive(Debug, clap::Args)]
+pub struct Common {
+    /// Few rounds of few kinds of work, in under a minute.
+    #[arg(long)]
+    pub quick: bool,
+    /// Write every sample here.
+    #[arg(long)]
+    pub json: Option<PathBuf>,
+    /// Write a page with plots here.
+    #[arg(long)]
+    pub html: Option<PathBuf>,
+    /// Rounds of each kind of work [default: 5, with --quick 2].
+    #[arg(long)]
+    rounds: Option<u32>,
+    /// Seconds of each measurement [default: 3, with --quick less].
+    #[arg(long)]
+    seconds: Option<f64>,
+    /// Only work whose name contains this.
+    #[arg(long)]
+    pub only: Option<String>,
+}
+
+impl Common {
+    /// Rounds of each kind of work.
+    pub fn rounds(&self) -> u32 {
+        self.rounds.unwrap_or(if self.quick { 2 } else { 5 }).max(1)
+    }
+
+    /// How long each measurement takes, `quick` seconds with `--quick`.
+    pub fn duration(&self, quick: f64) -> anyhow::Result<Duration> {
+        let seconds = self.seconds.unwrap_or(if self.quick { quick } else { 3.0 });
+        Duration::try_from_secs_f64(seconds).context("--seconds")
+    }
+
+    /// Whether to do this work.
+    pub fn wants(&self, work: &str) -> bool {
+        self.only
+            .as_ref()
+            .is_none_or(|only| work.contains(only.as_str()))
+    }
+
+    /// Writes the report wherever it is wanted.
+    pub fn write(
+        &self,
+        report: &Report,
+        peers: &[&str],
+        plots: &[(&str, &str)],
+    ) -> anyhow::Result<()> {
+        if let Some(path) = &self.json {
+            report.write_json(path)?;
+        }
+        if let Some(path) = &self.html {
+            report.write_html(path, peers, plots)?;
+        }
+        Ok(())
+    }
+}
+
+/// Prints the goals and what was run.
+pub fn print_goals(goals: &[Goal], versions: &BTreeMap<String, String>) {
+    let mut table = Table::new();
+    table.load_style(presets::NOTHING);
+    table.set_header(["goal", "wanted", "measured", "spread", "met"]);
+    for goal in goals {
+        table.add_row([
+            goal.name.clone(),
+            goal.goal.clone(),
+            format!("{:.2}", goal.measured),
+            format!("{:.2}–{:.2}", goal.spread.0, goal.spread.1),
+            if goal.met { "yes" } else { "no" }.to_owned(),
+        ]);
+    }
+    println!("{table}");
+    for (program, version) in versions {
+        println!("{program} {version}");
+    }
+}
+
+/// A figure for a table.
+pub fn rounded(value: Option<f64>) -> String {
+    match value {
+        None => String::new(),
+        Some(value) if value >= 100.0 => format!("{value:.0}"),
+        Some(value) if value >= 1.0 => format!("{value:.1}"),
+        Some(value) => format!("{value:.2}"),
+    }
+}

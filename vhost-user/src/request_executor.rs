@@ -136,6 +136,11 @@ impl RequestExecutor {
         self.free.len() == self.pending.len()
     }
 
+    /// Whether the frontend took memory away that it had shared.
+    pub fn has_lost_memory(&self) -> bool {
+        self.guards.iter().any(|guard| guard.is_lost())
+    }
+
     /// Requests left by an earlier backend that are still to be taken.
     pub fn is_replaying(&self) -> bool {
         !self.replay.is_empty()
@@ -177,7 +182,7 @@ impl RequestExecutor {
     /// At most one queue's worth in a row, so that a guest that never stops asking can't keep
     /// completions and the order to stop from being seen.
     pub fn take_requests(&mut self, ring: &mut RingOperations) -> Result<bool, QueueError> {
-        if self.guards.iter().any(|guard| guard.is_lost()) {
+        if self.has_lost_memory() {
             return Err(QueueError::MemoryLost);
         }
         self.queue.disable_kicks();

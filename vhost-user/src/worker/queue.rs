@@ -47,7 +47,10 @@ impl Queue {
     pub fn run(&mut self) -> bool {
         let mut any = false;
         self.more = false;
-        if self.is_serving() && (self.executor.has_available() || self.executor.is_replaying()) {
+        // Lost memory looks like an empty ring; taking from it says what it is.
+        let executor = &self.executor;
+        let asked = executor.has_available() || executor.is_replaying();
+        if self.is_serving() && (asked || executor.has_lost_memory()) {
             any = true;
             let outcome = self.executor.take_requests(&mut self.operations);
             self.more = self.mind(outcome).unwrap_or(false);

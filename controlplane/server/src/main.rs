@@ -8,6 +8,7 @@ mod ending;
 mod grpc;
 mod http;
 mod identity;
+mod listen;
 mod maintenance;
 mod metrics;
 mod node;

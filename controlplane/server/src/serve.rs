@@ -7,12 +7,8 @@ use anyhow::Context as _;
 use keelson_member::command::Operation;
 use keelson_member::keyspace::Member as MemberInfo;
 use keelson_member::rebuild::is_pristine;
-use tokio::net::TcpListener;
 use tokio::sync::{Semaphore, mpsc};
-use tokio::task::JoinHandle;
 use tonic::service::Routes;
-use tonic::transport::server::TcpIncoming;
-use tonic::transport::{Server, ServerTlsConfig};
 use tonic_health::ServingStatus;
 use tonic_health::server::HealthReporter;
 
@@ -21,6 +17,7 @@ use crate::disk::Waiting;
 use crate::ending::{self, Ending};
 use crate::grpc::{Limits, Passwords, ResponseMemory, Services};
 use crate::http;
+use crate::listen::listen;
 use crate::metrics::Metrics;
 use crate::node::{self, Node, NodeOptions};
 use crate::open;
@@ -28,6 +25,7 @@ use crate::options::{self, Listen, Options};
 use crate::peers::{self, Connector, Lobby, Peers};
 use crate::room::Room;
 use crate::stall::{self, SlowSyncs};
+use crate::tls::ServerTls;
 
 /// Serves a member with the given flags.
 pub fn run(options: &Options) -> anyhow::Result<()> {
@@ -70,7 +68,7 @@ async fn serve(options: &Options) -> anyhow::Result<End> {
         &peer_addresses,
         "--peer-cert-file",
     )?;
-    let connector = Connector::new(options.tls.peers().client()?);
+    let connector = Connector::new(options.tls.peers())?;
     let metrics = Metrics::new()?;
     let waiting = Waiting::default();
     let slow_syncs = SlowSyncs::new(Duration::from_millis(options.election_timeout) / 4);
@@ -220,46 +218,15 @@ fn limits(options: &Options) -> anyhow::Result<Limits> {
 
 /// A TLS configuration where one is needed.
 fn server_tls(
-    config: Option<ServerTlsConfig>,
+    config: Option<ServerTls>,
     addresses: &[Listen],
     flag: &str,
-) -> anyhow::Result<Option<ServerTlsConfig>> {
+) -> anyhow::Result<Option<ServerTls>> {
     anyhow::ensure!(
         config.is_some() || !addresses.iter().any(|address| address.tls),
         "an https URL to listen on needs a certificate: {flag} is missing"
     );
     Ok(config)
-}
-
-/// Listens until `end`; what is returned ends when the last request is answered.
-async fn listen(
-    on: Listen,
-    tls: Option<&ServerTlsConfig>,
-    routes: Routes,
-    end: impl Future<Output = ()> + Send + 'static,
-) -> anyhow::Result<JoinHandle<()>> {
-    let address = on.address;
-    let listener = TcpListener::bind(address)
-        .await
-        .with_context(|| format!("cannot listen on {address}"))?;
-    let incoming = TcpIncoming::from(listener).with_nodelay(Some(true));
-    let mut server = Server::builder()
-        .accept_http1(true)
-        .initial_connection_window_size(Some(8 * 1024 * 1024))
-        .initial_stream_window_size(Some(4 * 1024 * 1024));
-    if let Some(tls) = tls.cloned().filter(|_| on.tls) {
-        server = server
-            .tls_config(tls)
-            .context("the certificate or its key is unusable")?;
-    }
-    let server = server
-        .add_routes(routes)
-        .serve_with_incoming_shutdown(incoming, end);
-    Ok(tokio::spawn(async move {
-        if let Err(error) = server.await {
-            tracing::error!(%address, %error, "a listener ended");
-        }
-    }))
 }
 
 /// Says over gRPC's health service whether this member can serve.

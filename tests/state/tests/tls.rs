@@ -56,6 +56,50 @@ async fn everybody_shows_a_certificate() {
     assert!(!plain.status.success());
 }
 
+/// Certificates are replaced while members run: new connections, also among members, have the new
+/// ones; what makes no sense is not used.
+#[tokio::test]
+async fn certificates_change() {
+    let old = Certificates::new();
+    let tls = old.client("anne");
+    let mut cluster = Cluster::start_with(Program::KeelsonState, 3, &old.flags(), Some(tls)).await;
+    let new = Certificates::new();
+    new.client("anne");
+    let get = |url: &str, certificates: &Certificates| {
+        certificates
+            .etcdctl(url, Some("anne"), &["get", "key"])
+            .status
+            .success()
+    };
+    let url = cluster.client_url(1).to_owned();
+    assert!(get(&url, &old) && !get(&url, &new));
+
+    let place = |name: &str| old.folder.path().join(name);
+    let key = fs::read(place("server.key")).unwrap();
+    fs::write(place("server.key"), "nonsense").unwrap();
+    assert!(get(&url, &old), "half of a change is used");
+    fs::write(place("server.key"), key).unwrap();
+    for name in ["ca.pem", "server.pem", "server.key"] {
+        fs::copy(new.folder.path().join(name), place(name)).unwrap();
+    }
+    assert!(get(&url, &new) && !get(&url, &new_strangers()));
+    // A member that comes back is talked to with the new ones.
+    cluster.kill(2);
+    cluster.run(2);
+    let limit = std::time::Instant::now() + std::time::Duration::from_secs(30);
+    while !get(cluster.client_url(2), &new) {
+        assert!(std::time::Instant::now() < limit, "{}", cluster.log_of(2));
+        tokio::time::sleep(std::time::Duration::from_millis(100)).await;
+    }
+}
+
+/// Signed by nobody that a member knows.
+fn new_strangers() -> Certificates {
+    let strangers = Certificates::new();
+    strangers.client("anne");
+    strangers
+}
+
 /// The common name of a certificate is a user.
 #[tokio::test]
 async fn a_certificate_is_a_user() {

@@ -21,7 +21,7 @@ use keelson_member::{MemberError, PeerMessage, RequestError, encode_message, is_
 use parking_lot::Mutex;
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
-use tonic::transport::{Channel, Endpoint};
+use tonic::transport::Channel;
 use tonic::{Code, Status};
 
 pub use self::connector::Connector;
@@ -30,6 +30,7 @@ pub use self::service::service;
 
 use crate::grpc::refused;
 use crate::node::Node;
+use crate::tls::Stamp;
 
 /// What tonic generates from `proto/peer.proto`.
 #[allow(missing_docs, unused_qualifications, clippy::pedantic)]
@@ -54,7 +55,7 @@ pub struct Peers {
     connector: Connector,
     links: Mutex<HashMap<u64, Link>>,
     /// For single calls, by URL.
-    clients: Mutex<HashMap<String, PeerClient<Channel>>>,
+    clients: Mutex<HashMap<(String, Stamp), PeerClient<Channel>>>,
 }
 
 struct Link {
@@ -152,7 +153,10 @@ impl Peers {
         links.retain(|to, link| url_of(node, *to).as_deref() == Some(&link.url));
         let members = node.keyspace().metadata().members;
         let known = |url: &String| members.iter().any(|member| member.peer_urls.contains(url));
-        self.clients.lock().retain(|url, _| known(url));
+        let now = self.connector.stamp();
+        self.clients
+            .lock()
+            .retain(|(url, stamp), _| known(url) && *stamp == now);
     }
 
     fn send_snapshot(&self, node: &Node, message: PeerMessage) {
@@ -177,13 +181,6 @@ impl Peers {
             return Some(link.messages.clone());
         }
         let url = url_of(node, to)?;
-        let endpoint = match self.connector.endpoint(&url) {
-            Ok(endpoint) => endpoint,
-            Err(error) => {
-                tracing::error!(url, %error, "the member's peer URL is unusable");
-                return None;
-            }
-        };
         let (messages, queued) = mpsc::channel(QUEUE);
         let outgoing = Outgoing {
             cluster_id: self.cluster_id,
@@ -191,7 +188,7 @@ impl Peers {
             to,
             node: node.clone(),
         };
-        let task = tokio::spawn(outgoing.run(endpoint, queued));
+        let task = tokio::spawn(outgoing.run(self.connector.clone(), url.clone(), queued));
         let link = Link {
             url,
             messages: messages.clone(),
@@ -204,14 +201,15 @@ impl Peers {
     fn leader(&self, node: &Node) -> Result<PeerClient<Channel>, RequestError> {
         let url = url_of(node, node.status().leader).ok_or(RequestError::NoLeader)?;
         let mut clients = self.clients.lock();
-        if let Some(client) = clients.get(&url) {
+        let place = (url, self.connector.stamp());
+        if let Some(client) = clients.get(&place) {
             return Ok(client.clone());
         }
         let client = self
             .connector
-            .client(&url)
+            .client(&place.0)
             .map_err(|_| RequestError::NoLeader)?;
-        clients.insert(url, client.clone());
+        clients.insert(place, client.clone());
         Ok(client)
     }
 }
@@ -232,10 +230,16 @@ struct Outgoing {
 
 impl Outgoing {
     /// Streams messages, reconnecting for as long as there are any.
-    async fn run(self, endpoint: Endpoint, mut queued: mpsc::Receiver<PeerMessage>) {
+    async fn run(self, connector: Connector, url: String, mut queued: mpsc::Receiver<PeerMessage>) {
         loop {
-            if let Ok(channel) = endpoint.connect().await {
-                self.stream(channel, &mut queued).await;
+            // Made anew each time: certificates may have changed.
+            match connector.endpoint(&url) {
+                Ok(endpoint) => {
+                    if let Ok(channel) = endpoint.connect().await {
+                        self.stream(channel, &mut queued).await;
+                    }
+                }
+                Err(error) => tracing::error!(url, %error, "cannot connect to a member"),
             }
             self.node.tell(Input::Unreachable(self.to));
             while queued.try_recv().is_ok() {} // it is out of date

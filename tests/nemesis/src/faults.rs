@@ -113,7 +113,11 @@ impl Fault {
             Kind::Delay | Kind::Lose => cluster.network.change(|_, _, link| *link = self.link),
             Kind::FillDisk => cluster.disk(target).fill()?,
             Kind::StallDisk => cluster.disk(target).freeze()?,
-            Kind::Refill => cluster.refill(target, REFILL).await?,
+            Kind::Refill => {
+                // It has to reach the others, and they need a quorum without it.
+                cluster.heal()?;
+                cluster.refill(target, REFILL).await?;
+            }
         }
         Ok(())
     }

@@ -20,7 +20,12 @@ use crate::sandbox::run;
 /// The member that is damaged.
 const MEMBER: usize = 1;
 /// How long it has to show what it makes of it.
-const LIMIT: Duration = Duration::from_secs(15);
+const LIMIT: Duration = Duration::from_mins(1);
+/// One that has ended so often without an answer won't give any.
+const ENDS: usize = 5;
+
+/// Words in lines that say why something is wrong.
+const SAYS_WHY: [&str; 5] = ["ERROR", "WARN", "panic", "fatal", "\"error\""];
 
 /// One damage.
 pub struct Damage {
@@ -43,6 +48,8 @@ pub enum How {
     Zero(u64, u64),
     /// It ends here.
     Cut(u64),
+    /// Here are so many bytes of a write that did not get done.
+    Garbage(u64, usize),
 }
 
 /// How a member fared.
@@ -147,7 +154,9 @@ impl Bench {
         if !damage.live {
             self.cluster.run(MEMBER)?;
         }
+        let begin = Instant::now();
         let (fate, ended) = self.watch().await?;
+        let time = begin.elapsed();
         let others = self.others_answer().await;
         let when = if damage.live {
             "while it runs"
@@ -164,11 +173,18 @@ impl Bench {
         } else {
             ", and the other members refuse requests"
         };
-        let says = format!("{}{ended}{others}", fate_name.as_str().unwrap_or_default());
+        let fate_name = fate_name.as_str().unwrap_or_default();
+        let says = format!(
+            "{fate_name} after {:.1} s{ended}{others}",
+            time.as_secs_f64()
+        );
         notes.note(
             &format!("{} {} {when}", damage.file.display(), damage.what),
             says,
         );
+        if matches!(fate, Fate::Ends | Fate::Silent) {
+            println!("    its last words: {}", self.last_words());
+        }
         *notes.fates.entry(fate).or_default() += 1;
         Ok(())
     }
@@ -179,7 +195,7 @@ impl Bench {
         let url = Cluster::client_url(MEMBER);
         let mut ended = 0;
         let mut last = Fate::Silent;
-        while Instant::now() < end {
+        while Instant::now() < end && (last != Fate::Ends || ended < ENDS) {
             ended += self.cluster.supervise()?.len();
             let looked = self.data.look(&url).await;
             last = match looked {
@@ -193,6 +209,16 @@ impl Bench {
             sleep(Duration::from_millis(300)).await;
         }
         Ok((last, ended))
+    }
+
+    fn last_words(&self) -> String {
+        let log = std::fs::read(self.cluster.log(MEMBER)).unwrap_or_default();
+        let log = String::from_utf8_lossy(&log).into_owned();
+        let said = log
+            .lines()
+            .rev()
+            .find(|line| SAYS_WHY.iter().any(|word| line.contains(word)));
+        said.unwrap_or_default().chars().take(400).collect()
     }
 
     async fn agrees(&self) -> bool {
@@ -229,6 +255,7 @@ impl How {
                 open.write_all_at(&vec![0; usize::try_from(length)?], at)?;
             }
             Self::Cut(at) => open.set_len(at)?,
+            Self::Garbage(at, length) => open.write_all_at(&vec![0xa5; length], at)?,
         }
         open.sync_all()?;
         Ok(())

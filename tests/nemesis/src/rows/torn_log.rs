@@ -4,8 +4,8 @@ use super::damage::{Bench, Damage, How, is_log};
 use super::{Notes, RowFlags};
 use crate::cluster::Setup;
 
-/// The log of a member that is down ends in the middle of its last write, as after a crash; or it is
-/// damaged before its end, which no crash does.
+/// The log of a member that is down ends with half of a write, as after a crash; or something is
+/// missing of what was acknowledged, at its end or in its middle, which no crash does.
 pub async fn make(folder: &Path, flags: &RowFlags, notes: &mut Notes) -> anyhow::Result<()> {
     let mut bench = Bench::new(folder, Setup::of(flags.program, flags.seed)).await?;
     let mut logs = bench.files()?;
@@ -16,6 +16,7 @@ pub async fn make(folder: &Path, flags: &RowFlags, notes: &mut Notes) -> anyhow:
     };
     let used = content.iter().rposition(|byte| *byte != 0).unwrap_or(0) as u64 + 1;
     let cases = [
+        ("half of a write at the end", How::Garbage(used, 300)),
         (
             "the last 100 bytes are cut off",
             How::Cut(used.saturating_sub(100)),

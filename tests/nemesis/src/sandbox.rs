@@ -89,6 +89,7 @@ fn stay_outside() -> anyhow::Result<ExitCode> {
     thaw_all(folder.path());
     let status = inside.wait().context("wait for the program inside")?;
     unmount_all(folder.path());
+    remove(folder)?;
     let code = status.code().or(status.signal().map(|signal| 128 + signal));
     Ok(u8::try_from(code.unwrap_or(1)).map_or(ExitCode::FAILURE, ExitCode::from))
 }
@@ -111,6 +112,18 @@ fn unmount_all(folder: &Path) {
             .stderr(Stdio::null())
             .status();
     }
+}
+
+/// Mounts may need some time to go.
+fn remove(folder: tempfile::TempDir) -> anyhow::Result<()> {
+    let path = folder.keep();
+    for _ in 0..50 {
+        if std::fs::remove_dir_all(&path).is_ok() {
+            return Ok(());
+        }
+        std::thread::sleep(std::time::Duration::from_millis(100));
+    }
+    std::fs::remove_dir_all(&path).with_context(|| format!("remove {}", path.display()))
 }
 
 fn mounts(folder: &Path) -> Vec<PathBuf> {

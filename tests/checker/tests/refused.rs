@@ -349,14 +349,12 @@ fn watched(messages: Vec<Vec<Event>>) -> History {
         put(0, 3, 4, "l", "b", 3),
         put(0, 5, 6, "k", "c", 4),
     ]);
-    let mut at = 10;
     let mut responses = vec![WatchResponse {
         at: 0,
         revision: 1,
         body: WatchBody::Created,
     }];
-    for events in messages {
-        at += 1;
+    for (at, events) in (11..).zip(messages) {
         let body = if events.is_empty() {
             WatchBody::Progress
         } else {

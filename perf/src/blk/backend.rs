@@ -6,6 +6,7 @@ use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
+use rustix::process::{Pid, Signal, kill_process};
 
 use super::work::{Backing, Work};
 
@@ -144,8 +145,18 @@ impl Backend {
     }
 }
 
+// Told to stop, so that it lets go of the disk before the next one wants it; a killed process's
+// io_uring holds on to its files, and so to their locks, for a while.
 impl Drop for Backend {
     fn drop(&mut self) {
+        let process = i32::try_from(self.process.id()).ok();
+        if let Some(process) = process.and_then(Pid::from_raw) {
+            let _ = kill_process(process, Signal::TERM);
+        }
+        let begin = Instant::now();
+        while matches!(self.process.try_wait(), Ok(None)) && begin.elapsed() < START_LIMIT {
+            std::thread::sleep(Duration::from_millis(1));
+        }
         let _ = self.process.kill();
         let _ = self.process.wait();
     }

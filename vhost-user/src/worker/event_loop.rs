@@ -92,7 +92,7 @@ impl EventLoop {
             }
             let busy = self.run_hot_queues()?;
             if busy || self.look() {
-                self.enter(0, None)?;
+                self.enter_if_needed()?;
             } else if !self.cool() {
                 self.sleep()?;
             }
@@ -193,6 +193,19 @@ impl EventLoop {
             }
         }
         earliest
+    }
+
+    // Submits and lets the kernel post what is complete, if there is any of that: a worker that
+    // finds its requests by looking makes no system call for a disk that answers at once.
+    fn enter_if_needed(&mut self) -> io::Result<()> {
+        let submission = self.ring.submission();
+        let idle = submission.is_empty() && !submission.taskrun() && !submission.cq_overflow();
+        drop(submission);
+        // Without the flag nothing says whether completions wait to be posted.
+        if idle && self.ring.params().is_setup_single_issuer() {
+            return Ok(());
+        }
+        self.enter(0, None)
     }
 
     // Submits, and waits for this many completions, or until the deadline.

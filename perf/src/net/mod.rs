@@ -42,7 +42,7 @@ pub struct Options {
     /// Rounds of each kind of work [default: 5, with --quick 2].
     #[arg(long)]
     rounds: Option<u32>,
-    /// Seconds of each measurement [default: 2, with --quick 0.25].
+    /// Seconds of each measurement [default: 2, with --quick 0.2].
     #[arg(long)]
     seconds: Option<f64>,
 }
@@ -56,7 +56,7 @@ pub fn run(options: &Options) -> anyhow::Result<()> {
     let rounds = options.rounds.unwrap_or(if options.quick { 2 } else { 5 });
     let seconds = options
         .seconds
-        .unwrap_or(if options.quick { 0.25 } else { 2.0 });
+        .unwrap_or(if options.quick { 0.2 } else { 2.0 });
     let duration = Duration::try_from_secs_f64(seconds).context("--seconds")?;
     let mut report = Report {
         area: "net",

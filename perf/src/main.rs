@@ -6,6 +6,7 @@ mod net;
 mod process;
 mod report;
 mod state;
+mod vm;
 
 use clap::{Parser, Subcommand};
 
@@ -25,6 +26,8 @@ enum Area {
     Blk(blk::Options),
     /// The eBPF network beside a bridge with nftables.
     Net(net::Options),
+    /// The VMM beside QEMU.
+    Vm(vm::Options),
 }
 
 fn main() -> anyhow::Result<()> {
@@ -32,5 +35,6 @@ fn main() -> anyhow::Result<()> {
         Area::State(options) => state::run(&options),
         Area::Blk(options) => blk::run(&options),
         Area::Net(options) => net::run(&options),
+        Area::Vm(options) => vm::run(&options),
     }
 }

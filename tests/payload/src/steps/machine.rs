@@ -75,6 +75,20 @@ pub fn busy(arguments: &Arguments<'_>) -> Result<(), Error> {
     Ok(())
 }
 
+/// Reads a port that nothing answers, so often, and says how long that takes.
+pub fn exits(arguments: &Arguments<'_>) -> Result<(), Error> {
+    const NOBODYS: u16 = 0x80;
+    arguments.allow(&["count"])?;
+    let count = arguments.number("count", 10_000)?;
+    let start = clock::time_stamp();
+    for _ in 0..count {
+        supervisor::port_in(NOBODYS, Width::Byte);
+    }
+    let us = clock::nanoseconds(clock::time_stamp() - start) / 1000;
+    say!("exits ok count={count} us={us}");
+    Ok(())
+}
+
 pub fn hang(arguments: &Arguments<'_>) -> Result<(), Error> {
     arguments.allow(&[])?;
     say!("hang ok");

@@ -8,6 +8,7 @@
 //! | `initrd` | | reports the initrd's size and FNV-1a hash |
 //! | `idle` | `ms` (100) | halts |
 //! | `busy` | `ms` (100) | computes |
+//! | `exits` | `count` (10000) | reads a port that nothing answers, each time an exit to the VMM |
 //! | `lines` | `count` (1000) | prints numbered lines |
 //! | `console-read` | `ms` (10000) | reads a line from the console and prints it |
 //! | `hang` | | halts for ever with interrupts off |
@@ -112,6 +113,7 @@ fn take(machine: &Machine<'_>, step: Step<'_>) -> Result<(), Error> {
         "idle" => machine::idle(arguments),
         "busy" => machine::busy(arguments),
         "hang" => machine::hang(arguments),
+        "exits" => machine::exits(arguments),
         "lines" => machine::lines(arguments),
         "console-read" => machine::read_line(arguments),
         "wait-power-button" => machine::wait_for_power_button(machine, arguments),

@@ -1,0 +1,269 @@
+//! `perf vm`: keelson-vmm beside QEMU with stock kernels, and by itself with the payload guest.
+
+mod first_instruction;
+mod here;
+mod peers;
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use anyhow::Context as _;
+use comfy_table::{Table, presets};
+use keelson_lab::{Exec, FileCopy, KernelFiles, Lab, LabOptions, guest_initrd};
+
+use crate::report::{Goal, Report, Sample, Wanted};
+
+pub use peers::Peer;
+
+/// Measures keelson-vmm on this machine's KVM with the payload guest, and beside QEMU with a stock
+/// Debian kernel in the lab (or, with --peers-here, on this machine's KVM).
+#[derive(Debug, clap::Args)]
+pub struct Options {
+    /// Few rounds, in under a minute.
+    #[arg(long)]
+    quick: bool,
+    /// Write every sample here.
+    #[arg(long)]
+    json: Option<PathBuf>,
+    /// Write a page with plots here.
+    #[arg(long)]
+    html: Option<PathBuf>,
+    /// Rounds on this machine [default: 20, with --quick 5].
+    #[arg(long)]
+    rounds: Option<u32>,
+    /// Rounds beside QEMU, each of which boots three stock kernels [default: 5, with --quick 1].
+    #[arg(long)]
+    peer_rounds: Option<u32>,
+    /// Leave out what is measured beside QEMU.
+    #[arg(long)]
+    no_peers: bool,
+    /// Run QEMU and stock kernels on this machine's KVM instead of in the lab: where it has VT-x or
+    /// SVM.
+    #[arg(long)]
+    peers_here: bool,
+    /// Print the samples of this many rounds beside QEMU as JSON lines, and nothing else: what runs
+    /// in the lab.
+    #[arg(long, hide = true, value_names = ["ROUNDS", "KERNEL", "INITRD"], num_args = 3)]
+    only_peers: Option<Vec<String>>,
+}
+
+pub fn run(options: &Options) -> anyhow::Result<()> {
+    if let Some([rounds, kernel, initrd]) = options.only_peers.as_deref() {
+        let samples = peers::measure(rounds.parse()?, Path::new(kernel), Path::new(initrd))?;
+        return peers::print(&samples);
+    }
+    let rounds = options.rounds.unwrap_or(if options.quick { 5 } else { 20 });
+    let peer_rounds = options
+        .peer_rounds
+        .unwrap_or(if options.quick { 1 } else { 5 });
+    let mut report = Report {
+        area: "vm",
+        time: jiff::Timestamp::now().to_string(),
+        machine: machine(),
+        versions: versions(),
+        method: format!(
+            "Here: {rounds} rounds with the payload guest, 256 MiB, one vCPU. Memory overhead is the resident \
+             memory of all mappings of keelson-vmm but the guest's own. A clone runs when its guest has printed \
+             a line. Beside QEMU: {peer_rounds} rounds, alternating who is first, of one vCPU, 256 MiB, the same \
+             uncompressed Debian kernel and initramfs, and a serial console into a file that is looked at every \
+             200 µs. Unless --peers-here was given these run in the lab, where KVM itself is emulated: only the \
+             ratios mean something there."
+        ),
+        samples: here::measure(rounds)?,
+        goals: Vec::new(),
+    };
+    if !options.no_peers {
+        let kernel = KernelFiles::find("6.12").context("run setup/kernels first")?;
+        let initrd = guest_initrd::cached(&kernel)?;
+        report.samples.extend(if options.peers_here {
+            peers::measure(peer_rounds, &kernel.vmlinux, &initrd)?
+        } else {
+            in_lab(peer_rounds, &kernel, &initrd)?
+        });
+    }
+    add_goals(&mut report);
+    print(&report);
+    if let Some(path) = &options.json {
+        report.write_json(path)?;
+    }
+    if let Some(path) = &options.html {
+        let plots = [
+            ("ms", "Milliseconds"),
+            ("cpu_ms", "CPU, ms"),
+            ("memory_mib", "Memory overhead, MiB"),
+            ("exits_per_s", "Exits per second"),
+        ];
+        report.write_html(path, &Peer::ALL.map(Peer::name), &plots)?;
+    }
+    Ok(())
+}
+
+/// Runs this program in the lab.
+fn in_lab(rounds: u32, kernel: &KernelFiles, initrd: &Path) -> anyhow::Result<Vec<Sample>> {
+    let own = std::env::current_exe()?;
+    let copy = |from: &Path, to: &str| FileCopy {
+        from: from.into(),
+        to: to.into(),
+    };
+    let lab = Lab::boot(&LabOptions {
+        files: vec![
+            copy(&own, "/usr/bin/perf"),
+            copy(&own.with_file_name("keelson-vmm"), "/usr/bin/keelson-vmm"),
+            copy(&kernel.vmlinux, "/boot/guest-kernel"),
+            copy(initrd, "/boot/guest-initrd"),
+            copy(Path::new("/usr/share/qemu"), "/usr/share/qemu"),
+            copy(Path::new("/usr/share/seabios"), "/usr/share/seabios"),
+        ],
+        tools: vec!["qemu-system-x86_64".to_owned()],
+        ..LabOptions::default()
+    })?;
+    let exec = Exec {
+        arguments: [
+            "perf",
+            "vm",
+            "--only-peers",
+            &rounds.to_string(),
+            "/boot/guest-kernel",
+            "/boot/guest-initrd",
+        ]
+        .map(String::from)
+        .into(),
+        timeout_seconds: Some(600),
+        ..Exec::default()
+    };
+    let output = lab.output(&exec, b"")?;
+    anyhow::ensure!(
+        output.status.success(),
+        "in the lab: {}",
+        String::from_utf8_lossy(&output.stderr)
+    );
+    lab.shut_down()?;
+    peers::parse(&output.text())
+}
+
+fn add_goals(report: &mut Report) {
+    let pair = (Peer::Keelson.name(), Peer::Microvm.name());
+    for (work, limit) in [("start to first instruction", 0.25), ("start to init", 0.7)] {
+        let name = format!("{work}, beside QEMU microvm");
+        report.goal(name, pair, work, "ms", Wanted::AtMost(limit));
+    }
+    absolute(
+        report,
+        "memory beyond the guest's, booted",
+        "booted",
+        "memory_mib",
+        5.0,
+        "MiB",
+    );
+    absolute(
+        report,
+        "memory beyond the guest's, restored",
+        "clone of 256 MiB",
+        "memory_mib",
+        7.0,
+        "MiB",
+    );
+    absolute(report, "API ready", "API ready", "cpu_ms", 8.0, "CPU-ms");
+    absolute(
+        report,
+        "a clone of a 256 MiB snapshot runs",
+        "clone of 256 MiB",
+        "ms",
+        20.0,
+        "ms",
+    );
+}
+
+fn absolute(
+    report: &mut Report,
+    name: &str,
+    work: &str,
+    figure: &str,
+    limit: f64,
+    unit: &'static str,
+) {
+    let Some(measured) = report.figure(Peer::Keelson.name(), work, figure) else {
+        return;
+    };
+    let values = report
+        .samples
+        .iter()
+        .filter(|sample| sample.work == work && sample.peer == Peer::Keelson.name())
+        .filter_map(|sample| sample.figures.get(figure).copied());
+    let spread = values.fold((f64::MAX, f64::MIN), |(least, most), value| {
+        (value.min(least), value.max(most))
+    });
+    report.goals.push(Goal {
+        name: name.to_owned(),
+        goal: format!("at most {limit}"),
+        measured,
+        unit,
+        spread,
+        met: measured <= limit,
+    });
+}
+
+fn print(report: &Report) {
+    let mut table = Table::new();
+    table.load_style(presets::NOTHING);
+    table.set_header(["work", "peer", "figure", "median"]);
+    for work in report.works() {
+        for peer in Peer::ALL {
+            let samples = report.samples.iter();
+            let figures: std::collections::BTreeSet<&str> = samples
+                .filter(|sample| sample.work == work && sample.peer == peer.name())
+                .flat_map(|sample| sample.figures.keys().copied())
+                .collect();
+            for figure in figures {
+                if let Some(value) = report.figure(peer.name(), work, figure) {
+                    table.add_row([work, peer.name(), figure, &format!("{value:.2}")]);
+                }
+            }
+        }
+    }
+    println!("{table}");
+    for goal in &report.goals {
+        println!(
+            "{} {}: {:.2} {} ({:.2}–{:.2}), wanted {}",
+            if goal.met { "met   " } else { "missed" },
+            goal.name,
+            goal.measured,
+            goal.unit,
+            goal.spread.0,
+            goal.spread.1,
+            goal.goal
+        );
+    }
+}
+
+fn versions() -> BTreeMap<String, String> {
+    let first_line = |program: &Path| {
+        let output = Command::new(program).arg("--version").output().ok()?;
+        let text = String::from_utf8_lossy(&output.stdout).into_owned();
+        Some(text.lines().next()?.to_owned())
+    };
+    let own = keelson_vmm_tests::binary("keelson-vmm");
+    [own.as_path(), Path::new("qemu-system-x86_64")]
+        .into_iter()
+        .filter_map(|program| {
+            let name = program.file_name()?.to_string_lossy().into_owned();
+            Some((name, first_line(program)?))
+        })
+        .collect()
+}
+
+fn machine() -> String {
+    let read = |path: &str| std::fs::read_to_string(path).unwrap_or_default();
+    let info = read("/proc/cpuinfo");
+    let model = info
+        .lines()
+        .find_map(|line| line.strip_prefix("model name\t: "))
+        .unwrap_or("unknown processor");
+    let count = info
+        .lines()
+        .filter(|line| line.starts_with("processor"))
+        .count();
+    let release = read("/proc/sys/kernel/osrelease");
+    format!("{count} × {model}, Linux {}", release.trim())
+}

@@ -1,0 +1,214 @@
+//! keelson-vmm and QEMU with the same kernels.
+
+use std::collections::BTreeMap;
+use std::fs::{self, File};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use anyhow::Context as _;
+use serde_json::json;
+
+use super::first_instruction;
+use crate::report::Sample;
+
+const POLL: Duration = Duration::from_micros(200);
+const PATIENCE: Duration = Duration::from_mins(2);
+const MEMORY_MIB: u64 = 256;
+const COMMAND_LINE: &str = "console=ttyS0 quiet panic=-1";
+
+/// Who is measured.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Peer {
+    /// keelson-vmm.
+    Keelson,
+    /// QEMU with its smallest machine.
+    Microvm,
+    /// QEMU with its PC.
+    Q35,
+}
+
+impl Peer {
+    /// All of them.
+    pub const ALL: [Self; 3] = [Self::Keelson, Self::Microvm, Self::Q35];
+
+    /// Its name in reports.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Keelson => "keelson-vmm",
+            Self::Microvm => "QEMU microvm",
+            Self::Q35 => "QEMU q35",
+        }
+    }
+
+    /// Starts a guest whose serial console goes to `folder/console.log`.
+    fn start(self, folder: &Path, kernel: &Path, initrd: Option<&Path>) -> anyhow::Result<Running> {
+        let log = folder.join("console.log");
+        let mut command = match self {
+            Self::Keelson => keelson(folder, &log, kernel, initrd)?,
+            Self::Microvm => qemu("microvm", &log, kernel, initrd),
+            Self::Q35 => qemu("q35", &log, kernel, initrd),
+        };
+        let errors = File::create(folder.join("errors"))?;
+        command
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(errors);
+        let begun = Instant::now();
+        let child = command
+            .spawn()
+            .with_context(|| format!("start {}", self.name()))?;
+        Ok(Running { child, begun, log })
+    }
+}
+
+fn keelson(
+    folder: &Path,
+    log: &Path,
+    kernel: &Path,
+    initrd: Option<&Path>,
+) -> anyhow::Result<Command> {
+    let config = json!({
+        "name": "perf",
+        "vcpus": 1,
+        "memory": {"size_mib": MEMORY_MIB},
+        "kernel": {"image": kernel, "initrd": initrd, "command_line": COMMAND_LINE},
+        "console": {"socket": folder.join("console.sock"), "log": log},
+    });
+    let path = folder.join("guest.json");
+    fs::write(&path, config.to_string())?;
+    let mut command = Command::new(keelson_vmm_tests::binary("keelson-vmm"));
+    command
+        .arg("--config")
+        .arg(path)
+        .arg("--api-socket")
+        .arg(folder.join("api.sock"));
+    Ok(command)
+}
+
+/// As QEMU's documentation of microvm recommends it (docs/system/i386/microvm.rst).
+fn qemu(machine: &str, log: &Path, kernel: &Path, initrd: Option<&Path>) -> Command {
+    let mut command = Command::new("qemu-system-x86_64");
+    command
+        .args(["-M", machine, "-accel", "kvm", "-cpu", "host", "-smp", "1"])
+        .args(["-nodefaults", "-no-user-config", "-nographic", "-no-reboot"])
+        .args(["-m", &format!("{MEMORY_MIB}M"), "-append", COMMAND_LINE])
+        .arg("-serial")
+        .arg(format!("file:{}", log.display()))
+        .arg("-kernel")
+        .arg(kernel);
+    if let Some(initrd) = initrd {
+        command.arg("-initrd").arg(initrd);
+    }
+    command
+}
+
+/// A guest, which is killed in the end.
+struct Running {
+    child: Child,
+    begun: Instant,
+    log: PathBuf,
+}
+
+impl Running {
+    /// Milliseconds from the start until `sign` is on the console.
+    fn until(&mut self, sign: &[u8]) -> anyhow::Result<f64> {
+        loop {
+            let log = fs::read(&self.log).unwrap_or_default();
+            if log.windows(sign.len()).any(|window| window == sign) {
+                return Ok(self.begun.elapsed().as_secs_f64() * 1e3);
+            }
+            if let Some(status) = self.child.try_wait()? {
+                anyhow::bail!(
+                    "it ended ({status}) before {:?}",
+                    String::from_utf8_lossy(sign)
+                );
+            }
+            anyhow::ensure!(
+                self.begun.elapsed() < PATIENCE,
+                "no {:?} within {PATIENCE:?}",
+                String::from_utf8_lossy(sign)
+            );
+            std::thread::sleep(POLL);
+        }
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        // It may have ended already.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// Measures the peers in turn.
+pub fn measure(rounds: u32, kernel: &Path, initrd: &Path) -> anyhow::Result<Vec<Sample>> {
+    let folder = tempfile::tempdir()?;
+    let tiny = folder.path().join("first-instruction");
+    fs::write(&tiny, first_instruction::image())?;
+    let mut samples = Vec::new();
+    for round in 1..=rounds {
+        let mut order = Peer::ALL;
+        order.rotate_left(usize::try_from(round)? % Peer::ALL.len());
+        for (work, kernel, initrd, sign) in [
+            (
+                "start to first instruction",
+                &*tiny,
+                None,
+                &[first_instruction::SIGN][..],
+            ),
+            (
+                "start to init",
+                kernel,
+                Some(initrd),
+                b"keelson-guest: userspace up",
+            ),
+        ] {
+            for peer in order {
+                let place = tempfile::tempdir()?;
+                let took = peer
+                    .start(place.path(), kernel, initrd)?
+                    .until(sign)
+                    .with_context(|| {
+                        let errors = fs::read_to_string(place.path().join("errors"));
+                        format!("{}: {work}: {}", peer.name(), errors.unwrap_or_default())
+                    })?;
+                samples.push(Sample {
+                    peer: peer.name(),
+                    work: work.to_owned(),
+                    round,
+                    figures: BTreeMap::from([("ms", took)]),
+                });
+            }
+        }
+    }
+    Ok(samples)
+}
+
+/// Prints samples as lines of JSON.
+pub fn print(samples: &[Sample]) -> anyhow::Result<()> {
+    for sample in samples {
+        println!("{}", serde_json::to_string(sample)?);
+    }
+    Ok(())
+}
+
+/// What [`print`] printed.
+pub fn parse(text: &str) -> anyhow::Result<Vec<Sample>> {
+    let sample = |line: &str| -> anyhow::Result<Sample> {
+        let value: serde_json::Value = serde_json::from_str(line)?;
+        let name = value["peer"].as_str().unwrap_or_default();
+        let peer = Peer::ALL.into_iter().find(|peer| peer.name() == name);
+        Ok(Sample {
+            peer: peer.context("a peer")?.name(),
+            work: value["work"].as_str().context("work")?.to_owned(),
+            round: u32::try_from(value["round"].as_u64().context("round")?)?,
+            figures: BTreeMap::from([("ms", value["figures"]["ms"].as_f64().context("ms")?)]),
+        })
+    };
+    text.lines()
+        .filter(|line| line.starts_with('{'))
+        .map(sample)
+        .collect()
+}

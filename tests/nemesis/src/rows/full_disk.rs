@@ -1,7 +1,9 @@
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use tokio::time::sleep;
+use keelson_etcd_api::etcdserverpb as pb;
+use pb::kv_client::KvClient;
+use tokio::time::{sleep, timeout};
 
 use super::data::Data;
 use super::prober::{Probe, Probed, Prober};
@@ -85,15 +87,21 @@ fn after(puts: &Probed, room: Instant) -> serde_json::Value {
     })
 }
 
+/// Writes under keys of its own until it is ended.
 async fn fill_up(urls: Vec<String>) {
-    let data = Data {
-        keys: 200,
-        bytes: 200_000,
-    };
-    loop {
-        for url in &urls {
-            // It fails where the disk is full: what else.
-            let _ = tokio::time::timeout(Duration::from_secs(2), data.load(url)).await;
+    for number in 0_usize.. {
+        let put = pb::PutRequest {
+            key: format!("fill/{}", number % 200).into(),
+            value: vec![b'f'; 200_000].into(),
+            ..pb::PutRequest::default()
+        };
+        let written = async {
+            let channel = admin::connect(&urls[number % urls.len()]).await?;
+            anyhow::Ok(KvClient::new(channel).put(put).await?)
+        };
+        // It fails where the disk is full: what else.
+        if !matches!(timeout(Duration::from_secs(2), written).await, Ok(Ok(_))) {
+            sleep(Duration::from_millis(50)).await;
         }
     }
 }

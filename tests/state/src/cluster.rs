@@ -175,7 +175,7 @@ impl Cluster {
 
     /// Waits for a leader; its number.
     pub async fn leader(&self) -> usize {
-        let limit = Instant::now() + Duration::from_secs(30);
+        let limit = Instant::now() + Duration::from_mins(2);
         while Instant::now() < limit {
             for at in 0..self.members.len() {
                 if self.leads(at).await {
@@ -189,7 +189,7 @@ impl Cluster {
 
     /// Waits until a member's process ends by itself; what it logged.
     pub async fn end_of(&mut self, at: usize) -> String {
-        let limit = Instant::now() + Duration::from_secs(30);
+        let limit = Instant::now() + Duration::from_mins(2);
         let mut process = self.members[at].take().unwrap();
         while process.try_wait().unwrap().is_none() {
             if Instant::now() > limit {
@@ -232,7 +232,10 @@ impl Cluster {
 
     /// A connection to a member.
     pub async fn connect(&self, at: usize) -> Channel {
-        self.endpoint(at).connect().await.unwrap()
+        match self.endpoint(at).connect().await {
+            Ok(channel) => channel,
+            Err(error) => panic!("member {at}: {error:?}\n{}", self.log_of(at)),
+        }
     }
 
     /// A connection to a member that may not be there.
@@ -242,7 +245,7 @@ impl Cluster {
 
     /// Waits until a member answers reads that need a leader.
     pub async fn wait_for(&self, at: usize) {
-        let limit = Instant::now() + Duration::from_secs(30);
+        let limit = Instant::now() + Duration::from_mins(2);
         loop {
             if self.answers(at).await {
                 return;

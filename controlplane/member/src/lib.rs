@@ -4,6 +4,7 @@
 pub mod command;
 pub mod disk;
 mod error;
+mod guard;
 mod identity;
 pub mod keyspace;
 pub mod lessor;
@@ -19,6 +20,7 @@ pub mod watch;
 pub use raft::eraftpb::Message as PeerMessage;
 
 pub use self::error::{Damage, Failure, MemberError, RequestError};
+pub use self::guard::{Refusal, check_form};
 pub use self::identity::Identity;
 pub use self::limits::Limits;
 pub use self::recover::recover;

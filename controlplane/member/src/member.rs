@@ -15,6 +15,7 @@ use raft::{Config, ProgressState, RawNode, ReadOnlyOption, SnapshotStatus, State
 
 use crate::command::{Command, Response};
 use crate::disk::Disk;
+use crate::guard;
 use crate::keyspace::{
     FORMAT, History, Keyspace, LeaseChange, Member as MemberInfo, Metadata, StagedSnapshot,
     remove_incoming,
@@ -75,6 +76,8 @@ pub struct Member {
     disk: Arc<dyn Disk>,
     /// A snapshot that was received, until consensus has taken or refused it.
     staged: Option<StagedSnapshot>,
+    /// Why the member can't go on, if a message told it.
+    lost: Option<MemberError>,
     removed: bool,
     /// Proposals that wait until leadership is handed over.
     postponed: Vec<Message>,
@@ -204,6 +207,7 @@ impl Member {
             applied,
             disk: Arc::clone(disk),
             staged: None,
+            lost: None,
             removed: metadata.removed_members.contains(&options.id),
             postponed: Vec::new(),
         };
@@ -312,7 +316,12 @@ impl Member {
             index: metadata.applied_index,
             term: metadata.applied_term,
         };
-        message.set_snapshot(snapshot_of(at, configuration.into()));
+        let configuration = configuration.into();
+        if let Err(refusal) = guard::check_configuration(&configuration) {
+            tracing::warn!(refusal, "refused a snapshot");
+            return staged.discard(&*self.disk);
+        }
+        message.set_snapshot(snapshot_of(at, configuration));
         message.set_msg_type(MessageType::MsgSnapshot);
         self.staged = Some(staged);
         self.step_checked(message);
@@ -330,6 +339,14 @@ impl Member {
     }
 
     fn step_checked(&mut self, message: Message) {
+        let raft = &self.node.raft;
+        if let Err(refusal) = guard::check_form(&message, message.from, raft.id)
+            .and_then(|()| guard::check(raft, &message))
+        {
+            tracing::warn!(from = %format_args!("{:x}", message.from), kind = ?message.msg_type(), refusal, "refused a message");
+            self.note_loss(&message);
+            return;
+        }
         if message.msg_type() == MessageType::MsgPropose && self.postpones() {
             self.postponed.push(message);
             return;
@@ -338,6 +355,25 @@ impl Member {
             tracing::debug!(%error, "dropped a message");
         }
         self.draw_timeout();
+    }
+
+    /// The leader has heard of more entries from this member than it has: it was started on older
+    /// copies of its files.
+    fn note_loss(&mut self, message: &Message) {
+        let raft = &self.node.raft;
+        let last = raft.raft_log.last_index();
+        if message.msg_type() == MessageType::MsgHeartbeat
+            && message.term >= raft.term
+            && raft.prs().get(message.from).is_some()
+            && guard::check_form(message, message.from, raft.id).is_ok()
+            && message.commit > last
+        {
+            self.lost = Some(MemberError::Corrupt(format!(
+                "the leader knows that this member had entry {}, and the log ends at {last}: its \
+                 files are older copies",
+                message.commit
+            )));
+        }
     }
 
     fn discard_staged(&mut self) -> Result<(), MemberError> {
@@ -514,7 +550,10 @@ impl Member {
     }
 
     /// Ends a member of which something stored was found damaged, by whoever read it.
-    fn check_damage(&self) -> Result<(), MemberError> {
+    fn check_damage(&mut self) -> Result<(), MemberError> {
+        if let Some(lost) = self.lost.take() {
+            return Err(lost);
+        }
         match self.keyspace.damage().or(self.node.store().damage()) {
             Some(damage) => Err(damage),
             None => Ok(()),

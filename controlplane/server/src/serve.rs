@@ -133,7 +133,12 @@ async fn serve(options: &Options) -> anyhow::Result<End> {
     });
     let mut listeners = Vec::new();
     for listen_on in peer_addresses {
-        let service = peers::service(node.clone(), Arc::clone(&disk), identity.cluster_id);
+        let service = peers::service(
+            node.clone(),
+            Arc::clone(&disk),
+            identity.cluster_id,
+            identity.member_id,
+        );
         let routes = Routes::new(service).add_service(lobby.service());
         // Other members go on talking to this one until the process is gone.
         let never = std::future::pending();
@@ -172,6 +177,7 @@ async fn serve(options: &Options) -> anyhow::Result<End> {
     if let Some(retention) = options.retention()? {
         tokio::spawn(compactor::run(node.clone(), retention));
     }
+    tokio::spawn(peers::digests::compare(Arc::clone(&peers), node.clone()));
     tokio::spawn(introduce(
         node.clone(),
         peers,

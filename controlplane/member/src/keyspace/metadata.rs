@@ -48,6 +48,9 @@ pub struct Metadata {
     /// Users and roles; `None` if there never were any.
     #[prost(message, optional, tag = "11")]
     pub auth: Option<Auth>,
+    /// Digest of everything that was applied.
+    #[prost(fixed64, tag = "12")]
+    pub digest: u64,
 }
 
 static NO_AUTH: LazyLock<Auth> = LazyLock::new(Auth::new);

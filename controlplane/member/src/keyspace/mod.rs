@@ -8,6 +8,7 @@ mod apply;
 mod auth;
 mod authorize;
 mod blocks;
+mod digest;
 mod engine;
 mod lease;
 mod metadata;
@@ -30,6 +31,7 @@ use prost::Message as _;
 
 pub use self::apply::Event;
 pub use self::auth::{Access, Auth, UserRecord};
+pub use self::digest::DIGEST_VERSION;
 pub use self::engine::ENGINE_FILE;
 pub use self::lease::{LeaseChange, LeaseRecord, MAX_LEASE_TTL};
 pub use self::metadata::{Alarm, Configuration, FORMAT, Member, Metadata};
@@ -40,6 +42,7 @@ pub use self::snapshot::{SnapshotReader, SnapshotWriter, StagedSnapshot};
 
 use self::apply::{Applier, Changes};
 use self::blocks::Blocks;
+use self::digest::Digests;
 use self::engine::Engine;
 use self::overlay::Overlay;
 use self::read::{Step, key_value};
@@ -66,6 +69,8 @@ pub struct Keyspace {
 
 /// Committed entries being applied, seen by readers all at once.
 pub struct Batch<'a> {
+    /// Changes that are in the digest.
+    digested: usize,
     keyspace: &'a Keyspace,
     state: parking_lot::RwLockWriteGuard<'a, State>,
     changes: Changes,
@@ -109,6 +114,7 @@ impl Keyspace {
             (first, lease::Leases::new())
         };
         let state = State {
+            digests: Digests::starting_at(metadata.applied_index, metadata.digest),
             metadata,
             leases,
             active: Overlay::default(),
@@ -161,6 +167,16 @@ impl Keyspace {
         blocks
             .size()
             .map_err(MemberError::disk(format!("get the size of {ENGINE_FILE}")))
+    }
+
+    /// The digest after a log entry, if that was applied not long ago.
+    pub fn digest(&self, index: u64) -> Option<u64> {
+        self.state.read().digests.at(index)
+    }
+
+    /// Log indices and digests after them that are worth comparing with other members' now.
+    pub fn digests(&self) -> Vec<(u64, u64)> {
+        self.state.read().digests.to_compare().collect()
     }
 
     /// What was found damaged of what is stored, if anything was: nothing can be read any more, and
@@ -358,9 +374,11 @@ impl Keyspace {
 
     /// Starts applying entries.
     pub fn batch(&self) -> Batch<'_> {
+        let state = self.state.write();
         Batch {
             keyspace: self,
-            state: self.state.write(),
+            digested: state.active.changes.len(),
+            state,
             changes: Changes::default(),
         }
     }
@@ -433,8 +451,10 @@ impl Keyspace {
         engine::adopt(disk, &staged.name)?;
         let base = staged.engine.base()?;
         let mut state = self.state.write();
+        let metadata = staged.loaded.metadata;
         *state = State {
-            metadata: staged.loaded.metadata,
+            digests: Digests::starting_at(metadata.applied_index, metadata.digest),
+            metadata,
             leases: staged.loaded.leases,
             active: Overlay::default(),
             flushing: None,
@@ -488,8 +508,22 @@ impl Batch<'_> {
 
     /// Notes that everything up to a log entry is applied.
     pub fn applied(&mut self, index: u64, term: u64) {
-        self.state.metadata.applied_index = index;
-        self.state.metadata.applied_term = term;
+        let state = &mut *self.state;
+        let summary = digest::Summary {
+            index,
+            term,
+            revision: state.metadata.revision,
+            compact_revision: state.metadata.compact_revision,
+            leases: state.leases.len() as u64,
+            members: state.metadata.members.len() as u64,
+        };
+        let changes = &state.active.changes[self.digested..];
+        let digest = digest::after(state.metadata.digest, &summary, changes);
+        self.digested = state.active.changes.len();
+        state.metadata.applied_index = index;
+        state.metadata.applied_term = term;
+        state.metadata.digest = digest;
+        state.digests.push(index, digest);
     }
 
     /// The metadata, for changes of the membership.

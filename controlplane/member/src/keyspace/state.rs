@@ -6,6 +6,7 @@ use std::sync::Arc;
 use bytes::Bytes;
 use keelson_etcd_api::mvccpb::KeyValue;
 
+use super::digest::Digests;
 use super::engine::{Base, invert, revert};
 use super::lease::Leases;
 use super::metadata::Metadata;
@@ -25,6 +26,8 @@ pub(super) struct State {
     pub(super) flushing: Option<Arc<Overlay>>,
     /// What was flushed.
     pub(super) base: Base,
+    /// What was applied.
+    pub(super) digests: Digests,
 }
 
 /// How many changes are wanted at once.

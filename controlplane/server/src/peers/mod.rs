@@ -4,6 +4,7 @@
 //! is lost with a connection, consensus sends again.
 
 mod connector;
+pub mod digests;
 pub mod join;
 mod lobby;
 pub mod rebuild;
@@ -199,7 +200,11 @@ impl Peers {
     }
 
     fn leader(&self, node: &Node) -> Result<PeerClient<Channel>, RequestError> {
-        let url = url_of(node, node.status().leader).ok_or(RequestError::NoLeader)?;
+        self.member(node, node.status().leader)
+    }
+
+    fn member(&self, node: &Node, id: u64) -> Result<PeerClient<Channel>, RequestError> {
+        let url = url_of(node, id).ok_or(RequestError::NoLeader)?;
         let mut clients = self.clients.lock();
         let place = (url, self.connector.stamp());
         if let Some(client) = clients.get(&place) {

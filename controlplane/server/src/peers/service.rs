@@ -3,15 +3,16 @@
 use std::sync::Arc;
 
 use futures::StreamExt as _;
-use keelson_member::decode_message;
 use keelson_member::disk::Disk;
+use keelson_member::keyspace::DIGEST_VERSION;
 use keelson_member::replica::Input;
+use keelson_member::{check_form, decode_message};
 use tokio::sync::Semaphore;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming};
 
 use super::proto::peer_server::{Peer, PeerServer};
-use super::{LARGEST_PIECE, check_cluster, garbage, proto, rebuild, replace, snapshot};
+use super::{LARGEST_PIECE, check_cluster, digests, garbage, proto, rebuild, replace, snapshot};
 use crate::grpc::refused;
 use crate::node::Node;
 
@@ -20,6 +21,7 @@ pub struct PeerService {
     node: Node,
     disk: Arc<dyn Disk>,
     cluster_id: u64,
+    member_id: u64,
     /// One snapshot at a time.
     receiving: Semaphore,
     /// One member at a time.
@@ -27,11 +29,17 @@ pub struct PeerService {
 }
 
 /// The service with its limits.
-pub fn service(node: Node, disk: Arc<dyn Disk>, cluster_id: u64) -> PeerServer<PeerService> {
+pub fn service(
+    node: Node,
+    disk: Arc<dyn Disk>,
+    cluster_id: u64,
+    member_id: u64,
+) -> PeerServer<PeerService> {
     PeerServer::new(PeerService {
         node,
         disk,
         cluster_id,
+        member_id,
         receiving: Semaphore::new(1),
         rebuilding: Arc::new(Semaphore::new(1)),
     })
@@ -76,6 +84,10 @@ impl Peer for PeerService {
             }
             for message in piece.messages {
                 let message = decode_message(&message).ok_or_else(garbage)?;
+                check_form(&message, piece.from, self.member_id).map_err(|refusal| {
+                    tracing::warn!(from = %format_args!("{:x}", piece.from), refusal, "cut off a member");
+                    Status::invalid_argument(format!("a message makes no sense: {refusal}"))
+                })?;
                 self.node.tell(Input::Message(message));
             }
         }
@@ -94,6 +106,32 @@ impl Peer for PeerService {
         let disk = Arc::clone(&self.disk);
         snapshot::receive(&self.node, disk, self.cluster_id, request.into_inner()).await?;
         Ok(Response::new(proto::InstallSnapshotEnd {}))
+    }
+
+    async fn digest(
+        &self,
+        request: Request<proto::DigestRequest>,
+    ) -> Result<Response<proto::DigestResponse>, Status> {
+        let request = request.into_inner();
+        check_cluster(self.cluster_id, request.cluster_id)?;
+        let digest = self.node.keyspace().digest(request.index);
+        Ok(Response::new(proto::DigestResponse {
+            digest: digest.filter(|_| request.version == DIGEST_VERSION),
+        }))
+    }
+
+    async fn diverged(
+        &self,
+        request: Request<proto::DivergedRequest>,
+    ) -> Result<Response<proto::DivergedResponse>, Status> {
+        let request = request.into_inner();
+        check_cluster(self.cluster_id, request.cluster_id)?;
+        let own = self.node.keyspace().digest(request.index);
+        if request.version == DIGEST_VERSION && own.is_some_and(|own| own != request.digest) {
+            self.node
+                .tell(Input::Failed(digests::divergent(request.index)));
+        }
+        Ok(Response::new(proto::DivergedResponse {}))
     }
 
     async fn membership(

@@ -347,6 +347,10 @@ impl Member {
             self.note_loss(&message);
             return;
         }
+        self.step_trusted(message);
+    }
+
+    fn step_trusted(&mut self, message: Message) {
         if message.msg_type() == MessageType::MsgPropose && self.postpones() {
             self.postponed.push(message);
             return;
@@ -417,7 +421,7 @@ impl Member {
         }
         for mut message in std::mem::take(&mut self.postponed) {
             message.from = self.node.raft.id;
-            self.step_checked(message);
+            self.step_trusted(message);
         }
     }
 

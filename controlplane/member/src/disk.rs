@@ -1,7 +1,8 @@
 //! The disk as a member sees it: one folder of files, given from outside.
 //!
 //! Everything that a member stores goes through [`Disk`], so that a simulation can lose unsynced
-//! writes, tear them, flip bits and fill up.
+//! writes, tear them, flip bits and fill up. A write that a crash tears leaves whole sectors of 512
+//! bytes, each of before or after it: what is neither is taken for damage.
 
 use std::fmt;
 use std::fs::{File, OpenOptions};

@@ -12,6 +12,7 @@ mod limits;
 pub mod log;
 mod logger;
 mod member;
+mod planted;
 pub mod rebuild;
 mod recover;
 pub mod replica;
@@ -28,6 +29,8 @@ pub use self::recover::recover;
 pub use self::member::{
     ChangeKind, ConsensusStatus, Member, MemberOptions, MembershipChange, Output, Start,
 };
+#[cfg(feature = "planted-bugs")]
+pub use self::planted::{PlantedBug, plant};
 
 /// The message as other members read it.
 pub fn encode_message(message: &PeerMessage) -> Vec<u8> {
@@ -37,6 +40,11 @@ pub fn encode_message(message: &PeerMessage) -> Vec<u8> {
 /// Whether a message offers a snapshot, whose data goes beside it.
 pub fn is_snapshot(message: &PeerMessage) -> bool {
     message.msg_type() == raft::eraftpb::MessageType::MsgSnapshot
+}
+
+/// Whether a message hands a command, or a change of membership, to the leader.
+pub fn is_proposal(message: &PeerMessage) -> bool {
+    message.msg_type() == raft::eraftpb::MessageType::MsgPropose
 }
 
 /// A message that another member encoded; garbage is `None`.

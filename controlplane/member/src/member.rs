@@ -22,6 +22,7 @@ use crate::keyspace::{
 };
 use crate::log::{Log, Owner, Position, snapshot_of};
 use crate::logger;
+use crate::planted::{PlantedBug, is_planted};
 use crate::rebuild::remove_aside;
 use crate::{Limits, MemberError, RequestError};
 
@@ -81,6 +82,8 @@ pub struct Member {
     removed: bool,
     /// Proposals that wait until leadership is handed over.
     postponed: Vec<Message>,
+    /// A planted bug: the next command is applied twice.
+    repeats: bool,
 }
 
 /// What came out of [`Member::advance`].
@@ -210,6 +213,7 @@ impl Member {
             lost: None,
             removed: metadata.removed_members.contains(&options.id),
             postponed: Vec::new(),
+            repeats: applied.index > 1 && is_planted(PlantedBug::ApplyTwice),
         };
         member.draw_timeout();
         if conf_state.voters == [options.id] {
@@ -291,6 +295,9 @@ impl Member {
 
     /// A message came from another member. One that makes no sense is dropped.
     pub fn step(&mut self, message: Message) {
+        if message.to != self.node.raft.id {
+            return; // for one that was here before, at the same URL
+        }
         if message.msg_type() == MessageType::MsgSnapshot {
             return; // without its data: see [`Member::step_snapshot`]
         }
@@ -305,6 +312,9 @@ impl Member {
         staged: StagedSnapshot,
     ) -> Result<(), MemberError> {
         self.discard_staged()?;
+        if message.to != self.node.raft.id {
+            return staged.discard(&*self.disk);
+        }
         let metadata = staged.metadata();
         let Some(configuration) = metadata.consensus.clone() else {
             return staged.discard(&*self.disk);
@@ -520,6 +530,7 @@ impl Member {
         while self.node.has_ready() {
             let mut ready = self.node.ready();
             self.check_damage()?;
+            self.persist_changes(ready.committed_entries())?;
             ready.take_messages().into_iter().for_each(&mut *send);
             if !ready.snapshot().is_empty() {
                 self.install(ready.snapshot().get_metadata(), ready.hs(), &mut output)?;
@@ -537,6 +548,7 @@ impl Member {
                 .into_iter()
                 .for_each(&mut *send);
             let mut light = self.node.advance_append(ready);
+            self.persist_changes(light.committed_entries())?;
             light.take_messages().into_iter().for_each(&mut *send);
             self.apply(light.take_committed_entries(), &mut output)?;
             self.node.advance_apply_to(self.applied.index);
@@ -625,6 +637,9 @@ impl Member {
                             ))
                         })?;
                     let id = command.id;
+                    if std::mem::take(&mut self.repeats) {
+                        batch.apply(command.clone())?.ok();
+                    }
                     output.outcomes.push((id, batch.apply(command)?));
                 }
                 EntryType::EntryConfChange => {
@@ -648,6 +663,19 @@ impl Member {
         Ok(())
     }
 
+    /// Changes of membership have to be durable as committed before anybody hears that they are: a
+    /// member that hears of its removal ends, and could not help this one any more to find out again.
+    fn persist_changes(&mut self, entries: &[Entry]) -> Result<(), MemberError> {
+        let mut changes = entries
+            .iter()
+            .filter(|entry| entry.entry_type() != EntryType::EntryNormal);
+        let Some(last) = changes.next_back() else {
+            return Ok(());
+        };
+        let last = last.index;
+        self.node.mut_store().persist_commit(last)
+    }
+
     fn apply_change(
         &mut self,
         data: &[u8],
@@ -665,6 +693,13 @@ impl Member {
         let state = self.node.apply_conf_change(&conf_change)?;
         self.node.mut_store().set_conf_state(state.clone());
         metadata.consensus = Some(state.into());
+        if self.removed && self.node.raft.state == StateRole::Leader {
+            // Consensus would look for this member's own progress, which is gone. As a follower it
+            // still helps the others, until they have heard of its removal.
+            let term = self.node.raft.term;
+            self.node.raft.become_follower(term, raft::INVALID_ID);
+            self.node.raft.msgs.clear();
+        }
         Ok((change.id, outcome.map(|()| metadata.members.clone())))
     }
 

@@ -13,6 +13,7 @@ use bytes::Bytes;
 use parking_lot::Mutex;
 
 use crate::keyspace::{Event, History, KeyRange, Keyspace, RangeEnd};
+use crate::planted::{PlantedBug, is_planted};
 use crate::{Failure, MemberError, RequestError};
 
 /// Bytes of events that wait in one stream before its watches fall behind.
@@ -356,10 +357,12 @@ impl WatchStream {
         if watch.synced {
             hub.register(&options.range, (self.id, watch_id));
         }
+        let skipped = usize::from(is_planted(PlantedBug::WatchSkipsEvent));
         let events: Vec<_> = history
             .events
             .into_iter()
             .filter(|event| options.wants(event))
+            .skip(skipped)
             .map(Arc::new)
             .collect();
         Ok(vec![Delivery {

@@ -135,6 +135,7 @@ async fn serve(options: &Options) -> anyhow::Result<End> {
     for listen_on in peer_addresses {
         let service = peers::service(
             node.clone(),
+            Arc::clone(&peers),
             Arc::clone(&disk),
             identity.cluster_id,
             identity.member_id,

@@ -172,11 +172,16 @@ impl Metadata {
 
 impl From<ConfState> for Configuration {
     fn from(state: ConfState) -> Self {
+        // Consensus gives them in an order that is its own: members' metadata is to be the same.
+        let sorted = |mut ids: Vec<u64>| {
+            ids.sort_unstable();
+            ids
+        };
         Self {
-            voters: state.voters,
-            learners: state.learners,
-            voters_outgoing: state.voters_outgoing,
-            learners_next: state.learners_next,
+            voters: sorted(state.voters),
+            learners: sorted(state.learners),
+            voters_outgoing: sorted(state.voters_outgoing),
+            learners_next: sorted(state.learners_next),
             auto_leave: state.auto_leave,
         }
     }

@@ -49,6 +49,7 @@ use self::read::{Step, key_value};
 use self::state::{Budget, State};
 use crate::command::{Authority, Command, Response};
 use crate::disk::Disk;
+use crate::planted::{PlantedBug, is_planted};
 use crate::{Failure, Limits, MemberError, RequestError};
 
 /// Multiple of [`Limits::flush_bytes`] from which on the disk is too slow for what is wanted of it.
@@ -106,13 +107,18 @@ impl Keyspace {
         }
         let engine = Engine::open(disk, cache_bytes)?;
         let (metadata, leases) = if let Some(loaded) = engine.load()? {
-            (loaded.metadata, loaded.leases)
+            let mut metadata = loaded.metadata;
+            if is_planted(PlantedBug::ForgetAppliedIndex) && metadata.applied_index > 1 {
+                metadata.applied_index -= 1;
+            }
+            (metadata, loaded.leases)
         } else {
             let first =
                 first.ok_or_else(|| MemberError::Corrupt(format!("{ENGINE_FILE} is empty")))?;
             engine.replace_metadata(&first)?;
             (first, lease::Leases::new())
         };
+        let flushed_compaction = metadata.compact_revision;
         let state = State {
             digests: Digests::starting_at(metadata.applied_index, metadata.digest),
             metadata,
@@ -120,6 +126,7 @@ impl Keyspace {
             active: Overlay::default(),
             flushing: None,
             base: engine.base()?,
+            flushed_compaction,
         };
         Ok(Self {
             auth_enabled: AtomicBool::new(state.metadata.auth().enabled),
@@ -425,6 +432,7 @@ impl Keyspace {
         let mut state = self.state.write();
         state.base = base;
         state.flushing = None;
+        state.flushed_compaction = flush.metadata.compact_revision;
         Ok(Some(flush.metadata))
     }
 
@@ -454,6 +462,7 @@ impl Keyspace {
         let metadata = staged.loaded.metadata;
         *state = State {
             digests: Digests::starting_at(metadata.applied_index, metadata.digest),
+            flushed_compaction: metadata.compact_revision,
             metadata,
             leases: staged.loaded.leases,
             active: Overlay::default(),
@@ -466,22 +475,24 @@ impl Keyspace {
         Ok(())
     }
 
-    /// Whether changes up to `revision` are in memory only.
+    /// Whether the compaction at `revision`, or a change up to it, is in memory only.
     pub fn has_unflushed(&self, revision: i64) -> bool {
         let state = self.state.read();
-        state
-            .first_unflushed()
-            .is_some_and(|first| first <= revision)
+        state.flushed_compaction < revision
+            || state
+                .first_unflushed()
+                .is_some_and(|first| first <= revision)
     }
 
     /// Removes versions that compaction made invisible, some at a time. Returns whether there may
-    /// be more. What is not flushed yet waits.
+    /// be more. What is not flushed yet waits, and so does a compaction: after a crash, history that
+    /// is not compacted has to be whole.
     pub fn clear_compacted(&self) -> Result<bool, MemberError> {
         let engine = self.engine.lock();
         let revision = {
             let state = self.state.read();
             let flushed = state.first_unflushed().map_or(i64::MAX, |first| first - 1);
-            state.metadata.compact_revision.min(flushed)
+            state.flushed_compaction.min(flushed)
         };
         if revision <= 0 {
             return Ok(false);

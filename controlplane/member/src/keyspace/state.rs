@@ -28,6 +28,8 @@ pub(super) struct State {
     pub(super) base: Base,
     /// What was applied.
     pub(super) digests: Digests,
+    /// The compacted revision as of the last flush.
+    pub(super) flushed_compaction: i64,
 }
 
 /// How many changes are wanted at once.

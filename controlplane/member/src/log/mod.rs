@@ -20,6 +20,7 @@ pub(crate) use self::vote::FILE as VOTE_FILE;
 use self::vote::{Mark, Vote, VoteFile};
 use crate::disk::{AlignedBytes, Disk, DiskFile};
 use crate::error::Damage;
+use crate::planted::{PlantedBug, is_planted};
 use crate::{Limits, MemberError};
 
 /// A segment that is being prepared, for there was no spare.
@@ -159,6 +160,9 @@ impl Log {
             log.check(applied)?;
         }
         log.commit = log.commit.min(log.last().index);
+        if is_planted(PlantedBug::DropVote) {
+            log.votes.vote.candidate = 0;
+        }
         Ok(log)
     }
 
@@ -284,6 +288,16 @@ impl Log {
     /// Whether more entries are kept than followers may expect.
     pub fn is_long(&self) -> bool {
         self.segments.len() > self.limits.segments
+    }
+
+    /// Notes a commit index, durably.
+    pub fn persist_commit(&mut self, commit: u64) -> Result<(), MemberError> {
+        self.commit = self.commit.max(commit);
+        self.votes.mark(Mark {
+            frame: self.next_number - 1,
+            commit: self.commit,
+        })?;
+        self.votes.sync()
     }
 
     /// Notes a commit index, which needs no sync: it is found again.

@@ -87,6 +87,9 @@ impl Segment {
         ]);
         file.write_at(AlignedBytes::default().copy_of(&block), 0)
             .map_err(MemberError::disk(format!("start {}", name(sequence))))?;
+        // Before its first frame: a loss of power could keep that one and not the header.
+        file.sync_data()
+            .map_err(MemberError::disk(format!("start {}", name(sequence))))?;
         Ok(Self {
             sequence,
             file,

@@ -172,6 +172,13 @@ impl VoteFile {
         Ok(())
     }
 
+    /// Makes what was noted durable.
+    pub(super) fn sync(&self) -> Result<(), MemberError> {
+        self.file
+            .sync_data()
+            .map_err(MemberError::disk(format!("sync {FILE}")))
+    }
+
     /// Notes what was synced; not durable by itself.
     pub(super) fn mark(&mut self, mark: Mark) -> Result<(), MemberError> {
         self.marks += 1;

@@ -100,8 +100,12 @@ impl Leases {
         self.term
     }
 
-    /// Follows what was applied.
-    pub(super) fn apply(&mut self, changes: &[LeaseChange], emit: Emit<'_>) {
+    /// Follows what was applied at `now`.
+    pub(super) fn apply(&mut self, changes: &[LeaseChange], now: u64, emit: Emit<'_>) {
+        if !changes.is_empty() {
+            // A lease begins now, not at the last tick.
+            self.lessor.tick(now);
+        }
         for change in changes {
             self.lessor.apply(change);
             if let LeaseChange::Ended(id) = change {

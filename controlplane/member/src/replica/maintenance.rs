@@ -112,7 +112,10 @@ impl Maintenance {
             }
             Job::ClearCompacted(revision) => {
                 while keyspace.clear_compacted()? {}
-                self.cleared = revision;
+                // A flush may have been under way that began before the compaction.
+                if !keyspace.has_unflushed(revision) {
+                    self.cleared = revision;
+                }
                 Ok(None)
             }
         }

@@ -22,6 +22,10 @@ use crate::keyspace::Keyspace;
 use crate::watch::Watches;
 use crate::{ConsensusStatus, Member, MemberError, Output, RequestError};
 
+/// Elections that a leader which was removed stays for: without it, the others may not be enough to
+/// learn that they are enough without it.
+const ELECTIONS_AFTER_REMOVAL: u32 = 10;
+
 /// Takes effects as they come.
 pub type Emit<'a> = &'a mut dyn FnMut(Effect);
 
@@ -223,8 +227,14 @@ impl Replica {
         let output = self
             .member
             .advance(&mut |message| emit(Effect::Send(message)))?;
+        let led = self.status.is_leader;
         self.update_status(emit);
-        self.follow_leases(&output, emit);
+        self.follow_leases(&output, now, emit);
+        if output.removed && self.ticks_left.is_none() {
+            // The others are to hear that it is so.
+            let elections = if led { ELECTIONS_AFTER_REMOVAL } else { 1 };
+            self.ticks_left = Some(self.options.election_ticks * elections);
+        }
         self.answer(output, now, emit);
         let (flush, full) = self.keyspace().unflushed();
         self.is_full = full;
@@ -238,7 +248,7 @@ impl Replica {
     }
 
     /// Leases follow what was applied, before anybody hears of it; and who leads.
-    fn follow_leases(&mut self, output: &Output, emit: Emit<'_>) {
+    fn follow_leases(&mut self, output: &Output, now: u64, emit: Emit<'_>) {
         let leads = self.member.leads_since();
         if self.leases.term() != leads {
             self.leases.lead(None, emit);
@@ -246,7 +256,7 @@ impl Replica {
         if output.installed.is_some() {
             self.leases.replace(self.keyspace().leases());
         }
-        self.leases.apply(&output.leases, emit);
+        self.leases.apply(&output.leases, now, emit);
         self.leases.lead(leads, emit);
     }
 
@@ -262,10 +272,6 @@ impl Replica {
     }
 
     fn answer(&mut self, output: Output, now: u64, emit: Emit<'_>) {
-        if output.removed && self.ticks_left.is_none() {
-            // The others are to hear that it is so.
-            self.ticks_left = Some(self.options.election_ticks);
-        }
         if let Some(revision) = output.installed {
             self.watches.jump(revision);
         }

@@ -45,6 +45,8 @@ use proto::peer_client::PeerClient;
 const QUEUE: usize = 4096;
 /// Messages in one piece.
 const MESSAGES_AT_ONCE: usize = 64;
+/// Members of which it is kept where they say that they are.
+const HEARD: usize = 64;
 const RETRY: Duration = Duration::from_millis(100);
 /// Largest piece that is taken: entries of one message, and what else may come with them.
 const LARGEST_PIECE: usize = 64 * 1024 * 1024;
@@ -55,6 +57,9 @@ pub struct Peers {
     member_id: u64,
     connector: Connector,
     links: Mutex<HashMap<u64, Link>>,
+    /// Where members say that they are: one that was away when its leader was added hears of it only
+    /// by answering.
+    heard: Mutex<HashMap<u64, String>>,
     /// For single calls, by URL.
     clients: Mutex<HashMap<(String, Stamp), PeerClient<Channel>>>,
 }
@@ -79,8 +84,18 @@ impl Peers {
             member_id,
             connector,
             links: Mutex::new(HashMap::new()),
+            heard: Mutex::new(HashMap::new()),
             clients: Mutex::new(HashMap::new()),
         })
+    }
+
+    /// Another member says where it is.
+    pub fn hear(&self, member: u64, url: &str) {
+        let mut heard = self.heard.lock();
+        if heard.len() >= HEARD {
+            heard.clear();
+        }
+        heard.insert(member, url.to_owned());
     }
 
     /// Sends what the member puts into `outbox`, to wherever the membership says that members are.
@@ -151,7 +166,7 @@ impl Peers {
     /// Forgets connections to members that are gone or that have moved.
     pub fn prune(&self, node: &Node) {
         let mut links = self.links.lock();
-        links.retain(|to, link| url_of(node, *to).as_deref() == Some(&link.url));
+        links.retain(|to, link| self.find(node, *to).as_deref() == Some(&link.url));
         let members = node.keyspace().metadata().members;
         let known = |url: &String| members.iter().any(|member| member.peer_urls.contains(url));
         let now = self.connector.stamp();
@@ -181,7 +196,7 @@ impl Peers {
         {
             return Some(link.messages.clone());
         }
-        let url = url_of(node, to)?;
+        let url = self.find(node, to)?;
         let (messages, queued) = mpsc::channel(QUEUE);
         let outgoing = Outgoing {
             cluster_id: self.cluster_id,
@@ -199,12 +214,17 @@ impl Peers {
         Some(messages)
     }
 
+    /// Where a member is: by the membership, else as it said itself.
+    fn find(&self, node: &Node, id: u64) -> Option<String> {
+        url_of(node, id).or_else(|| self.heard.lock().get(&id).cloned())
+    }
+
     fn leader(&self, node: &Node) -> Result<PeerClient<Channel>, RequestError> {
         self.member(node, node.status().leader)
     }
 
     fn member(&self, node: &Node, id: u64) -> Result<PeerClient<Channel>, RequestError> {
-        let url = url_of(node, id).ok_or(RequestError::NoLeader)?;
+        let url = self.find(node, id).ok_or(RequestError::NoLeader)?;
         let mut clients = self.clients.lock();
         let place = (url, self.connector.stamp());
         if let Some(client) = clients.get(&place) {
@@ -219,6 +239,7 @@ impl Peers {
     }
 }
 
+/// Where a member is by the membership as of what is applied here.
 fn url_of(node: &Node, id: u64) -> Option<String> {
     let members = node.keyspace().metadata().members;
     let member = members.into_iter().find(|member| member.id == id)?;
@@ -258,6 +279,7 @@ impl Outgoing {
         let call = client.exchange(ReceiverStream::new(streamed));
         let pump = async {
             let mut batch = Vec::new();
+            let mut url = url_of(&self.node, self.from).unwrap_or_default();
             while queued.recv_many(&mut batch, MESSAGES_AT_ONCE).await > 0 {
                 let messages = batch
                     .drain(..)
@@ -266,6 +288,7 @@ impl Outgoing {
                     cluster_id: self.cluster_id,
                     messages: messages.collect(),
                     from: self.from,
+                    url: std::mem::take(&mut url),
                 };
                 if pieces.send(piece).await.is_err() {
                     // The call has ended, and says why.

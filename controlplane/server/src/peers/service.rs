@@ -12,13 +12,16 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming};
 
 use super::proto::peer_server::{Peer, PeerServer};
-use super::{LARGEST_PIECE, check_cluster, digests, garbage, proto, rebuild, replace, snapshot};
+use super::{
+    LARGEST_PIECE, Peers, check_cluster, digests, garbage, proto, rebuild, replace, snapshot,
+};
 use crate::grpc::refused;
 use crate::node::Node;
 
 /// The service for other members.
 pub struct PeerService {
     node: Node,
+    peers: Arc<Peers>,
     disk: Arc<dyn Disk>,
     cluster_id: u64,
     member_id: u64,
@@ -31,12 +34,14 @@ pub struct PeerService {
 /// The service with its limits.
 pub fn service(
     node: Node,
+    peers: Arc<Peers>,
     disk: Arc<dyn Disk>,
     cluster_id: u64,
     member_id: u64,
 ) -> PeerServer<PeerService> {
     PeerServer::new(PeerService {
         node,
+        peers,
         disk,
         cluster_id,
         member_id,
@@ -81,6 +86,9 @@ impl Peer for PeerService {
                     return Err(Status::permission_denied("the member was removed"));
                 }
                 known = true;
+                if !piece.url.is_empty() {
+                    self.peers.hear(piece.from, &piece.url);
+                }
             }
             for message in piece.messages {
                 let message = decode_message(&message).ok_or_else(garbage)?;

@@ -197,22 +197,34 @@ impl Reconciler {
             let updated = match &stored.object {
                 Object::Disk(_) => {
                     let update = |disk: &mut Disk| {
-                        let readable = std::fs::metadata(&disk.spec.path);
+                        let image = std::fs::metadata(&disk.spec.path);
+                        // An overlay that was never used is created when it is.
+                        let found = match (&disk.spec.base, image) {
+                            (Some(base), Err(_)) => {
+                                let path = base.path.clone();
+                                std::fs::metadata(&path)
+                                    .map(drop)
+                                    .map_err(|error| (path, error))
+                            }
+                            (_, image) => image
+                                .map(drop)
+                                .map_err(|error| (disk.spec.path.clone(), error)),
+                        };
                         let conditions = &mut disk.status.conditions;
-                        match readable {
-                            Ok(_) => set_condition(
+                        match found {
+                            Ok(()) => set_condition(
                                 conditions,
                                 "Ready",
                                 ConditionStatus::True,
                                 "Found",
                                 "the image is there",
                             ),
-                            Err(error) => set_condition(
+                            Err((path, error)) => set_condition(
                                 conditions,
                                 "Ready",
                                 ConditionStatus::False,
                                 "Missing",
-                                &format!("{}: {error}", disk.spec.path.display()),
+                                &format!("{}: {error}", path.display()),
                             ),
                         };
                     };

@@ -30,7 +30,7 @@ mod security_group;
 mod units;
 mod virtual_machine;
 
-pub use disk::{Disk, DiskSpec, DiskStatus};
+pub use disk::{Disk, DiskBase, DiskEncryption, DiskFormat, DiskLimits, DiskSpec, DiskStatus};
 pub use error::{ApiError, FieldError};
 pub use event::{Event, EventType, ObjectReference};
 pub use metadata::{Condition, ConditionStatus, ObjectMeta, set_condition};

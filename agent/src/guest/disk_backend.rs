@@ -1,13 +1,16 @@
 //! The keelson-blk process of one disk of a guest.
 
+use std::os::fd::AsRawFd;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::time::Duration;
 
-use keelson_api::DiskSpec;
+use keelson_api::{DiskSpec, MemorySize};
+use keelson_blk::control::{Request, call};
+use keelson_blk::rate_limit::{Limits, Rate};
 use serde::{Deserialize, Serialize};
 
-use super::GuestPaths;
+use super::{GuestPaths, disk_image};
 use crate::host::{LaunchRequest, ProcessHandle};
 use crate::{AgentError, error::Result};
 
@@ -32,9 +35,15 @@ pub async fn start(
     disk: &str,
     spec: &DiskSpec,
 ) -> Result<ProcessHandle> {
+    disk_image::prepare(spec).await?;
+    let key = disk_image::key(spec)?;
     let mut arguments = vec![
         "--socket".into(),
         paths.disk_socket(disk).into(),
+        "--control".into(),
+        paths.disk_control(disk).into(),
+        "--id".into(),
+        disk.into(),
         "--image".into(),
         spec.path.clone().into(),
         "--queues".into(),
@@ -45,12 +54,32 @@ pub async fn start(
     if spec.read_only {
         arguments.push("--read-only".into());
     }
+    if spec.is_overlay() {
+        arguments.extend(["--format".into(), "overlay".into()]);
+    }
+    if let Some(key) = &key {
+        arguments.push("--key-fd".into());
+        arguments.push(key.as_raw_fd().to_string().into());
+    }
+    let rates = [
+        (
+            "--bytes-per-second",
+            spec.limits.bytes_per_second.map(MemorySize::bytes),
+        ),
+        ("--operations-per-second", spec.limits.operations_per_second),
+    ];
+    for (option, rate) in rates {
+        if let Some(rate) = rate {
+            arguments.extend([option.into(), rate.to_string().into()]);
+        }
+    }
     let request = LaunchRequest {
         program: programs.join("keelson-blk"),
         arguments,
         unit: format!("keelson-disk-{guest}-{disk}"),
         log: paths.disk_log(disk),
         record: paths.disk_record(disk),
+        inherited: key,
     };
     let process = ProcessHandle::launch(&request)?;
     match tokio::time::timeout(READY_LIMIT, ready(&process, &request.log)).await {
@@ -67,6 +96,51 @@ pub async fn start(
                 message: format!("disk {disk}: keelson-blk was not ready within {READY_LIMIT:?}"),
             })
         }
+    }
+}
+
+/// Takes over what can change while a disk is served: its limits and its size.
+///
+/// # Errors
+/// [`AgentError::Process`] with the backend's own reason.
+pub async fn adjust(
+    paths: &GuestPaths,
+    disk: &str,
+    before: &DiskSpec,
+    after: &DiskSpec,
+) -> Result<()> {
+    if before.limits != after.limits {
+        let rate = |per_second| Rate {
+            per_second,
+            burst: None,
+        };
+        let limits = after.limits;
+        let limits = Limits {
+            bytes: limits.bytes_per_second.map(|bytes| rate(bytes.bytes())),
+            operations: limits.operations_per_second.map(rate),
+        };
+        let id = disk.to_owned();
+        request(paths, disk, Request::Limit { id, limits }).await?;
+    }
+    if let Some(size) = after.size.filter(|size| before.size != Some(*size)) {
+        let (id, bytes) = (disk.to_owned(), Some(size.bytes()));
+        request(paths, disk, Request::Resize { id, bytes }).await?;
+    }
+    Ok(())
+}
+
+async fn request(paths: &GuestPaths, disk: &str, request: Request) -> Result<()> {
+    let socket = paths.disk_control(disk);
+    let call = tokio::task::spawn_blocking(move || call(&socket, &request, None));
+    let failed = |message: String| AgentError::Process {
+        reason: "DiskNotAdjusted",
+        message: format!("disk {disk}: {message}"),
+    };
+    match tokio::time::timeout(READY_LIMIT, call).await {
+        Ok(Ok(Ok(_))) => Ok(()),
+        Ok(Ok(Err(error))) => Err(failed(error.to_string())),
+        Ok(Err(error)) => Err(failed(error.to_string())),
+        Err(_) => Err(failed("keelson-blk doesn't answer".into())),
     }
 }
 

@@ -61,6 +61,7 @@ impl Machine {
             unit: format!("keelson-vm-{}", plan.name),
             log: paths.vmm_log(),
             record: paths.vmm_record(),
+            inherited: None,
         };
         let process = ProcessHandle::launch(&request)?;
         let machine = Self {

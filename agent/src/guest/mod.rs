@@ -2,6 +2,7 @@
 
 mod actor;
 mod disk_backend;
+mod disk_image;
 mod groups;
 mod jail;
 mod machine;

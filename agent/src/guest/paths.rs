@@ -109,6 +109,11 @@ impl GuestPaths {
         self.run.join(format!("{disk}.disk"))
     }
 
+    /// The control socket of the keelson-blk process of one of its disks.
+    pub fn disk_control(&self, disk: &str) -> PathBuf {
+        self.run.join(format!("{disk}.disk.control"))
+    }
+
     /// The record of the keelson-blk process of one of its disks.
     pub fn disk_record(&self, disk: &str) -> PathBuf {
         self.run.join(format!("{disk}.disk.process"))

@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use futures::FutureExt;
 use jiff::Timestamp;
+use keelson_api::DiskSpec;
 use keelson_vmm::api::ExitStatus;
 use tokio::task::JoinHandle;
 
@@ -136,6 +137,7 @@ impl Runtime {
             }
             self.ports.clone_from(&plan.ports);
         }
+        self.adjust_disks(plan).await?;
         let disks = self
             .running
             .as_ref()
@@ -161,11 +163,37 @@ impl Runtime {
         Ok(None)
     }
 
-    async fn replace_backend(
-        &mut self,
-        disk: &str,
-        spec: &keelson_api::DiskSpec,
-    ) -> Result<Problem> {
+    // What can change while a guest runs: limits, and sizes that grow.
+    async fn adjust_disks(&mut self, plan: &Plan) -> Result<()> {
+        let Some(running) = &mut self.running else {
+            return Ok(());
+        };
+        let mut changed = false;
+        for (name, before) in &mut running.hardware.disks {
+            let planned = plan.hardware.disks.iter();
+            let mut planned = planned.filter(|(disk, _)| disk == name);
+            let Some((_, after)) = planned.next() else {
+                continue;
+            };
+            let adjusted = DiskSpec {
+                limits: after.limits,
+                size: after.size,
+                ..before.clone()
+            };
+            if adjusted == *before {
+                continue;
+            }
+            disk_backend::adjust(&self.paths, name, before, &adjusted).await?;
+            *before = adjusted;
+            changed = true;
+        }
+        if changed {
+            write_atomically(&self.paths.plan(), running)?;
+        }
+        Ok(())
+    }
+
+    async fn replace_backend(&mut self, disk: &str, spec: &DiskSpec) -> Result<Problem> {
         let reason = match self.disks.remove(disk) {
             Some(process) => {
                 let exit = process.ended().await;
@@ -186,8 +214,8 @@ impl Runtime {
         Ok((
             "DiskBackendEnded",
             format!(
-                "disk {disk}: keelson-blk ended ({reason}) and was started again; the guest finds \
-                 the disk at its next reset"
+                "disk {disk}: keelson-blk ended ({reason}) and was started again; the guest goes on \
+                 with what was under way"
             ),
         ))
     }

@@ -11,6 +11,7 @@ use std::process::{Command, Stdio};
 use std::sync::Arc;
 use std::time::Duration;
 
+use rustix::io::FdFlags;
 use rustix::process::{
     Pid, PidfdFlags, Signal, WaitId, WaitIdOptions, pidfd_open, pidfd_send_signal, waitid,
 };
@@ -39,6 +40,8 @@ pub struct LaunchRequest {
     pub log: PathBuf,
     /// The file that lets a later agent find the process.
     pub record: PathBuf,
+    /// A descriptor that the program gets under its own number, beside the usual three.
+    pub inherited: Option<Arc<OwnedFd>>,
 }
 
 /// What tells a process from all others since the host booted.
@@ -93,6 +96,15 @@ impl ProcessHandle {
             .stderr(errors)
             // A terminal's signals to the agent are not meant for guests.
             .process_group(0);
+        if let Some(descriptor) = request.inherited.clone() {
+            // SAFETY: between fork and exec the closure makes one system call.
+            unsafe {
+                command.pre_exec(move || {
+                    let none = FdFlags::empty();
+                    Ok(rustix::io::fcntl_setfd(&*descriptor, none)?)
+                });
+            }
+        }
         let mut launched = None;
         launch(command, |process_id| {
             let record = ProcessRecord {
@@ -278,6 +290,7 @@ mod tests {
             unit: format!("keelson-test-{}", std::process::id()),
             log: directory.join("log"),
             record: directory.join("record"),
+            inherited: None,
         }
     }
 

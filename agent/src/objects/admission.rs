@@ -148,7 +148,13 @@ impl Admission<'_> {
                 errors.push(format!("{identity}: {field}: {message}"));
             };
             match object {
-                Object::Disk(disk) => checks::disk(disk, &mut report),
+                Object::Disk(disk) => {
+                    let before = match world.get::<Disk>(&disk.metadata.name) {
+                        Some(Object::Disk(before)) => Some(before),
+                        _ => None,
+                    };
+                    checks::disk(disk, before.as_ref(), &mut report);
+                }
                 Object::Network(network) => checks::network(network, &after, &mut report),
                 Object::SecurityGroup(group) => {
                     checks::security_group(group, &after, &mut report);

@@ -2,35 +2,114 @@
 //! field; nothing is changed.
 
 use std::fs;
-use std::os::unix::fs::FileTypeExt;
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::Path;
 
-use keelson_api::{Disk, Kind, Network, Object, SecurityGroup};
+use keelson_api::{Disk, DiskSpec, Kind, Network, Object, SecurityGroup};
 
 use super::store::World;
 
-/// Checks a disk against its image on this host.
-pub(super) fn disk(disk: &Disk, report: &mut impl FnMut(&str, String)) {
-    let path = &disk.spec.path;
+/// Checks a disk against its image on this host, and against what it was before.
+pub(super) fn disk(disk: &Disk, before: Option<&Disk>, report: &mut impl FnMut(&str, String)) {
+    let spec = &disk.spec;
+    if let Some(before) = before {
+        unchanged(&before.spec, spec, report);
+    }
+    if let Some(base) = &spec.base {
+        image("spec.base.path", &base.path, report);
+        if spec.read_only && !spec.path.exists() {
+            let message = "an overlay that guests can't write to shows its base; use that instead";
+            report("spec.readOnly", message.into());
+        }
+    }
+    if let Some(encryption) = &spec.encryption {
+        key_file(&encryption.key_file, report);
+    }
+    // With a base, it is created where there is none.
+    if spec.base.is_some() && !spec.path.exists() {
+        match spec.path.parent() {
+            Some(folder) if folder.is_dir() => {}
+            _ => report(
+                "spec.path",
+                format!(
+                    "{} can't be created: there is no such folder",
+                    spec.path.display()
+                ),
+            ),
+        }
+        return;
+    }
+    image("spec.path", &spec.path, report);
+}
+
+// What an overlay is made of is settled when it is created.
+fn unchanged(before: &DiskSpec, spec: &DiskSpec, report: &mut impl FnMut(&str, String)) {
+    let message = "can't be changed; delete the disk, and create another one at another path";
+    let same_image = before.path == spec.path;
+    if same_image && before.base.is_some() && before.base != spec.base {
+        report("spec.base", message.into());
+    }
+    if same_image && before.is_overlay() != spec.is_overlay() {
+        report("spec.format", message.into());
+    }
+    if same_image && before.encryption.is_some() != spec.encryption.is_some() {
+        report("spec.encryption", message.into());
+    }
+    if same_image
+        && let (Some(had), Some(has)) = (before.size, spec.size)
+        && has < had
+    {
+        let message = format!("is {has} and was {had}; disks only grow");
+        report("spec.size", message);
+    }
+}
+
+fn image(field: &str, path: &Path, report: &mut impl FnMut(&str, String)) {
     match fs::metadata(path) {
-        Err(error) => report("spec.path", format!("{}: {error}", path.display())),
+        Err(error) => report(field, format!("{}: {error}", path.display())),
         Ok(metadata) if metadata.is_dir() => report(
-            "spec.path",
+            field,
             format!(
-                "{} is a directory; give a raw image or a block device",
+                "{} is a directory; give an image or a block device",
                 path.display()
             ),
         ),
         Ok(metadata) if !metadata.is_file() && !metadata.file_type().is_block_device() => report(
-            "spec.path",
+            field,
             format!("{} is neither a file nor a block device", path.display()),
         ),
         Ok(metadata) if metadata.is_file() && metadata.len() < 512 => report(
-            "spec.path",
+            field,
             format!(
                 "{} is {} bytes large; a disk has at least 512",
                 path.display(),
                 metadata.len()
+            ),
+        ),
+        Ok(_) => {}
+    }
+}
+
+fn key_file(path: &Path, report: &mut impl FnMut(&str, String)) {
+    let field = "spec.encryption.keyFile";
+    match fs::metadata(path) {
+        Err(error) => report(field, format!("{}: {error}", path.display())),
+        Ok(metadata) if !metadata.is_file() => {
+            report(field, format!("{} is no file", path.display()));
+        }
+        Ok(metadata) if !matches!(metadata.len(), 32 | 64) => report(
+            field,
+            format!(
+                "{} has {} bytes; a key has 32 (AES-128) or 64 (AES-256), and no newline",
+                path.display(),
+                metadata.len()
+            ),
+        ),
+        Ok(metadata) if metadata.mode() & 0o077 != 0 => report(
+            field,
+            format!(
+                "{} can be read by others; give it the mode 600",
+                path.display()
             ),
         ),
         Ok(_) => {}

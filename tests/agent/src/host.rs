@@ -246,6 +246,24 @@ impl Host {
         client.wait().expect("it ends");
     }
 
+    /// Asks the keelson-blk of a guest's disk for what it serves.
+    ///
+    /// # Panics
+    /// If it doesn't answer.
+    pub fn served_disk(&self, guest: &str, disk: &str) -> Value {
+        let socket = self.path(&format!("run/vms/{guest}/{disk}.disk.control"));
+        let output = Command::new(binary("keelson-blk"))
+            .args(["control", "--socket"])
+            .arg(socket)
+            .arg("list")
+            .stdin(Stdio::null())
+            .output()
+            .expect("keelson-blk runs");
+        let text = said(&output).done();
+        let listed: Value = serde_json::from_str(&text).expect("JSON");
+        listed["disks"][0].clone()
+    }
+
     /// Applies a manifest.
     ///
     /// # Panics

@@ -91,6 +91,41 @@ impl Host {
         Ok(())
     }
 
+    /// Kills the keelson-blk of the guest's disk `data` as a crash would, and waits for the next
+    /// one; the process ids of both.
+    pub fn kill_disk_backend(&self) -> Result<(u64, u64)> {
+        let record = self.folder.join("run/vms/web/data.disk.process");
+        let process = || {
+            let record: Value = serde_json::from_slice(&std::fs::read(&record)?)?;
+            let process = record.pointer("/process_id").and_then(Value::as_u64);
+            process.context("no process id on record")
+        };
+        let before = process()?;
+        let id = rustix::process::Pid::from_raw(i32::try_from(before)?);
+        let id = id.context("no process id")?;
+        rustix::process::kill_process(id, rustix::process::Signal::KILL)
+            .context("kill keelson-blk")?;
+        let mut after = before;
+        until("keelson-blk is started again", || {
+            after = process().unwrap_or(before);
+            Ok(after != before)
+        })?;
+        Ok((before, after))
+    }
+
+    /// Runs `keelson-blk` with these arguments; its output.
+    pub fn keelson_blk(&self, arguments: &[&std::ffi::OsStr]) -> Result<String> {
+        let output = Command::new(self.programs.join("keelson-blk"))
+            .args(arguments)
+            .stdin(Stdio::null())
+            .output()
+            .context("run keelson-blk")?;
+        if !output.status.success() {
+            bail!("{}", String::from_utf8_lossy(&output.stderr).trim());
+        }
+        Ok(String::from_utf8_lossy(&output.stdout).into_owned())
+    }
+
     /// Runs the command line client; its output.
     pub fn keelson(&self, arguments: &[&str]) -> Result<String> {
         let output = self

@@ -127,8 +127,8 @@ fn show(arguments: &Show) -> Result<bool> {
     Ok(report.all_true())
 }
 
-/// Applies the manifest of the guest `web` with one disk and one interface.
-fn apply(report: &mut Report, host: &Host, folder: &Path, image: &Path, guest: &str) {
+/// Applies the manifest of the guest `web` with one disk of this spec, and one interface.
+fn apply(report: &mut Report, host: &Host, folder: &Path, disk: &str, guest: &str) {
     report.step("a manifest with a guest is applied", || {
         let path = folder.join("web.yaml");
         let manifest = format!(
@@ -145,7 +145,7 @@ spec: {{ingress: [{{protocol: icmp}}]}}
 apiVersion: keelson.dev/v1alpha1
 kind: Disk
 metadata: {{name: data}}
-spec: {{path: {}}}
+spec: {{{disk}}}
 ---
 apiVersion: keelson.dev/v1alpha1
 kind: VirtualMachine
@@ -155,8 +155,7 @@ spec:
   restartPolicy: Never
   disks: [{{name: data, disk: data}}]
   interfaces: [{{name: eth0, network: lan, address: {GUEST}, securityGroups: [pings-only]}}]
-{guest}",
-            image.display(),
+{guest}"
         );
         std::fs::write(&path, manifest)?;
         let said = host.keelson(&["apply", "-f", &path.to_string_lossy()])?;

@@ -24,7 +24,8 @@ pub fn show(
     let seed = u64::from(std::process::id()) << 20;
     let image = folder.join("data.img");
     write_image(&image, seed)?;
-    apply(report, host, folder, &image, &machine(seed));
+    let disk = format!("path: {}", image.display());
+    apply(report, host, folder, &disk, &machine(seed));
     for (what, line) in [
         ("the guest runs", "payload: hello ok"),
         (

@@ -11,11 +11,14 @@ use anyhow::{Context, Result, ensure};
 use sha2::{Digest, Sha256};
 
 use crate::console::Console;
-use crate::host::Host;
+use crate::host::{Host, until};
 use crate::report::Report;
 use crate::{FALSE_ADDRESS, GATEWAY, apply, show_adoption, show_ingress};
 
 const FILE_BYTES: u64 = 4 << 20;
+/// Pieces of 16 KiB that the guest writes, each with a sync, while its disk's process is killed.
+const PIECES: u32 = 150;
+const DISK_KILLS: u32 = 3;
 const SPOOFED_PINGS: u64 = 3;
 const PORT: u16 = 8080;
 
@@ -28,20 +31,28 @@ pub fn show(
     initrd: &Path,
     stay: impl FnOnce(),
 ) -> Result<()> {
-    let image = folder.join("data.img");
-    let expected = write_image(folder, &image)?;
+    let base = folder.join("base.img");
+    let expected = write_image(folder, &base)?;
+    let before = sha256(&fs::read(&base)?);
+    let overlay = folder.join("data.img");
+    let disk = format!(
+        "path: {}, base: {{path: {}}}, size: 96Mi",
+        overlay.display(),
+        base.display()
+    );
     let machine = format!(
         "  memory: 256Mi\n  kernel:\n    image: {}\n    initrd: {}\n    commandLine: console=ttyS0 quiet\n",
         kernel.display(),
         initrd.display()
     );
-    apply(report, host, folder, &image, &machine);
+    apply(report, host, folder, &disk, &machine);
     report.step("a stock kernel reaches its user space", || {
         let line = host.console_line("web", "keelson-guest: userspace up")?;
         host.console_line("web", "keelson-guest: ready")?;
         Ok(((), line.trim().to_owned()))
     });
     let from_guest = show_guest(report, host, &expected);
+    let through_kills = show_disk_kills(report, host);
     show_ingress(report, host);
     show_adoption(report, host);
     stay();
@@ -51,23 +62,96 @@ pub fn show(
         ensure!(!events.contains("Killed"), "it had to be killed");
         Ok(((), "it powered itself off".into()))
     });
-    report.step("the host reads the guest's file from the image", || {
-        let written = from_guest.context("the guest wrote nothing")?;
+    let image = folder.join("exported.img");
+    report.step("its disk is exported, and the base is as it was", || {
+        let export = ["image".as_ref(), "export".as_ref()];
+        let files = [overlay.as_os_str(), image.as_os_str()];
+        host.keelson_blk(&[export, files].concat())?;
+        let after = sha256(&fs::read(&base)?);
+        ensure!(before == after, "the base was written to");
         run(Command::new("e2fsck").args(["-fn"]).arg(&image))
             .context("the file system is broken")?;
-        let copy = folder.join("from-guest");
-        run(Command::new("debugfs")
-            .arg("-R")
-            .arg(format!("dump /from-guest {}", copy.display()))
-            .arg(&image))?;
-        let found = sha256(&fs::read(&copy)?);
-        ensure!(
-            found == written,
-            "its SHA-256 is {found}, the guest's was {written}"
-        );
-        Ok(((), format!("SHA-256 {}… on both sides", &found[..16])))
+        Ok(((), "its file system is whole".into()))
     });
+    for (what, file, written) in [
+        (
+            "the host reads the guest's file from the image",
+            "from-guest",
+            from_guest,
+        ),
+        (
+            "and the one that was written meanwhile",
+            "through-kills",
+            through_kills,
+        ),
+    ] {
+        report.step(what, || {
+            let written = written.context("the guest wrote nothing")?;
+            let found = sha256(&read_file(folder, &image, file)?);
+            ensure!(
+                found == written,
+                "its SHA-256 is {found}, the guest's was {written}"
+            );
+            Ok(((), format!("SHA-256 {}… on both sides", &found[..16])))
+        });
+    }
     Ok(())
+}
+
+/// A file of the file system in an image.
+fn read_file(folder: &Path, image: &Path, name: &str) -> Result<Vec<u8>> {
+    let copy = folder.join(name);
+    run(Command::new("debugfs")
+        .arg("-R")
+        .arg(format!("dump /{name} {}", copy.display()))
+        .arg(image))?;
+    Ok(fs::read(&copy)?)
+}
+
+/// Its disk's process is killed again and again while the guest writes and syncs. Returns the
+/// checksum of what it wrote.
+fn show_disk_kills(report: &mut Report, host: &Host) -> Option<String> {
+    report.step(
+        "keelson-blk is killed while the guest writes, and nobody notices",
+        || {
+            let mut console = Console::open(host)?;
+            let write = format!(
+                "{{ ( i=0; while [ $i -lt {PIECES} ]; do dd if=/dev/urandom of=/data/through-kills \
+             bs=16384 count=1 seek=$i conv=notrunc,fsync 2>/dev/null || echo failed; \
+             i=$((i+1)); done; echo written ) > /tmp/through-kills 2>&1 & }}"
+            );
+            console.run(&write)?;
+            let mut amid = 0;
+            for _ in 0..DISK_KILLS {
+                host.kill_disk_backend()?;
+                let said = console.run("cat /tmp/through-kills")?;
+                amid += u32::from(!said.contains("written"));
+            }
+            ensure!(amid > 0, "it had written everything before the first kill");
+            let mut said = String::new();
+            until("the guest has written", || {
+                said = console.run("cat /tmp/through-kills")?;
+                Ok(said.contains("written"))
+            })?;
+            ensure!(!said.contains("failed"), "it says {said}");
+            // From the disk, not from memory.
+            console.run("sync && echo 3 > /proc/sys/vm/drop_caches")?;
+            let said = console.run("sha256sum /data/through-kills")?;
+            let sum = said
+                .split_whitespace()
+                .next()
+                .unwrap_or_default()
+                .to_owned();
+            ensure!(sum.len() == 64, "it says {said}");
+            let errors = console.run("dmesg | grep -c 'I/O error' || true")?;
+            ensure!(errors.trim() == "0", "its kernel saw {errors} errors");
+            let seen = format!(
+                "{amid} kills while it wrote {} KiB in pieces, no error in its kernel",
+                PIECES * 16
+            );
+            Ok((sum, seen))
+        },
+    )
 }
 
 /// What the guest does itself, told over its console. Returns the checksum of what it wrote.

@@ -116,3 +116,39 @@ fn an_overlay_on_a_base_that_changed_does_not_start() {
     let message = host.wait_for_reason("web", "DiskUnusable");
     assert!(message.contains("has changed"), "{message}");
 }
+
+#[test]
+fn an_overlay_whose_backend_was_replaced_is_adopted_with_its_guest() {
+    let mut host = Host::new();
+    let (base, overlay) = (host.path("base.img"), host.path("overlay.img"));
+    fs::write(&base, vec![7; 4 * MIB]).expect("an image can be written");
+    let spec = disk(&format!(
+        "path: {}, base: {{path: {}}}, size: 8Mi",
+        overlay.display(),
+        base.display()
+    ));
+    host.apply(&format!("{spec}{}", guest("blk-write:sectors=256 hang")))
+        .done();
+    host.wait_for_console("web", "payload: hang ok");
+    let backends = host.processes("keelson-blk");
+    let id = backends.first().expect("one is there").cast_signed();
+    let id = rustix::process::Pid::from_raw(id).expect("not zero");
+    rustix::process::kill_process(id, rustix::process::Signal::KILL).expect("it is there");
+    let deadline = Instant::now() + Duration::from_mins(1);
+    while host
+        .processes("keelson-blk")
+        .first()
+        .is_none_or(|now| backends.contains(now))
+    {
+        assert!(Instant::now() < deadline, "no other backend");
+        thread::sleep(Duration::from_millis(50));
+    }
+    host.kill_agent();
+    host.start_agent();
+    let deadline = Instant::now() + Duration::from_mins(1);
+    while !host.keelson(&["events", "web"]).done().contains("Adopted") {
+        assert!(Instant::now() < deadline, "{}", host.agent_log());
+        thread::sleep(Duration::from_millis(50));
+    }
+    assert_eq!(host.object("vm", "web")["status"]["phase"], "Running");
+}

@@ -2,6 +2,7 @@
 
 mod apply;
 mod client;
+mod completion;
 mod console;
 mod delete;
 mod describe;
@@ -18,7 +19,7 @@ mod wait;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-use clap::{Parser, Subcommand};
+use clap::{CommandFactory as _, Parser, Subcommand};
 use keelson_agent::config::DEFAULT_SOCKET;
 
 use crate::client::Client;
@@ -65,6 +66,8 @@ enum Command {
     Net(net::Net),
     /// Show what the agent's host is.
     Host(host::Host),
+    /// Print a script that completes this program's command lines in a shell.
+    Completion(completion::Completion),
 }
 
 fn main() -> ExitCode {
@@ -105,5 +108,6 @@ async fn run(arguments: Arguments) -> Result<(), Failure> {
         Command::Events(command) => command.run(&mut client).await,
         Command::Net(command) => command.run(&mut client).await,
         Command::Host(command) => command.run(&mut client).await,
+        Command::Completion(command) => command.run(&mut Arguments::command()),
     }
 }

@@ -16,6 +16,7 @@ mod events;
 mod flow_list;
 mod grace_period;
 mod hook;
+mod inner_map;
 mod interface;
 mod kernel;
 mod object;

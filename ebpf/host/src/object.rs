@@ -15,6 +15,7 @@ use keelson_ebpf_common::{
 };
 
 use crate::error::DatapathError;
+use crate::inner_map::InnerMaps;
 use crate::kernel;
 use crate::pin_root::PinRoot;
 
@@ -34,6 +35,7 @@ pub struct Object {
     pub flows: ArrayOfMaps<MapData>,
     pub opening_flows: ArrayOfMaps<MapData>,
     pub fragments: ArrayOfMaps<MapData>,
+    pub inner: InnerMaps,
     pub stations: HashMap<MapData, StationKey, u32>,
     pub neighbours: HashMap<MapData, NeighbourKey, Neighbour>,
     pub passed: PerCpuArray<MapData, Tally>,
@@ -70,7 +72,9 @@ impl Object {
                 .load()
                 .map_err(|error| program_error(name, &error))?;
         }
+        let inner = InnerMaps::new(&OBJECT.0, program(&mut ebpf, program_name::FROM_GUEST)?)?;
         Ok(Self {
+            inner,
             policies: take(&mut ebpf, map_name::POLICIES)?,
             peer_classes: take(&mut ebpf, map_name::PEER_CLASSES)?,
             allowed_ports: take(&mut ebpf, map_name::ALLOWED_PORTS)?,

@@ -1,11 +1,8 @@
 //! What each attached interface has of its own in the maps that hold one element or one map per
 //! interface: its flows, its fragments, its count of passed packets.
 
-use aya::maps::{MapData, PerCpuValues};
-use aya_obj::generated::bpf_map_type::BPF_MAP_TYPE_LRU_HASH;
-use keelson_ebpf_common::{
-    Direction, FlowKey, FlowState, FragmentKey, FragmentState, SLOTS, Tally, map_name, passed_index,
-};
+use aya::maps::PerCpuValues;
+use keelson_ebpf_common::{Direction, SLOTS, Tally, map_name, passed_index};
 
 use crate::error::DatapathError;
 use crate::object::Object;
@@ -57,10 +54,9 @@ fn set_maps(
     opening: u32,
     fragments: u32,
 ) -> Result<(), DatapathError> {
-    let flow_map = |name, entries| lru_map::<FlowKey, FlowState>(name, entries);
-    let established = flow_map(map_name::FLOWS, flows)?;
-    let opening = flow_map(map_name::OPENING_FLOWS, opening)?;
-    let fragments = lru_map::<FragmentKey, FragmentState>(map_name::FRAGMENTS, fragments)?;
+    let established = object.inner.create(map_name::FLOWS, flows)?;
+    let opening = object.inner.create(map_name::OPENING_FLOWS, opening)?;
+    let fragments = object.inner.create(map_name::FRAGMENTS, fragments)?;
     object
         .flows
         .set(slot, &established, 0)
@@ -73,18 +69,6 @@ fn set_maps(
         .fragments
         .set(slot, &fragments, 0)
         .map_err(DatapathError::map("write", map_name::FRAGMENTS))
-}
-
-fn lru_map<K, V>(name: &'static str, entries: u32) -> Result<MapData, DatapathError> {
-    let size = |bytes: usize| u32::try_from(bytes).unwrap_or(u32::MAX);
-    let definition = aya_obj::Map::new_from_params(
-        BPF_MAP_TYPE_LRU_HASH as u32,
-        size(size_of::<K>()),
-        size(size_of::<V>()),
-        entries.max(1),
-        0,
-    );
-    MapData::create(definition, name, None).map_err(DatapathError::map("create", name))
 }
 
 /// The same value for each CPU.

@@ -18,6 +18,7 @@ const VERSIONS: [&str; 2] = ["0.1.0-1", "0.1.1-1"];
 const START: &str = r"
 set -e
 tar -C /host -xf /lab/debian-root.tar
+mount --bind /host /host
 for folder in proc sys dev; do mount --rbind /$folder /host/$folder; done
 echo 0123456789abcdef0123456789abcdef >/host/etc/machine-id
 mkdir -p /sys/fs/cgroup/lab

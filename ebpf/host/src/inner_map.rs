@@ -1,0 +1,79 @@
+//! Maps that are put into maps of maps.
+
+use std::collections::BTreeMap;
+use std::os::fd::{AsFd as _, FromRawFd as _, OwnedFd};
+
+use aya::maps::MapData;
+use aya::programs::SchedClassifier;
+use keelson_ebpf_common::map_name;
+
+use crate::error::DatapathError;
+use crate::object::chain;
+
+/// `BPF_BTF_GET_FD_BY_ID` of `enum bpf_cmd` (linux/bpf.h).
+const BTF_GET_FD_BY_ID: libc::c_int = 19;
+
+/// How the object defines them, with its type information: before Linux 6.2 a map without any does
+/// not match one that has it.
+#[derive(Debug)]
+pub struct InnerMaps {
+    definitions: BTreeMap<&'static str, aya_obj::Map>,
+    types: Option<OwnedFd>,
+}
+
+impl InnerMaps {
+    /// As `object` defines them; `program` is one of its programs, loaded.
+    pub fn new(object: &[u8], program: &SchedClassifier) -> Result<Self, DatapathError> {
+        let failed = |problem: String| DatapathError::Load {
+            what: "the definitions of inner maps".into(),
+            problem,
+        };
+        let object = aya_obj::Object::parse(object).map_err(|error| failed(chain(&error)))?;
+        let mut definitions = BTreeMap::new();
+        for name in [
+            map_name::FLOWS,
+            map_name::OPENING_FLOWS,
+            map_name::FRAGMENTS,
+        ] {
+            let inner = object.maps.get(name).and_then(aya_obj::Map::inner);
+            let inner = inner.ok_or_else(|| failed(format!("{name} has none")))?;
+            definitions.insert(name, inner);
+        }
+        let info = program.info().map_err(|error| failed(chain(&error)))?;
+        let types = info.btf_id().map(open_types).transpose();
+        let types =
+            types.map_err(|error| failed(format!("opening their types failed: {error}")))?;
+        Ok(Self { definitions, types })
+    }
+
+    /// Creates one for the map of maps `name`.
+    pub fn create(&self, name: &'static str, entries: u32) -> Result<MapData, DatapathError> {
+        let definition = self.definitions.get(name).cloned();
+        let mut definition = definition.ok_or_else(|| DatapathError::Load {
+            what: format!("a map for {name}"),
+            problem: "it is no map of maps".into(),
+        })?;
+        definition.set_max_entries(entries.max(1));
+        let types = self.types.as_ref().map(|types| types.as_fd());
+        MapData::create(definition, name, types).map_err(DatapathError::map("create", name))
+    }
+}
+
+fn open_types(id: u32) -> std::io::Result<OwnedFd> {
+    // The attributes begin with the id; the kernel takes the rest as zero.
+    let attributes = [id, 0, 0, 0];
+    // SAFETY: the kernel reads the attributes, whose size is given, and nothing else of ours.
+    let result = unsafe {
+        libc::syscall(
+            libc::SYS_bpf,
+            BTF_GET_FD_BY_ID,
+            attributes.as_ptr(),
+            size_of_val(&attributes),
+        )
+    };
+    match libc::c_int::try_from(result) {
+        // SAFETY: a new descriptor that nobody else has.
+        Ok(descriptor) if descriptor >= 0 => Ok(unsafe { OwnedFd::from_raw_fd(descriptor) }),
+        _ => Err(std::io::Error::last_os_error()),
+    }
+}

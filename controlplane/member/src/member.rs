@@ -251,6 +251,13 @@ impl Member {
         leads.then_some(raft.term)
     }
 
+    /// The term in which this member may decide alone: it leads, as [`Member::leads_since`], and is
+    /// not handing leadership over.
+    pub fn decides_in(&self) -> Option<u64> {
+        let transfers = self.node.raft.lead_transferee.is_some();
+        self.leads_since().filter(|_| !transfers)
+    }
+
     /// Whether `id` follows closely enough to vote.
     pub fn is_caught_up(&self, id: u64) -> bool {
         let raft = &self.node.raft;
@@ -414,6 +421,17 @@ impl Member {
         self.node
             .propose(Vec::new(), command)
             .map_err(|_| RequestError::NoLeader)
+    }
+
+    /// Proposes what this member decided as the leader of `term`. It goes into the log in that term or
+    /// not at all: another leader, or this one in a later term, may have decided otherwise since.
+    pub fn propose_decision(&mut self, term: u64, command: Vec<u8>) -> Result<(), RequestError> {
+        if self.decides_in() != Some(term) {
+            return Err(RequestError::NotLeader);
+        }
+        self.node
+            .propose(Vec::new(), command)
+            .map_err(|_| RequestError::NotLeader)
     }
 
     /// While leadership is handed over, or nobody has it, proposals would be lost, also those that

@@ -194,12 +194,8 @@ impl Leases {
         Some(proposal)
     }
 
-    /// A tick passed: what is to be proposed.
-    pub(super) fn tick(
-        &mut self,
-        now: u64,
-        is_waiting: &dyn Fn(RequestId) -> bool,
-    ) -> Vec<Operation> {
+    /// A tick passed. Requests of which `is_waiting` says no are forgotten.
+    pub(super) fn tick(&mut self, now: u64, is_waiting: &dyn Fn(RequestId) -> bool) {
         self.lessor.tick(now);
         self.waiting.retain(|(request, _)| is_waiting(*request));
         self.late.retain(|_, requests| {
@@ -212,6 +208,10 @@ impl Leases {
             self.wanted.extend(lost.ids);
             self.waiting.extend(lost.waiting);
         }
+    }
+
+    /// What is to be proposed now, in the term in which this member's clock decides and in no other.
+    pub(super) fn decide(&mut self) -> Vec<Operation> {
         let mut proposals = Vec::new();
         for (id, granted_at) in self.lessor.due(ENDS_AT_ONCE) {
             proposals.push(Operation::LeaseExpiry(LeaseExpiry { id, granted_at }));

@@ -198,9 +198,12 @@ impl Replica {
         }
         self.member.tick();
         self.proposals.submit_held(&mut self.member);
-        for operation in self.leases.tick(now, is_waiting) {
-            let id = self.new_id();
-            self.proposals.propose_own(&mut self.member, id, operation);
+        self.leases.tick(now, is_waiting);
+        if let Some(term) = self.decides_leases() {
+            for operation in self.leases.decide() {
+                let id = self.new_id();
+                self.proposals.decide(&mut self.member, term, id, operation);
+            }
         }
         self.reads.tick(is_waiting);
         self.proposals.retain(is_waiting);
@@ -216,13 +219,15 @@ impl Replica {
             let id = self.new_id();
             self.reads.ask(&mut self.member, id);
         }
-        let next_id = &mut self.next_id;
-        let id = || {
-            *next_id += 1;
-            *next_id
-        };
-        if let Some((id, renewal)) = self.leases.renewal(id, now) {
-            self.proposals.propose_own(&mut self.member, id, renewal);
+        if let Some(term) = self.decides_leases() {
+            let next_id = &mut self.next_id;
+            let id = || {
+                *next_id += 1;
+                *next_id
+            };
+            if let Some((id, renewal)) = self.leases.renewal(id, now) {
+                self.proposals.decide(&mut self.member, term, id, renewal);
+            }
         }
         let output = self
             .member
@@ -245,6 +250,13 @@ impl Replica {
             }));
         }
         Ok(())
+    }
+
+    /// The term in which this member may decide about leases. A tick or a message may have deposed it
+    /// since leases heard last who leads.
+    fn decides_leases(&self) -> Option<u64> {
+        let term = self.member.decides_in();
+        term.filter(|_| term == self.leases.term())
     }
 
     /// Leases follow what was applied, before anybody hears of it; and who leads.

@@ -45,14 +45,20 @@ impl Proposals {
         self.submit(member, command.encode_to_vec());
     }
 
-    /// Proposes a command of the member itself, whose outcome nobody waits for.
-    pub(super) fn propose_own(&mut self, member: &mut Member, id: u64, operation: Operation) {
+    /// Proposes what the member decided as the leader of `term`: never held or sent to another leader.
+    pub(super) fn decide(&mut self, member: &mut Member, term: u64, id: u64, operation: Operation) {
         let command = Command {
             id,
             operation: Some(operation),
             authority: None,
         };
-        self.submit(member, command.encode_to_vec());
+        if member
+            .propose_decision(term, command.encode_to_vec())
+            .is_err()
+        {
+            self.failed += 1;
+            tracing::debug!(term, "a decision came too late");
+        }
     }
 
     /// Proposes what waits for a leader, if there is one now.

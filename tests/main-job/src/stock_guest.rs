@@ -17,7 +17,7 @@ use crate::{FALSE_ADDRESS, GATEWAY, apply, show_adoption, show_ingress};
 
 const FILE_BYTES: u64 = 4 << 20;
 /// Pieces of 16 KiB that the guest writes, each with a sync, while its disk's process is killed.
-const PIECES: u32 = 150;
+const PIECES: u32 = 80;
 const DISK_KILLS: u32 = 3;
 const SPOOFED_PINGS: u64 = 3;
 const PORT: u16 = 8080;

@@ -9,7 +9,7 @@ use keelson_lab::{Exec, FileCopy, KernelFiles, Lab, LabOptions, guest_initrd};
 const PROGRAMS: &[&str] = &["keelson", "keelsond", "keelson-vmm", "keelson-blk"];
 
 /// Emulated KVM under KVM's own emulation takes about 40 s for all of it.
-const LIMIT_SECONDS: u64 = 240;
+const LIMIT_SECONDS: u64 = 420;
 
 #[test]
 fn stock_6_12_on_host_6_12() {

@@ -21,6 +21,7 @@ tar -C /host -xf /lab/debian-root.tar
 mount --bind /host /host
 for folder in proc sys dev; do mount --rbind /$folder /host/$folder; done
 echo 0123456789abcdef0123456789abcdef >/host/etc/machine-id
+echo 127.0.0.1 localhost >/host/etc/hosts
 mkdir -p /sys/fs/cgroup/lab
 echo $$ >/sys/fs/cgroup/lab/cgroup.procs
 container=lab /usr/sbin/unshare --pid --fork --mount --cgroup sh -c '

@@ -30,18 +30,28 @@ pub struct Found {
 }
 
 impl Data {
-    /// Puts all of it on the member at `url`, many at a time.
+    /// Puts all of it on the member at `url`, many values in each request.
     pub async fn load(self, url: &str) -> anyhow::Result<()> {
         /// Bytes of one request.
         const REQUEST: usize = 256 << 10;
-        let channel = admin::connect(url).await?;
         let batch = (REQUEST / (self.bytes + 100)).clamp(1, 100) as u64;
+        self.load_by(batch, 16, url).await
+    }
+
+    /// Puts all of it on the member at `url`, one value in each request, as most clients do. (etcd keeps
+    /// the last 100,000 requests in memory: large ones would be held against it.)
+    pub async fn load_singly(self, url: &str) -> anyhow::Result<()> {
+        self.load_by(1, 64, url).await
+    }
+
+    async fn load_by(self, batch: u64, at_once: usize, url: &str) -> anyhow::Result<()> {
+        let channel = admin::connect(url).await?;
         let batches = (0..self.keys.div_ceil(batch)).map(|number| {
             let kv = KvClient::new(channel.clone());
             let keys = number * batch..self.keys.min((number + 1) * batch);
             self.put(kv, keys)
         });
-        let mut done = futures::stream::iter(batches).buffer_unordered(16);
+        let mut done = futures::stream::iter(batches).buffer_unordered(at_once);
         while let Some(done) = done.next().await {
             done?;
         }

@@ -32,7 +32,7 @@ pub async fn make(folder: &Path, flags: &RowFlags, notes: &mut Notes) -> anyhow:
         bytes: 4096,
     };
     let begin = Instant::now();
-    data.load(&url).await?;
+    data.load_singly(&url).await?;
     notes.note("data, GB", flags.gigabytes);
     notes.seconds("loaded in, s", begin.elapsed());
     sleep(Duration::from_secs(2)).await;

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::{Parser, Subcommand, ValueEnum};
-use keelson_blk::catalog::{Contents, DiskSpec};
+use keelson_blk::catalog::{BaseSpec, Contents, DiskSpec};
 use keelson_blk::disk::SERIAL_SIZE;
 use keelson_blk::image::DirectMode;
 use keelson_blk::rate_limit::{Limits, Rate};
@@ -62,6 +62,16 @@ pub struct Arguments {
     /// Group of disks of this process with which it shares limits
     #[arg(long)]
     group: Option<String>,
+    /// Certificates (PEM) to trust, instead of the system's, where an overlay's base is on a server
+    #[arg(long, value_name = "FILE")]
+    base_ca_file: Option<PathBuf>,
+    /// Fetch what the guest hasn't asked for of a base on a server, at this many bytes a second (K, M,
+    /// G)
+    #[arg(long, value_name = "RATE", value_parser = parse_rate)]
+    base_fill: Option<u64>,
+    /// After how many seconds a request that waits for the base's server fails [default: 30]
+    #[arg(long, value_name = "SECONDS", value_parser = clap::value_parser!(u64).range(1..=3600))]
+    base_timeout: Option<u64>,
     /// Limits of a group: NAME,bytes-per-second=N,operations-per-second=N
     #[arg(long = "group-limits", value_name = "NAME,KEY=VALUE,…")]
     groups: Vec<String>,
@@ -88,7 +98,7 @@ pub struct Arguments {
     direct: Direct,
     /// One more disk: socket=PATH,image=PATH or socket=PATH,null=SIZE, and format=raw|overlay, id=NAME,
     /// read-only, queues=N, queue-size=N, serial=TEXT, direct=auto|on|off, key-fd=N, group=NAME,
-    /// bytes-per-second=N, operations-per-second=N, where other than the options of these names
+    /// base-ca-file=PATH, base-fill=RATE, base-timeout=SECONDS, bytes-per-second=N, operations-per-second=N, where other than the options of these names
     #[arg(long = "disk", value_name = "KEY=VALUE,…")]
     disks: Vec<String>,
     /// Threads that serve the queues of all disks, or "queue" for one for each running queue
@@ -237,6 +247,11 @@ impl Arguments {
                 operations: rate(self.operations_per_second, self.operations_burst),
             },
             group: self.group.clone(),
+            base: BaseSpec {
+                ca_file: self.base_ca_file.clone(),
+                fill_bytes_per_second: self.base_fill,
+                timeout_seconds: self.base_timeout,
+            },
         };
         DiskArguments {
             spec,
@@ -280,6 +295,13 @@ pub fn parse_disk(text: &str, disk: &mut DiskArguments, format: Format) -> Resul
             "serial" => spec.serial = parse_serial(value)?,
             "direct" => spec.direct = Direct::from_str(value, false)?.mode(),
             "group" => spec.group = Some(value.to_owned()),
+            "base-ca-file" => spec.base.ca_file = Some(value.into()),
+            "base-fill" => spec.base.fill_bytes_per_second = Some(parse_rate(value)?),
+            "base-timeout" => {
+                let seconds = value.parse();
+                let seconds = seconds.map_err(|_| "base-timeout= takes a number of seconds")?;
+                spec.base.timeout_seconds = Some(seconds);
+            }
             "key-fd" => {
                 let descriptor = value.parse().map_err(|_| "key-fd= takes a number")?;
                 disk.key_fd = Some(descriptor);

@@ -6,7 +6,7 @@ use std::io;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
 
@@ -20,8 +20,10 @@ use crate::layer::limit::LimitDevice;
 use crate::layer::null::NullDevice;
 use crate::layer::overlay::OverlayDevice;
 use crate::metrics::QueueCounters;
+use crate::overlay::chain::SourceCounters;
 use crate::overlay::files::{self, OpenOptions};
 use crate::rate_limit::{Limiter, Limits};
+use crate::remote::{self, ClientOptions, FetchOptions};
 use crate::sector_cipher::SectorCipher;
 use crate::server::{DiskServer, ServerOptions};
 use crate::worker::WorkerPool;
@@ -60,6 +62,44 @@ pub struct DiskSpec {
     /// The group with which it shares limits.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub group: Option<String>,
+    /// How a base on a server is fetched.
+    #[serde(default, skip_serializing_if = "BaseSpec::is_default")]
+    pub base: BaseSpec,
+}
+
+/// How an overlay's base on a server is fetched.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct BaseSpec {
+    /// Certificates (PEM) to trust instead of the system's.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub ca_file: Option<PathBuf>,
+    /// Also fetch what the guest hasn't asked for, at this many bytes a second.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub fill_bytes_per_second: Option<u64>,
+    /// After how many seconds a request that waits for the server fails; 30 unless given.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub timeout_seconds: Option<u64>,
+}
+
+impl BaseSpec {
+    /// Whether nothing is given.
+    pub fn is_default(&self) -> bool {
+        *self == Self::default()
+    }
+
+    /// The options that it stands for.
+    pub fn fetch_options(&self) -> FetchOptions {
+        let defaults = FetchOptions::default();
+        let patience = self.timeout_seconds.map(Duration::from_secs);
+        FetchOptions {
+            client: ClientOptions {
+                ca_file: self.ca_file.clone(),
+            },
+            patience: patience.unwrap_or(defaults.patience),
+            fill: self.fill_bytes_per_second,
+        }
+    }
 }
 
 /// What holds a disk's data.
@@ -97,6 +137,9 @@ pub struct DiskStatus {
     /// Layers of an overlay.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub layers: Option<usize>,
+    /// What was fetched of a base on a server.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub source: Option<SourceCounters>,
     /// The counters of each queue.
     pub counters: Vec<QueueCounters>,
 }
@@ -325,6 +368,10 @@ impl ServedDisk {
                 .overlay
                 .as_ref()
                 .map(|overlay| overlay.chain().layers().len()),
+            source: self
+                .overlay
+                .as_ref()
+                .and_then(|overlay| overlay.source_counters()),
             counters: self.server.metrics(),
         }
     }
@@ -390,7 +437,12 @@ fn open(spec: &DiskSpec, cipher: Option<Arc<SectorCipher>>) -> Result<Opened, Er
                 direct,
                 cipher,
             };
-            let open = files::open(path, &options, None)?;
+            let fetch = spec.base.fetch_options();
+            let open = files::open(
+                path,
+                &options,
+                Some(&|lowest, base| remote::files::open(lowest, base, &fetch)),
+            )?;
             let images = open.images.iter().chain(&open.raw);
             let uncached = images
                 .map(|image| image.direct())
@@ -421,6 +473,13 @@ fn check(spec: &DiskSpec) -> Result<[u8; SERIAL_SIZE], Error> {
         ));
     }
     check_limits(id, spec.limits)?;
+    if spec
+        .base
+        .timeout_seconds
+        .is_some_and(|seconds| !(1..=3600).contains(&seconds))
+    {
+        return Err(refuse(id, "a request waits 1 to 3600 seconds for a server"));
+    }
     let mut serial = [0; SERIAL_SIZE];
     let field = serial.get_mut(..spec.serial.len());
     let field = field.ok_or_else(|| refuse(id, "a serial number has at most 20 bytes"))?;

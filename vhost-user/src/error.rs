@@ -61,6 +61,9 @@ pub enum Error {
     /// A layered image can't be used.
     #[error(transparent)]
     Overlay(#[from] crate::overlay::OverlayError),
+    /// An image on a server can't be used.
+    #[error(transparent)]
+    Remote(#[from] crate::remote::RemoteError),
     /// An image can't be imported.
     #[error("can't import {}: {source}", path.display())]
     Qcow2 {
@@ -108,6 +111,7 @@ impl Error {
             | Self::NoDirectIo { .. }
             | Self::LockImage { .. }
             | Self::Overlay(_)
+            | Self::Remote(_)
             | Self::Qcow2 { .. }
             | Self::Key(_) => 3,
             Self::ImageInUse { .. } => 4,

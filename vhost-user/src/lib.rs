@@ -34,8 +34,10 @@ pub mod layer;
 pub mod metrics;
 pub mod overlay;
 pub mod pinned_memory;
+pub mod protocol_extension;
 pub mod qcow2;
 pub mod rate_limit;
+pub mod remote;
 pub mod request;
 pub mod request_executor;
 pub mod sector_cipher;
@@ -50,6 +52,5 @@ mod direct_io;
 mod error_log;
 mod image_lock;
 mod listener;
-mod protocol_extension;
 
 pub use error::Error;

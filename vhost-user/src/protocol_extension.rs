@@ -30,7 +30,7 @@ const NEED_REPLY: u32 = 1 << 3;
 
 /// The channel on which the frontend takes notices.
 #[derive(Debug)]
-pub(crate) struct NoticeChannel(OwnedFd);
+pub struct NoticeChannel(OwnedFd);
 
 impl NoticeChannel {
     /// Says that the configuration space has changed. Never waits.
@@ -44,7 +44,7 @@ impl NoticeChannel {
 
 /// What became of the next message.
 #[derive(Debug)]
-pub(crate) enum Outcome {
+pub enum Outcome {
     /// It is for the crate.
     NotMine,
     /// It was answered.
@@ -54,7 +54,7 @@ pub(crate) enum Outcome {
 }
 
 /// Answers the next message if it is one of these. Waits for it.
-pub(crate) fn handle(connection: &UnixStream, backend: &mut BlockBackend) -> io::Result<Outcome> {
+pub fn handle(connection: &UnixStream, backend: &mut BlockBackend) -> io::Result<Outcome> {
     let mut bytes = [0; HEADER_BYTES];
     let flags = RecvFlags::PEEK | RecvFlags::WAITALL;
     let (len, _) = recv(connection, &mut bytes, flags)?;

@@ -33,13 +33,18 @@ fn base() -> impl Strategy<Value = Base> {
                 opened
             }
         ),
-        ("http://[a-z/]{1,99}", 0..1_u64 << 40, any::<[u8; 32]>()).prop_map(
-            |(url, bytes, manifest)| Base::Http {
+        (
+            "http://[a-z/]{1,99}",
+            0..1_u64 << 40,
+            any::<[u8; 32]>(),
+            any::<bool>()
+        )
+            .prop_map(|(url, bytes, digest, checksums)| Base::Http {
                 url,
                 bytes,
-                manifest
-            }
-        ),
+                manifest: Some(digest).filter(|digest| checksums && *digest != [0; 32]),
+                validator: Some(digest).filter(|digest| !checksums && *digest != [0; 32]),
+            }),
     ]
 }
 

@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::{Args, Subcommand};
-use keelson_blk::catalog::{Contents, DiskSpec};
+use keelson_blk::catalog::{BaseSpec, Contents, DiskSpec};
 use keelson_blk::control::{ControlError, Request, call};
 use keelson_blk::image::DirectMode;
 use keelson_blk::rate_limit::{Limits, Rate};
@@ -181,5 +181,6 @@ fn defaults() -> DiskSpec {
         direct: DirectMode::Auto,
         limits: Limits::default(),
         group: None,
+        base: BaseSpec::default(),
     }
 }

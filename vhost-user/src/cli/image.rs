@@ -1,7 +1,7 @@
 //! `keelson-blk image`: create, look at and change images that are not being served.
 
 use std::fs::{self, File};
-use std::io::{self, Write};
+use std::io::{self, Seek, SeekFrom, Write};
 use std::os::fd::RawFd;
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
@@ -12,6 +12,8 @@ use indicatif::{ProgressBar, ProgressStyle};
 use keelson_blk::overlay::files::{self, CreateOptions, NewBase, OpenOptions};
 use keelson_blk::overlay::header::{Base, Header};
 use keelson_blk::overlay::{Chain, FileStorage, OverlayError, Place, StripedFile};
+use keelson_blk::remote::files::Checksums;
+use keelson_blk::remote::{self, ClientOptions, FetchOptions, Manifest};
 use keelson_blk::{Error, qcow2};
 use serde_json::{Value, json};
 
@@ -36,6 +38,10 @@ pub enum ImageCommand {
     Export(Export),
     /// Read a qcow2 image into a new raw file
     Import(Import),
+    /// Write the checksums of a raw image that is to be published on a server to IMAGE.manifest
+    Manifest(MakeManifest),
+    /// Fetch all that is still on the server of an overlay's base
+    Fetch(Fetch),
 }
 
 #[derive(Clone, Copy, Debug, Default, ValueEnum)]
@@ -52,9 +58,12 @@ enum Format {
 pub struct Create {
     /// The new file
     path: PathBuf,
-    /// The image that it stands on, which is only read from then on
+    /// The image that it stands on, which is only read from then on: a path, or the address of a
+    /// raw image (https://… or http://…), of which is fetched what is read
     #[arg(long, value_name = "BASE")]
     overlay_of: Option<PathBuf>,
+    #[command(flatten)]
+    remote: RemoteBase,
     /// What the base is. Not guessed, since a guest could make a raw image look like an overlay
     #[arg(long, value_enum, default_value_t, requires = "overlay_of")]
     base_format: Format,
@@ -67,6 +76,60 @@ pub struct Create {
     /// Encrypt it with the key of 32 or 64 bytes that this descriptor holds (a pipe, say)
     #[arg(long)]
     key_fd: Option<RawFd>,
+}
+
+/// How a base on a server is trusted.
+#[derive(Debug, Args)]
+struct RemoteBase {
+    /// Take what the server sends without checksums. A changed ETag or Last-Modified is noticed
+    #[arg(long, requires = "overlay_of")]
+    no_checksums: bool,
+    /// The SHA-256 of the manifest beside the image, which you know from elsewhere
+    #[arg(long, value_name = "HEX", value_parser = parse_digest, conflicts_with = "no_checksums")]
+    manifest_sha256: Option<Digest>,
+    #[command(flatten)]
+    server: Server,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Digest([u8; 32]);
+
+/// How a server is reached.
+#[derive(Debug, Args)]
+struct Server {
+    /// Certificates (PEM) to trust instead of the system's
+    #[arg(long, value_name = "FILE")]
+    ca_file: Option<PathBuf>,
+}
+
+impl Server {
+    fn options(&self) -> FetchOptions {
+        FetchOptions {
+            client: ClientOptions {
+                ca_file: self.ca_file.clone(),
+            },
+            ..FetchOptions::default()
+        }
+    }
+}
+
+/// The arguments of `image manifest`.
+#[derive(Debug, Args)]
+pub struct MakeManifest {
+    /// The raw image
+    path: PathBuf,
+    /// What is fetched and verified at once: 64K to 4M
+    #[arg(long, value_parser = size::parse, default_value = "256K")]
+    chunk: u64,
+}
+
+/// The arguments of `image fetch`.
+#[derive(Debug, Args)]
+pub struct Fetch {
+    #[command(flatten)]
+    open: Open,
+    #[command(flatten)]
+    server: Server,
 }
 
 /// The arguments of `image info`.
@@ -130,6 +193,8 @@ pub struct Rebase {
 pub struct Export {
     #[command(flatten)]
     open: Open,
+    #[command(flatten)]
+    server: Server,
     /// The new raw file
     target: PathBuf,
 }
@@ -169,7 +234,16 @@ pub fn run(command: &ImageCommand) -> Result<(), Error> {
         }
         ImageCommand::Export(arguments) => export(arguments),
         ImageCommand::Import(arguments) => import(arguments),
+        ImageCommand::Manifest(arguments) => make_manifest(arguments),
+        ImageCommand::Fetch(arguments) => fetch(arguments),
     }
+}
+
+fn parse_digest(text: &str) -> Result<Digest, String> {
+    let digest = remote::manifest::decode(text);
+    digest
+        .map(Digest)
+        .ok_or_else(|| "not 64 hexadecimal digits in lower case".into())
 }
 
 fn open_options(key_fd: Option<RawFd>, read_only: bool) -> Result<OpenOptions, Error> {
@@ -188,8 +262,21 @@ fn say(line: &str) -> Result<(), Error> {
 }
 
 fn create(arguments: &Create) -> Result<(), Error> {
+    let url = arguments.overlay_of.as_ref().and_then(|base| base.to_str());
     let base = match &arguments.overlay_of {
         None => NewBase::None,
+        Some(_) if let Some(url) = url.filter(|url| remote::files::is_url(url)) => {
+            let checksums = match &arguments.remote {
+                remote if remote.no_checksums => Checksums::None,
+                remote => match remote.manifest_sha256 {
+                    Some(Digest(digest)) => Checksums::Pinned(digest),
+                    None => Checksums::Manifest,
+                },
+            };
+            let options = arguments.remote.server.options();
+            let folder = remote::files::folder_of(&arguments.path);
+            remote::files::describe(url, checksums, &options, &folder)?
+        }
         Some(base) => NewBase::Image(
             base.clone(),
             match arguments.base_format {
@@ -304,14 +391,19 @@ fn check(arguments: &Open) -> Result<(), Error> {
             cipher: cipher.clone(),
             ..OpenOptions::default()
         };
-        files::open(&arguments.path, &options, None)
+        let fetch = FetchOptions::default();
+        files::open(
+            &arguments.path,
+            &options,
+            Some(&|lowest, base| remote::files::open(lowest, base, &fetch)),
+        )
     };
     // A snapshot is only looked at.
     let opened = match open(false) {
         Err(Error::Overlay(OverlayError::Sealed { .. })) => open(true)?,
         other => other?,
     };
-    for layer in opened.chain.layers() {
+    for layer in opened.chain.layers().iter().skip(opened.scratch.into()) {
         say(&format!(
             "{}: {} of {} stripes are here",
             layer.path().display(),
@@ -324,7 +416,12 @@ fn check(arguments: &Open) -> Result<(), Error> {
 
 fn export(arguments: &Export) -> Result<(), Error> {
     let options = open_options(arguments.open.key_fd, true)?;
-    let opened = files::open(&arguments.open.path, &options, None)?;
+    let fetch = arguments.server.options();
+    let opened = files::open(
+        &arguments.open.path,
+        &options,
+        Some(&|lowest, base| remote::files::open(lowest, base, &fetch)),
+    )?;
     let failed = |source| Error::Io {
         action: format!("can't write {}", arguments.target.display()),
         source,
@@ -385,6 +482,77 @@ fn import(arguments: &Import) -> Result<(), Error> {
         source,
     })?;
     say(&format!("{} created", arguments.target.display()))
+}
+
+fn make_manifest(arguments: &MakeManifest) -> Result<(), Error> {
+    let failed = |source| Error::OpenImage {
+        path: arguments.path.clone(),
+        source,
+    };
+    let mut image = File::open(&arguments.path).map_err(failed)?;
+    if !arguments.chunk.is_power_of_two()
+        || !remote::manifest::CHUNK_BYTES.contains(&arguments.chunk)
+    {
+        return Err(failed(io::Error::other(
+            "--chunk takes a power of two from 64K to 4M",
+        )));
+    }
+    let bar = progress_bar();
+    bar.set_length(image.seek(SeekFrom::End(0)).map_err(failed)?);
+    image.rewind().map_err(failed)?;
+    let manifest = Manifest::of(&mut image, arguments.chunk, |done| bar.set_position(done));
+    bar.finish_and_clear();
+    let text = manifest.map_err(failed)?.to_text();
+    let mut target = arguments.path.clone().into_os_string();
+    target.push(remote::manifest::SUFFIX);
+    let target = PathBuf::from(target);
+    fs::write(&target, &text).map_err(|source| Error::Io {
+        action: format!("can't write {}", target.display()),
+        source,
+    })?;
+    let digest = remote::manifest::hex(&remote::manifest::digest(text.as_bytes()));
+    say(&format!("{} created\n  SHA-256 {digest}", target.display()))
+}
+
+fn fetch(arguments: &Fetch) -> Result<(), Error> {
+    let options = open_options(arguments.open.key_fd, false)?;
+    let fetch = arguments.server.options();
+    let opened = files::open(
+        &arguments.open.path,
+        &options,
+        Some(&|lowest, base| remote::files::open(lowest, base, &fetch)),
+    )?;
+    let bar = progress_bar();
+    let failed = |source| Error::Io {
+        action: format!("can't fetch all of {}", arguments.open.path.display()),
+        source,
+    };
+    let fetched = fetch_all(&opened.chain, &bar);
+    bar.finish_and_clear();
+    // What came is kept in any case.
+    opened.chain.flush().map_err(failed)?;
+    fetched.map_err(failed)?;
+    say(&format!(
+        "{} has all of its base",
+        arguments.open.path.display()
+    ))
+}
+
+fn fetch_all(chain: &Chain, bar: &ProgressBar) -> io::Result<()> {
+    let mut offset = 0;
+    let mut byte = [0];
+    bar.set_length(chain.bytes());
+    while offset < chain.bytes() {
+        let segment = chain.locate(offset, chain.bytes() - offset);
+        if segment.place == Place::Absent {
+            // All of its chunk comes with it.
+            chain.read(&mut byte, offset)?;
+            continue;
+        }
+        offset += segment.len;
+        bar.set_position(offset);
+    }
+    Ok(())
 }
 
 // Nothing is drawn where stderr is no terminal.

@@ -4,6 +4,7 @@ use std::fmt::Write;
 
 use crate::catalog::DiskStatus;
 use crate::metrics::QueueCounters;
+use crate::overlay::chain::SourceCounters;
 
 type Counter = (&'static str, &'static str, fn(&QueueCounters) -> u64);
 
@@ -76,6 +77,43 @@ fn write_all(out: &mut String, disks: &[DiskStatus]) -> std::fmt::Result {
                     out,
                     "keelson_blk_{name}{{disk=\"{id}\",queue=\"{queue}\"}} {value}"
                 )?;
+            }
+        }
+    }
+    write_sources(out, disks)
+}
+
+type SourceCounter = (&'static str, &'static str, fn(&SourceCounters) -> u64);
+
+const SOURCE_COUNTERS: [SourceCounter; 3] = [
+    (
+        "fetched_bytes_total",
+        "Bytes fetched from the base's server, verified and kept.",
+        |source| source.fetched_bytes,
+    ),
+    (
+        "fetch_failures_total",
+        "Attempts to fetch from the base's server that failed.",
+        |source| source.failed_attempts,
+    ),
+    (
+        "fetch_corrupt_chunks_total",
+        "Chunks that came from the base's server with a wrong checksum.",
+        |source| source.corrupt_chunks,
+    ),
+];
+
+fn write_sources(out: &mut String, disks: &[DiskStatus]) -> std::fmt::Result {
+    if disks.iter().all(|disk| disk.source.is_none()) {
+        return Ok(());
+    }
+    for (name, help, value) in SOURCE_COUNTERS {
+        writeln!(out, "# HELP keelson_blk_{name} {help}")?;
+        writeln!(out, "# TYPE keelson_blk_{name} counter")?;
+        for disk in disks {
+            if let Some(source) = &disk.source {
+                let (id, value) = (escape(&disk.spec.id), value(source));
+                writeln!(out, "keelson_blk_{name}{{disk=\"{id}\"}} {value}")?;
             }
         }
     }

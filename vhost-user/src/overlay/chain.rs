@@ -4,6 +4,8 @@ use std::fmt::Debug;
 use std::io;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use serde::Serialize;
+
 use super::striped_file::MEMORY_ALIGNMENT;
 use super::{Storage, StripedFile};
 use crate::aligned_buffer::AlignedBuffer;
@@ -11,10 +13,41 @@ use crate::aligned_buffer::AlignedBuffer;
 /// Stripes that can be brought up at the same time.
 const STRIPE_LOCKS: usize = 16;
 
-/// Fetches what a layer lacks.
+/// Called once when a chunk is in the top layer, or why it isn't (an errno). From any thread.
+pub type Fetched = Box<dyn FnOnce(Result<(), i32>) + Send>;
+
+/// Where the lowest layer's base is, if not on this host.
 pub trait Source: Debug + Send + Sync {
-    /// Puts a stripe into the layer and says so with [`StripedFile::insert`], or fails.
-    fn fetch(&self, stripe: u64) -> io::Result<()>;
+    /// What it fetches at once, in bytes: a multiple of the stripe. Chunks are counted from the
+    /// start of the disk.
+    fn chunk_bytes(&self) -> u64;
+
+    /// Fetches a chunk, and waits for it. The last one may be shorter.
+    fn load(&self, chunk: u64) -> io::Result<Vec<u8>>;
+
+    /// Has a chunk fetched and put into the attached chain, without waiting.
+    fn fetch(&self, chunk: u64, done: Fetched);
+
+    /// From now on chunks go to this chain; with `None`, nothing goes anywhere once this returns.
+    fn attach(&self, chain: Option<&Arc<Chain>>);
+
+    /// What it did.
+    fn counters(&self) -> SourceCounters {
+        SourceCounters::default()
+    }
+}
+
+/// What a source did since it was opened.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct SourceCounters {
+    /// Its address.
+    pub url: String,
+    /// Bytes fetched, verified and kept.
+    pub fetched_bytes: u64,
+    /// Attempts that failed and may have been repeated.
+    pub failed_attempts: u64,
+    /// Chunks that came with a wrong checksum.
+    pub corrupt_chunks: u64,
 }
 
 /// What the lowest striped file stands on.
@@ -24,7 +57,7 @@ pub enum Bottom {
     Zero,
     /// A raw image or device of this many bytes, after which all is zero.
     Raw(Arc<dyn Storage>, u64),
-    /// A server that fills the lowest layer as it is read. The image's size in bytes.
+    /// A server's image of a size in bytes. What is fetched of it is kept in the top layer.
     Source(Arc<dyn Source>, u64),
 }
 
@@ -126,7 +159,7 @@ impl Chain {
             let rest = (buffer.len() - done) as u64;
             let segment = self.locate(position, rest.min(1 << 20));
             if segment.place == Place::Absent {
-                self.fetch(position / self.top().stripe_bytes())?;
+                self.load(position)?;
                 continue;
             }
             let len = usize::try_from(segment.len).map_err(io::Error::other)?;
@@ -145,6 +178,7 @@ impl Chain {
             let (stripe, within, room) = self.in_stripe(position);
             let len = room.min(bytes.len() - done);
             let part = bytes.get(done..done + len).unwrap_or_default();
+            self.load_unless_whole(stripe, len)?;
             let _guard = self.lock_stripe(stripe);
             if self.top().contains(stripe) {
                 let mut buffer = buffer(len)?;
@@ -160,6 +194,9 @@ impl Chain {
 
     /// Makes whole sectors zero, and gives room back where that costs nothing.
     pub fn write_zeroes(&self, offset: u64, len: u64) -> io::Result<()> {
+        for stripe in self.edges(offset, len) {
+            self.load_unless_whole(stripe, 0)?;
+        }
         self.each_stripe(offset, len, |stripe, within, part, position| {
             if self.top().contains(stripe) {
                 return self.top().zero_data(position, part as u64);
@@ -198,12 +235,88 @@ impl Chain {
         self.top().flush()
     }
 
-    /// Brings an absent stripe from its server.
-    pub fn fetch(&self, stripe: u64) -> io::Result<()> {
+    /// Where what is absent comes from.
+    pub fn source(&self) -> Option<&Arc<dyn Source>> {
         match &self.bottom {
-            Bottom::Source(source, _) => source.fetch(stripe),
-            Bottom::Zero | Bottom::Raw(..) => Ok(()),
+            Bottom::Source(source, _) => Some(source),
+            Bottom::Zero | Bottom::Raw(..) => None,
         }
+    }
+
+    /// The chunks of the source that have to be fetched before a range can be read.
+    pub fn absent_for_reading(&self, offset: u64, len: u64) -> Vec<u64> {
+        let stripe_bytes = self.top().stripe_bytes();
+        let last = (offset + len.max(1) - 1) / stripe_bytes;
+        self.absent_chunks(offset / stripe_bytes..=last)
+    }
+
+    /// The same before a range can be written, which needs what is around it in its stripes.
+    pub fn absent_for_writing(&self, offset: u64, len: u64) -> Vec<u64> {
+        self.absent_chunks(self.edges(offset, len))
+    }
+
+    /// Puts bytes of the source where nothing newer is: whole stripes, or up to the image's end.
+    pub fn place(&self, bytes: &[u8], offset: u64) -> io::Result<()> {
+        let stripe_bytes = self.top().stripe_bytes();
+        let size = usize::try_from(stripe_bytes).map_err(io::Error::other)?;
+        for (stripe, part) in (offset / stripe_bytes..).zip(bytes.chunks(size)) {
+            let _guard = self.lock_stripe(stripe);
+            if self.stripe_place(stripe, 0) != Place::Absent {
+                continue;
+            }
+            let start = stripe * stripe_bytes;
+            if part.iter().all(|byte| *byte == 0) {
+                self.top().zero_data(start, stripe_bytes)?;
+            } else {
+                let mut whole = buffer(size)?;
+                let target = whole.as_mut_slice().get_mut(..part.len());
+                target.unwrap_or_default().copy_from_slice(part);
+                self.top().write_data(whole.as_mut_slice(), start)?;
+            }
+            self.top().insert(stripe);
+        }
+        Ok(())
+    }
+
+    // Fetches the chunk that holds a position, in this thread.
+    fn load(&self, position: u64) -> io::Result<()> {
+        let Some(source) = self.source() else {
+            return Ok(());
+        };
+        let chunk = position / source.chunk_bytes();
+        self.place(&source.load(chunk)?, chunk * source.chunk_bytes())
+    }
+
+    // Before its lock is taken.
+    fn load_unless_whole(&self, stripe: u64, len: usize) -> io::Result<()> {
+        let stripe_bytes = self.top().stripe_bytes();
+        if (len as u64) < stripe_bytes && self.stripe_place(stripe, 0) == Place::Absent {
+            self.load(stripe * stripe_bytes)?;
+        }
+        Ok(())
+    }
+
+    // The stripes that a range covers in part.
+    fn edges(&self, offset: u64, len: u64) -> impl Iterator<Item = u64> + use<> {
+        let stripe_bytes = self.top().stripe_bytes();
+        let end = offset + len;
+        let first =
+            (len > 0 && !offset.is_multiple_of(stripe_bytes)).then(|| offset / stripe_bytes);
+        let last = (len > 0 && !end.is_multiple_of(stripe_bytes)).then(|| end / stripe_bytes);
+        first
+            .into_iter()
+            .chain(last.filter(|last| Some(*last) != first))
+    }
+
+    fn absent_chunks(&self, stripes: impl Iterator<Item = u64>) -> Vec<u64> {
+        let Some(source) = self.source() else {
+            return Vec::new();
+        };
+        let per_chunk = (source.chunk_bytes() / self.top().stripe_bytes()).max(1);
+        let absent = stripes.filter(|stripe| self.stripe_place(*stripe, 0) == Place::Absent);
+        let mut chunks: Vec<u64> = absent.map(|stripe| stripe / per_chunk).collect();
+        chunks.dedup();
+        chunks
     }
 
     fn each_stripe(

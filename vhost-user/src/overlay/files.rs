@@ -6,6 +6,7 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use rustix::fs::{Mode, OFlags};
 use uuid::Uuid;
 
 use super::chain::{Bottom, Source};
@@ -41,14 +42,12 @@ pub enum NewBase {
     None,
     /// An image.
     Image(PathBuf, Format),
-    /// An image on a server, of a size in bytes, with the SHA-256 of its manifest.
+    /// An image on a server, as [`describe`](crate::remote::files::describe) found it.
     Http {
-        /// Its address.
-        url: String,
-        /// Its size in bytes.
-        bytes: u64,
-        /// The digest of the manifest.
-        manifest: [u8; 32],
+        /// What is pinned of it.
+        base: Base,
+        /// What is fetched at once, in bytes; stripes are no larger.
+        chunk_bytes: u64,
     },
 }
 
@@ -88,6 +87,9 @@ pub struct OpenOverlay {
     pub images: Vec<Arc<Image>>,
     /// The raw base's file.
     pub raw: Option<Arc<Image>>,
+    /// The top layer is a file without a name that holds what was fetched, since the disk is only
+    /// read.
+    pub scratch: bool,
 }
 
 /// What fetches a base from its server: given the lowest layer and what it stands on.
@@ -107,6 +109,13 @@ pub fn create(options: &CreateOptions) -> Result<Header, Error> {
         }
         (asked, inherited) => inherited.or(asked).unwrap_or(DEFAULT_STRIPE),
     };
+    if let NewBase::Http { chunk_bytes, .. } = options.base
+        && u64::from(stripe_bytes) > chunk_bytes
+    {
+        let reason =
+            format!("its base is fetched in {chunk_bytes} bytes; its stripes can't be larger");
+        return Err(refuse(reason).into());
+    }
     let bytes = match options.bytes {
         Some(bytes) if bytes < base.bytes() => {
             let has = base.bytes();
@@ -150,6 +159,7 @@ pub fn open(
     let mut images = Vec::new();
     let mut layers: Vec<Arc<StripedFile>> = Vec::new();
     let mut path = path.to_owned();
+    let mut scratch = false;
     loop {
         let first = layers.is_empty();
         let (image, layer) = open_layer(&path, options, first)?;
@@ -176,6 +186,7 @@ pub fn open(
                 (bottom, Some(Arc::new(image)))
             }
             Base::Http { bytes, .. } => {
+                scratch = options.read_only;
                 let lowest = layers.last().ok_or(io::ErrorKind::NotFound);
                 let lowest = lowest.map_err(|error| Error::io("no layer", error))?;
                 let refuse = || OverlayError::Refused {
@@ -183,7 +194,13 @@ pub fn open(
                     reason: "its base is on a server, which can't be asked here".into(),
                 };
                 let open_source = open_source.ok_or_else(refuse)?;
-                (Bottom::Source(open_source(lowest, &base)?, bytes), None)
+                let source = open_source(lowest, &base)?;
+                if let Some(top) = layers.first().filter(|_| scratch) {
+                    let (image, layer) = open_scratch(top, options.direct)?;
+                    images.insert(0, image);
+                    layers.insert(0, Arc::new(layer));
+                }
+                (Bottom::Source(source, bytes), None)
             }
         };
         let chain = Chain::new(layers, bottom)
@@ -192,6 +209,7 @@ pub fn open(
             chain: Arc::new(chain),
             images,
             raw,
+            scratch,
         });
     }
 }
@@ -262,6 +280,7 @@ pub fn snapshot_open(open: &OpenOverlay, name: &str) -> Result<(PathBuf, OpenOve
         chain: Arc::new(chain),
         images,
         raw: open.raw.clone(),
+        scratch: false,
     };
     Ok((snapshot, open))
 }
@@ -386,21 +405,44 @@ pub fn open_layer(
     Ok((Arc::new(image), layer))
 }
 
+// A layer in a file without a name, beside the one that it is put on.
+fn open_scratch(top: &StripedFile, direct: DirectMode) -> Result<(Arc<Image>, StripedFile), Error> {
+    use std::os::fd::AsRawFd;
+    let path = top.path();
+    let folder = path.parent().filter(|path| !path.as_os_str().is_empty());
+    let folder = folder.unwrap_or(Path::new("."));
+    let failed = |error| OverlayError::io("make a temporary file in", folder, error);
+    let flags = OFlags::TMPFILE | OFlags::RDWR | OFlags::CLOEXEC;
+    let file = rustix::fs::open(folder, flags, Mode::RUSR | Mode::WUSR);
+    let file = file.map_err(|error| failed(error.into()))?;
+    let below = top.header();
+    let header = Header {
+        uuid: Uuid::new_v4(),
+        generation: 1,
+        opened: 0,
+        sealed: false,
+        key_check: None,
+        base: Base::None,
+        map_capacity: below.map_blocks(),
+        ..below
+    };
+    let place = PathBuf::from(format!("/proc/self/fd/{}", file.as_raw_fd()));
+    // Open until the image is: nothing else keeps the file.
+    let file = FileStorage(file.into());
+    StripedFile::format(&file, &header).map_err(failed)?;
+    let image = open_image(&place, false, direct)?;
+    let storage = Arc::new(FileStorage(clone_file(&image, &place)?));
+    let options = StripedOptions {
+        uncached: image.direct().is_some(),
+        ..StripedOptions::default()
+    };
+    Ok((Arc::new(image), StripedFile::open(storage, path, options)?))
+}
+
 fn describe_base(base: &NewBase) -> Result<(Base, Option<u32>), Error> {
     match base {
         NewBase::None => Ok((Base::None, None)),
-        NewBase::Http {
-            url,
-            bytes,
-            manifest,
-        } => Ok((
-            Base::Http {
-                url: url.clone(),
-                bytes: *bytes,
-                manifest: *manifest,
-            },
-            None,
-        )),
+        NewBase::Http { base, .. } => Ok((base.clone(), None)),
         NewBase::Image(path, format) => {
             // Absolute, so that it is found wherever the overlay is used from.
             let path = fs::canonicalize(path)

@@ -64,7 +64,9 @@ pub enum Base {
         /// Its size in bytes.
         bytes: u64,
         /// SHA-256 of the manifest with its chunks' checksums.
-        manifest: [u8; 32],
+        manifest: Option<[u8; 32]>,
+        /// Without a manifest: SHA-256 of its ETag or Last-Modified.
+        validator: Option<[u8; 32]>,
     },
 }
 
@@ -209,8 +211,14 @@ impl Header {
                 put(168, &opened.to_le_bytes());
                 (2, path.as_os_str().as_bytes())
             }
-            Base::Http { url, manifest, .. } => {
-                put(152, manifest);
+            Base::Http {
+                url,
+                manifest,
+                validator,
+                ..
+            } => {
+                put(152, &manifest.unwrap_or_default());
+                put(184, &validator.unwrap_or_default());
                 (3, url.as_bytes())
             }
         };
@@ -304,6 +312,10 @@ impl Fields<'_> {
             .unwrap_or([0; N])
     }
 
+    fn digest(&self, offset: usize) -> Option<[u8; 32]> {
+        Some(self.array(offset)).filter(|digest| *digest != [0; 32])
+    }
+
     fn u32(&self, offset: usize) -> u32 {
         u32::from_le_bytes(self.array(offset))
     }
@@ -344,7 +356,8 @@ impl Fields<'_> {
             3 => Base::Http {
                 url: String::from_utf8(reference.to_vec()).map_err(|_| impossible)?,
                 bytes,
-                manifest: self.array(152),
+                manifest: self.digest(152),
+                validator: self.digest(184),
             },
             _ => return Err(HeaderError::Field("base kind")),
         })

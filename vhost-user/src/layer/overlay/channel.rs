@@ -1,179 +1,18 @@
-//! An overlay on its layers' files: see [`Chain`].
-//!
-//! What is in one place goes there as it is, on the ring. What needs a stripe brought up, the map
-//! changed, or a server asked, is rare once a disk is in use, and is done by a few threads of the
-//! disk, with ordinary system calls on copies of the data.
+//! Where a queue's requests go: to the layers' files, to threads, or aside until chunks are here.
 
 use std::collections::VecDeque;
-use std::io;
-use std::path::PathBuf;
+use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender, channel};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, RwLock};
-use std::thread;
 use std::time::Instant;
 
-use super::crypt::CryptDevice;
-use super::file::FileDevice;
-use super::{
-    BlockDevice, Buffers, ChannelContext, IoChannel, IoCompletion, IoRequest, Operation,
-    Properties, RingOperations, Token, Waker,
+use super::super::{
+    Buffers, IoChannel, IoCompletion, IoRequest, Operation, RingOperations, Token, Waker,
 };
-use crate::Error;
-use crate::image::BlockSizes;
-use crate::overlay::files::{self, OpenOverlay};
+use super::job::{Action, Job, JobResult, Pool, perform};
 use crate::overlay::{Chain, Place};
 
-/// Threads of a disk for what the ring can't do. They start when they are needed.
-const THREADS: usize = 4;
 /// Copies that a queue's requests may hold, in bytes. More wait.
 const COPY_LIMIT: u64 = 8 << 20;
-
-/// An overlay as a device.
-#[derive(Debug)]
-pub struct OverlayDevice {
-    stack: RwLock<Arc<Stack>>,
-    pool: Arc<Pool>,
-}
-
-// The layers as they are between two snapshots.
-#[derive(Debug)]
-struct Stack {
-    open: OpenOverlay,
-    layers: Vec<Arc<dyn BlockDevice>>,
-    raw: Option<Arc<dyn BlockDevice>>,
-}
-
-impl Stack {
-    fn new(open: OpenOverlay) -> Self {
-        let layers = open.images.iter().zip(open.chain.layers());
-        let layers = layers.map(|(image, layer)| -> Arc<dyn BlockDevice> {
-            let file = Arc::new(FileDevice::new(Arc::clone(image)));
-            match layer.cipher() {
-                Some(cipher) => {
-                    let cipher = Arc::clone(cipher);
-                    Arc::new(CryptDevice::new(file, cipher, layer.data_offset()))
-                }
-                None => file,
-            }
-        });
-        Self {
-            layers: layers.collect(),
-            raw: open
-                .raw
-                .clone()
-                .map(|image| Arc::new(FileDevice::new(image)) as Arc<dyn BlockDevice>),
-            open,
-        }
-    }
-}
-
-impl OverlayDevice {
-    /// Of an open overlay.
-    pub fn new(open: OpenOverlay) -> Self {
-        Self {
-            stack: RwLock::new(Arc::new(Stack::new(open))),
-            pool: Arc::default(),
-        }
-    }
-
-    /// The disk's layers.
-    pub fn chain(&self) -> Arc<Chain> {
-        Arc::clone(&self.stack().open.chain)
-    }
-
-    /// Makes what the disk holds now a snapshot, and goes on in a new layer: see
-    /// [`files::snapshot`]. Channels have to be closed meanwhile. Returns the snapshot's path.
-    pub fn snapshot(&self, name: &str) -> Result<PathBuf, Error> {
-        let stack = self.stack();
-        let (snapshot, open) = files::snapshot_open(&stack.open, name)?;
-        let mut current = self.stack.write().unwrap_or_else(PoisonError::into_inner);
-        *current = Arc::new(Stack::new(open));
-        Ok(snapshot)
-    }
-
-    fn stack(&self) -> Arc<Stack> {
-        Arc::clone(&self.stack.read().unwrap_or_else(PoisonError::into_inner))
-    }
-}
-
-impl Drop for OverlayDevice {
-    fn drop(&mut self) {
-        self.pool.close();
-    }
-}
-
-impl BlockDevice for OverlayDevice {
-    fn properties(&self) -> Properties {
-        let stack = self.stack();
-        let all = || {
-            let devices = stack.layers.iter().chain(&stack.raw);
-            devices.map(|device| device.properties())
-        };
-        let unknown = BlockSizes {
-            logical: 512,
-            physical: 512,
-            optimal: 0,
-        };
-        let top = stack.layers.first().map(|top| top.properties());
-        let mut block_sizes = top.map_or(unknown, |top| top.block_sizes);
-        let logical = all().map(|layer| layer.block_sizes.logical).max();
-        block_sizes.logical = logical.unwrap_or(512);
-        block_sizes.physical = block_sizes.physical.max(block_sizes.logical);
-        let read_only = top.is_some_and(|top| top.read_only);
-        Properties {
-            bytes: stack.open.chain.bytes(),
-            block_sizes,
-            read_only,
-            alignment: all().map(|layer| layer.alignment).max().unwrap_or(512),
-            discard: !read_only,
-        }
-    }
-
-    fn open_channel(&self, context: &mut ChannelContext<'_>) -> io::Result<Box<dyn IoChannel>> {
-        let stack = self.stack();
-        let mut layers = Vec::new();
-        for layer in &stack.layers {
-            layers.push(layer.open_channel(context)?);
-        }
-        let raw = match &stack.raw {
-            Some(raw) => Some(raw.open_channel(context)?),
-            None => None,
-        };
-        let chain = Arc::clone(&stack.open.chain);
-        let (results, done) = channel();
-        Ok(Box::new(OverlayChannel {
-            offsets: chain
-                .layers()
-                .iter()
-                .map(|layer| layer.data_offset())
-                .collect(),
-            chain,
-            layers,
-            raw,
-            pool: Arc::clone(&self.pool),
-            waker: context.waker(),
-            results,
-            done,
-            pending: Vec::new(),
-            free: Vec::new(),
-            copied: 0,
-            held_back: VecDeque::new(),
-            completed: VecDeque::new(),
-        }))
-    }
-
-    fn sync(&self) -> io::Result<()> {
-        self.stack().open.chain.flush()
-    }
-
-    fn remeasure(&self) -> io::Result<u64> {
-        let stack = self.stack();
-        if let Some(top) = stack.layers.first() {
-            top.remeasure()?;
-        }
-        Ok(stack.open.chain.bytes())
-    }
-}
 
 // A request of which parts are under way.
 #[derive(Debug)]
@@ -185,57 +24,34 @@ struct Pending {
     buffers: Option<Buffers>,
 }
 
-// What a thread has to do.
+// A request that can only start when chunks of its base are here.
 #[derive(Debug)]
-struct Job {
-    slot: usize,
-    offset: u64,
-    action: Action,
-    durable: bool,
-}
-
-#[derive(Debug)]
-enum Action {
-    /// Into the request's buffers at a place.
-    Read {
-        place: u64,
-        len: usize,
-    },
-    Write(Vec<u8>),
-    Discard(u64),
-    WriteZeroes(u64),
-    Flush,
-}
-
-impl Action {
-    fn copied(&self) -> u64 {
-        match self {
-            Self::Read { len, .. } => *len as u64,
-            Self::Write(bytes) => bytes.len() as u64,
-            Self::Discard(_) | Self::WriteZeroes(_) | Self::Flush => 0,
-        }
-    }
-}
-
-#[derive(Debug)]
-struct JobResult {
-    slot: usize,
+struct Parked {
+    request: IoRequest,
+    chunks: usize,
     result: Result<(), i32>,
-    copied: u64,
-    /// What was read, and its place in the buffers.
-    bytes: Option<(u64, Vec<u8>)>,
 }
 
+// What other threads tell a channel.
 #[derive(Debug)]
-struct OverlayChannel {
+enum Told {
+    Done(JobResult),
+    /// A chunk for the parked request of a slot.
+    Fetched(usize, Result<(), i32>),
+}
+
+/// A queue's way to an overlay.
+#[derive(Debug)]
+pub struct OverlayChannel {
     chain: Arc<Chain>,
     offsets: Vec<u64>,
     layers: Vec<Box<dyn IoChannel>>,
     raw: Option<Box<dyn IoChannel>>,
     pool: Arc<Pool>,
     waker: Waker,
-    results: Sender<JobResult>,
-    done: Receiver<JobResult>,
+    results: Sender<Told>,
+    told: Receiver<Told>,
+    parked: Vec<Option<Parked>>,
     pending: Vec<Option<Pending>>,
     free: Vec<usize>,
     copied: u64,
@@ -245,7 +61,38 @@ struct OverlayChannel {
 }
 
 impl OverlayChannel {
+    /// On the channels of the layers, the top one first, and of the raw base.
+    pub fn new(
+        chain: Arc<Chain>,
+        layers: Vec<Box<dyn IoChannel>>,
+        raw: Option<Box<dyn IoChannel>>,
+        pool: Arc<Pool>,
+        waker: Waker,
+    ) -> Self {
+        let (results, told) = channel();
+        let offsets = chain.layers().iter().map(|layer| layer.data_offset());
+        Self {
+            offsets: offsets.collect(),
+            chain,
+            layers,
+            raw,
+            pool,
+            waker,
+            results,
+            told,
+            parked: Vec::new(),
+            pending: Vec::new(),
+            free: Vec::new(),
+            copied: 0,
+            held_back: VecDeque::new(),
+            completed: VecDeque::new(),
+        }
+    }
+
     fn start(&mut self, request: IoRequest, ring: &mut RingOperations) {
+        let Some(request) = self.park_if_absent(request) else {
+            return;
+        };
         match request.operation {
             Operation::Read => self.read(request, ring),
             // Only while no bit of the map waits for a flush: a durable write needs its stripe's.
@@ -272,6 +119,67 @@ impl OverlayChannel {
                 let len = request.len;
                 self.delegate(request, Action::WriteZeroes(len));
             }
+        }
+    }
+
+    // Has what the request needs and is not here fetched; the request starts again after that.
+    fn park_if_absent(&mut self, request: IoRequest) -> Option<IoRequest> {
+        let Some(source) = self.chain.source() else {
+            return Some(request);
+        };
+        let chunks = match request.operation {
+            Operation::Read => self.chain.absent_for_reading(request.offset, request.len),
+            Operation::Write | Operation::WriteZeroes { .. } => {
+                self.chain.absent_for_writing(request.offset, request.len)
+            }
+            Operation::Discard | Operation::Flush => Vec::new(),
+        };
+        if chunks.is_empty() {
+            return Some(request);
+        }
+        let source = Arc::clone(source);
+        let parked = Some(Parked {
+            request,
+            chunks: chunks.len(),
+            result: Ok(()),
+        });
+        let free = self.parked.iter().position(Option::is_none);
+        let slot = free.unwrap_or(self.parked.len());
+        match self.parked.get_mut(slot) {
+            Some(entry) => *entry = parked,
+            None => self.parked.push(parked),
+        }
+        for chunk in chunks {
+            let results = self.results.clone();
+            let waker = self.waker.clone();
+            let fetched = move |result| {
+                // Nobody is left to tell if the queue has gone.
+                let _ = results.send(Told::Fetched(slot, result));
+                waker.wake();
+            };
+            source.fetch(chunk, Box::new(fetched));
+        }
+        None
+    }
+
+    fn chunk_fetched(&mut self, slot: usize, result: Result<(), i32>, ring: &mut RingOperations) {
+        let Some(entry) = self.parked.get_mut(slot) else {
+            return;
+        };
+        let Some(parked) = entry else { return };
+        parked.chunks = parked.chunks.saturating_sub(1);
+        parked.result = parked.result.and(result);
+        if parked.chunks > 0 {
+            return;
+        }
+        let Some(parked) = entry.take() else { return };
+        match parked.result {
+            Ok(()) => self.start(parked.request, ring),
+            result => self.completed.push_back(IoCompletion {
+                tag: parked.request.tag,
+                result,
+                buffers: parked.request.buffers,
+            }),
         }
     }
 
@@ -368,7 +276,7 @@ impl OverlayChannel {
         let copied = job.action.copied();
         let queued = self.pool.run(Box::new(move || {
             // Nobody is left to tell if the queue has gone.
-            let _ = results.send(perform(&chain, job));
+            let _ = results.send(Told::Done(perform(&chain, job)));
             waker.wake();
         }));
         if let Err(error) = queued {
@@ -380,7 +288,7 @@ impl OverlayChannel {
                 copied,
                 bytes: None,
             };
-            let _ = self.results.send(failed);
+            let _ = self.results.send(Told::Done(failed));
             self.waker.wake();
         }
     }
@@ -441,7 +349,14 @@ impl OverlayChannel {
     }
 
     fn take_results(&mut self, ring: &mut RingOperations) {
-        while let Ok(done) = self.done.try_recv() {
+        while let Ok(told) = self.told.try_recv() {
+            let done = match told {
+                Told::Done(done) => done,
+                Told::Fetched(slot, result) => {
+                    self.chunk_fetched(slot, result, ring);
+                    continue;
+                }
+            };
             self.copied = self.copied.saturating_sub(done.copied);
             if let Some((place, bytes)) = &done.bytes
                 && let Some(Some(pending)) = self.pending.get(done.slot)
@@ -491,111 +406,5 @@ impl IoChannel for OverlayChannel {
     fn deadline(&self) -> Option<Instant> {
         let channels = self.layers.iter().chain(&self.raw);
         channels.filter_map(|channel| channel.deadline()).min()
-    }
-}
-
-fn perform(chain: &Chain, job: Job) -> JobResult {
-    let modifies = !matches!(job.action, Action::Read { .. } | Action::Flush);
-    let copied = job.action.copied();
-    let mut bytes = None;
-    let result = match job.action {
-        Action::Read { place, len } => {
-            let mut buffer = vec![0; len];
-            let result = chain.read(&mut buffer, job.offset);
-            bytes = Some((place, buffer));
-            result
-        }
-        Action::Write(data) => chain.write(&data, job.offset),
-        Action::Discard(len) => chain.discard(job.offset, len),
-        Action::WriteZeroes(len) => chain.write_zeroes(job.offset, len),
-        Action::Flush => chain.flush(),
-    };
-    let result = match result {
-        Ok(()) if modifies && (job.durable || !chain.top().outlives_process()) => chain.flush(),
-        result => result,
-    };
-    JobResult {
-        slot: job.slot,
-        copied,
-        bytes: bytes.filter(|_| result.is_ok()),
-        result: result.map_err(|error| {
-            tracing::warn!(image = %chain.top().path().display(), offset = job.offset, %error, "a request failed");
-            error.raw_os_error().unwrap_or(libc::EIO)
-        }),
-    }
-}
-
-type Work = Box<dyn FnOnce() + Send>;
-
-/// Threads for blocking work, started as they are needed.
-#[derive(Debug, Default)]
-struct Pool {
-    state: Mutex<PoolState>,
-    ready: Condvar,
-}
-
-#[derive(Default)]
-struct PoolState {
-    work: VecDeque<Work>,
-    threads: usize,
-    idle: usize,
-    closed: bool,
-}
-
-impl std::fmt::Debug for PoolState {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("PoolState")
-            .field("work", &self.work.len())
-            .field("threads", &self.threads)
-            .finish_non_exhaustive()
-    }
-}
-
-impl Pool {
-    fn run(self: &Arc<Self>, work: Work) -> io::Result<()> {
-        let mut state = self.lock();
-        if state.idle < state.work.len() + 1 && state.threads < THREADS {
-            let pool = Arc::clone(self);
-            let thread = thread::Builder::new().name("overlay".into());
-            match thread.spawn(move || pool.serve()) {
-                Ok(_) => state.threads += 1,
-                Err(error) if state.threads == 0 => return Err(error),
-                // The others will do it.
-                Err(_) => {}
-            }
-        }
-        state.work.push_back(work);
-        self.ready.notify_one();
-        Ok(())
-    }
-
-    fn serve(&self) {
-        let mut state = self.lock();
-        loop {
-            if let Some(work) = state.work.pop_front() {
-                drop(state);
-                work();
-                state = self.lock();
-                continue;
-            }
-            if state.closed {
-                return;
-            }
-            state.idle += 1;
-            state = self
-                .ready
-                .wait(state)
-                .unwrap_or_else(PoisonError::into_inner);
-            state.idle -= 1;
-        }
-    }
-
-    fn close(&self) {
-        self.lock().closed = true;
-        self.ready.notify_all();
-    }
-
-    fn lock(&self) -> MutexGuard<'_, PoolState> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

@@ -114,10 +114,10 @@ fn unmount_all(folder: &Path) {
     }
 }
 
-/// Mounts may need some time to go.
+/// Mounts may need some time to go: what a full and slow disk has cached is written first.
 fn remove(folder: tempfile::TempDir) -> anyhow::Result<()> {
     let path = folder.keep();
-    for _ in 0..50 {
+    for _ in 0..600 {
         if std::fs::remove_dir_all(&path).is_ok() {
             return Ok(());
         }

@@ -12,7 +12,7 @@ use std::collections::BTreeMap;
 use crate::history::History;
 use crate::report::{Limits, Verdict};
 use crate::search::{Entries, Search};
-use crate::watch::{Event, WatchBody};
+use crate::watch::{Event, EventKind, WatchBody};
 
 /// What changed, by revision; a revision's events are in no order.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -29,11 +29,21 @@ pub struct Changes {
 /// changed, in this order.
 pub fn check(history: &History, limits: &Limits) -> (Verdict, Option<Changes>) {
     let seen = changes_seen(history);
+    let with_previous = with_previous(history, &seen);
+    let (verdict, changes) = search(history, &with_previous, limits);
+    // If it is a previous value that is wrong, there is an order without it.
+    if verdict == Verdict::Holds || with_previous == seen {
+        return (verdict, changes);
+    }
+    search(history, &seen, limits)
+}
+
+fn search(history: &History, seen: &Changes, limits: &Limits) -> (Verdict, Option<Changes>) {
     let entries = match Entries::of(history) {
         Ok(entries) => entries,
         Err(violation) => return (violation.into(), None),
     };
-    let mut search = Search::new(history, entries, &seen, limits);
+    let mut search = Search::new(history, entries, seen, limits);
     let verdict = search.run();
     let changes = (verdict == Verdict::Holds).then(|| search.changes());
     (verdict, changes)
@@ -56,6 +66,30 @@ pub fn changes_seen(history: &History) -> Changes {
                     known.push(event.clone());
                 }
             }
+        }
+    }
+    changes
+}
+
+/// And what follows from the previous values that they were told: each was put at its revision. Else
+/// another request of unknown outcome could be taken for the one that did.
+fn with_previous(history: &History, seen: &Changes) -> Changes {
+    let mut changes = seen.clone();
+    let responses = history.watches.iter().flat_map(|watch| &watch.responses);
+    let events = responses.filter_map(|response| match &response.body {
+        WatchBody::Events(events) => Some(events),
+        _ => None,
+    });
+    let previous = events.flatten().filter_map(|event| event.prev_kv.as_ref());
+    for previous in previous.filter(|kv| kv.mod_revision > history.initial.revision) {
+        let put = Event {
+            kind: EventKind::Put,
+            kv: previous.clone(),
+            prev_kv: None,
+        };
+        let known = changes.events.entry(previous.mod_revision).or_default();
+        if !known.iter().any(|known| known.is_same_change(&put)) {
+            known.push(put);
         }
     }
     changes

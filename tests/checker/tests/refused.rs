@@ -446,6 +446,48 @@ fn watches_keep_each_guarantee() {
     breaks(&cut_short, "watch: reliable");
 }
 
+/// Which of two requests of unknown outcome made a revision, only a previous value tells.
+#[test]
+fn a_previous_value_says_what_happened() {
+    let delete = operation(
+        2,
+        7,
+        8,
+        Request::Delete(Delete {
+            keys: Keys::One("k".into()),
+            prev_kv: false,
+        }),
+        Outcome::Ok(Response::Delete {
+            revision: 4,
+            deleted: 1,
+            prev_kvs: Vec::new(),
+        }),
+    );
+    let mut history = of(vec![
+        put(0, 1, 2, "k", "a", 2),
+        operation(0, 3, 4, put_of("l", "x", 0), Outcome::Unknown),
+        operation(1, 5, 6, put_of("k", "b", 0), Outcome::Unknown),
+        delete,
+    ]);
+    let told = |previous| WatchResponse {
+        at: 9,
+        revision: 4,
+        body: WatchBody::Events(vec![Event::deleted(4, previous)]),
+    };
+    history.watches.push(Watch {
+        client: 9,
+        call: 8,
+        request: WatchRequest::of(Keys::all(), 4),
+        responses: vec![told(kv("k", "b", 2, 3, 2))],
+        complete_through: None,
+    });
+    holds(&history);
+    history.watches[0].responses = vec![told(kv("k", "a", 2, 2, 1))];
+    holds(&history);
+    history.watches[0].responses = vec![told(kv("k", "c", 2, 3, 2))];
+    breaks(&history, "watch: prev-kv");
+}
+
 #[test]
 fn one_revision_comes_in_one_message() {
     let keys = [kv("k", "a", 2, 2, 1), kv("l", "a", 2, 2, 1)];

@@ -25,6 +25,12 @@ pub enum MemberError {
     /// Stored bytes are not what was written.
     #[error("{0}")]
     Corrupt(String),
+    /// Stored bytes are damaged, and no other member has them.
+    #[error(
+        "{0}: the cluster has no other member to rebuild this one from: restore a backup into a new \
+         folder (keelson-state snapshot restore)"
+    )]
+    Alone(String),
     /// The folder belongs to another member or another cluster.
     #[error("{0}")]
     Foreign(String),

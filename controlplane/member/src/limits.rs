@@ -27,6 +27,9 @@ pub struct Limits {
     /// Blocks of the keyspace that are verified each time maintenance has nothing else to do: at a
     /// server's ten times a second, 2.5 MiB a second.
     pub verify_blocks: u64,
+    /// Times that maintenance has nothing else to do between two passes of verification: ten minutes
+    /// of a server's.
+    pub verify_pause: u32,
 }
 
 impl Default for Limits {
@@ -43,6 +46,7 @@ impl Default for Limits {
             queued_deliveries: 1024,
             chunk_bytes: 256 * 1024,
             verify_blocks: 64,
+            verify_pause: 6000,
         }
     }
 }

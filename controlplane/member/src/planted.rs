@@ -14,6 +14,8 @@ pub enum PlantedBug {
     WatchSkipsEvent,
     /// A snapshot lacks its last record.
     SnapshotWithoutLastRecord,
+    /// A log that is damaged is cut there, as if its end were torn.
+    CutDamagedLog,
 }
 
 #[cfg(feature = "planted-bugs")]

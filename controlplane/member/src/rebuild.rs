@@ -20,13 +20,50 @@ use std::sync::Arc;
 use crate::disk::Disk;
 use crate::keyspace::{ENGINE_FILE, Keyspace, Metadata, StagedSnapshot, remove_incoming};
 use crate::log::{Log, Owner, Position, VOTE_FILE};
-use crate::{Identity, Limits, MemberError};
+use crate::{Identity, Limits, Member, MemberError, MemberOptions};
 
 /// While it is there, the folder's data is not to be used: it says why.
 const MARKER: &str = "damaged";
 /// What is not to be used, but is kept until something else is there, has names that begin with this.
 const ASIDE: &str = "damaged-";
 const MAX_REASON: usize = 4096;
+
+/// What a folder holds.
+pub enum Opening {
+    /// A member that can go on.
+    Whole(Box<Member>),
+    /// One that has to be rebuilt first, and why. It can be opened after [`prepare`] and [`finish`].
+    Damaged(String),
+}
+
+/// Opens the member that a folder holds, unless it is damaged, or was found to be before. `others`
+/// says whether it can be rebuilt from other members: without them, damage is an error.
+pub fn open(
+    disk: &Arc<dyn Disk>,
+    options: &MemberOptions,
+    others: bool,
+) -> Result<Opening, MemberError> {
+    if let Some(reason) = reason(&**disk)? {
+        return Ok(Opening::Damaged(reason));
+    }
+    match Member::open(disk, options) {
+        Ok(member) => Ok(Opening::Whole(Box::new(member))),
+        Err(error) if error.is_damage() => {
+            note(&**disk, &error, others)?;
+            Ok(Opening::Damaged(error.to_string()))
+        }
+        Err(error) => Err(error),
+    }
+}
+
+/// Notes damage that was found, as [`begin`] does, unless there are no others to rebuild the member
+/// from.
+pub fn note(disk: &dyn Disk, error: &MemberError, others: bool) -> Result<(), MemberError> {
+    if !others {
+        return Err(MemberError::Alone(error.to_string()));
+    }
+    begin(disk, &error.to_string())
+}
 
 /// Notes that what the folder holds is damaged or lost, durably: from now on, the member can only be
 /// rebuilt.
@@ -41,7 +78,7 @@ pub fn begin(disk: &dyn Disk, reason: &str) -> Result<(), MemberError> {
 }
 
 /// Why the member has to be rebuilt, if it has to.
-pub fn reason(disk: &dyn Disk) -> Result<Option<String>, MemberError> {
+fn reason(disk: &dyn Disk) -> Result<Option<String>, MemberError> {
     let what = || MemberError::disk(format!("read {MARKER}"));
     let file = match disk.open(MARKER, false) {
         Ok(file) => file,

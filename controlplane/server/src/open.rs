@@ -5,7 +5,8 @@ use std::time::Duration;
 
 use anyhow::Context as _;
 use keelson_member::disk::{Disk, Folder};
-use keelson_member::{Identity, Limits, Member, MemberError, MemberOptions, Start, rebuild};
+use keelson_member::rebuild::Opening;
+use keelson_member::{Identity, Limits, Member, MemberOptions, Start, rebuild};
 
 use crate::disk::{ServerDisk, Waiting};
 use crate::metrics::Metrics;
@@ -71,19 +72,7 @@ pub async fn open(
         None => begin(options, &disk, connector, lobby).await?,
     };
     let urls = other_urls(options, &identity);
-    let mut reason = rebuild::reason(&*disk).with_context(here)?;
     let member = loop {
-        if let Some(reason) = reason.take() {
-            lobby.answer(identity.cluster_id, || false);
-            let damaged = Damaged {
-                disk: &disk,
-                identity: &identity,
-                urls: &urls,
-                connector,
-            };
-            damaged.rebuild(&reason).await.with_context(here)?;
-            start = Start::Continue;
-        }
         let (seed, _) = uuid::Uuid::new_v4().as_u64_pair();
         let member_options = MemberOptions {
             cluster_id: identity.cluster_id,
@@ -94,14 +83,20 @@ pub async fn open(
             cache_bytes: options.cache_mib * 1024 * 1024,
             limits: Limits::default(),
         };
-        match Member::open(&disk, &member_options) {
-            Ok(member) => break member,
-            Err(error) if error.is_damage() => {
-                note_damage(&*disk, &urls, &error).with_context(here)?;
-                reason = Some(error.to_string());
-            }
-            Err(error) => return Err(error).with_context(here),
-        }
+        let opened = rebuild::open(&disk, &member_options, !urls.is_empty());
+        let reason = match opened.with_context(here)? {
+            Opening::Whole(member) => break *member,
+            Opening::Damaged(reason) => reason,
+        };
+        lobby.answer(identity.cluster_id, || false);
+        let damaged = Damaged {
+            disk: &disk,
+            identity: &identity,
+            urls: &urls,
+            connector,
+        };
+        damaged.rebuild(&reason).await.with_context(here)?;
+        start = Start::Continue;
     };
     if !matches!(start, Start::Continue) {
         identity.store(&*disk)?;
@@ -111,17 +106,6 @@ pub async fn open(
         disk,
         identity,
     })
-}
-
-/// Notes that the member has to be rebuilt, or says what to do where that is not possible.
-pub fn note_damage(disk: &dyn Disk, urls: &[String], error: &MemberError) -> anyhow::Result<()> {
-    anyhow::ensure!(
-        !urls.is_empty(),
-        "{error}: the cluster has no other member to rebuild this one from: restore a backup into a \
-         new folder (keelson-state snapshot restore)"
-    );
-    rebuild::begin(disk, &error.to_string())?;
-    Ok(())
 }
 
 /// Where the other members may be.

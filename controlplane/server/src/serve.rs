@@ -6,7 +6,7 @@ use std::time::Duration;
 use anyhow::Context as _;
 use keelson_member::command::Operation;
 use keelson_member::keyspace::Member as MemberInfo;
-use keelson_member::rebuild::is_pristine;
+use keelson_member::rebuild::{self, is_pristine};
 use tokio::sync::{Semaphore, mpsc};
 use tonic::service::Routes;
 use tonic_health::ServingStatus;
@@ -197,7 +197,7 @@ async fn serve(options: &Options) -> anyhow::Result<End> {
             Ok(error) if error.is_damage() => {
                 tracing::error!(%error, "the member is damaged");
                 let urls = open::other_urls(options, &identity);
-                open::note_damage(&*disk, &urls, &error)?;
+                rebuild::note(&*disk, &error, !urls.is_empty())?;
                 Ok(End::Damaged)
             }
             Ok(error) => Err(error).context("the member stopped"),

@@ -28,7 +28,9 @@ impl World {
             return;
         };
         self.start_added(&members);
-        if self.healed || self.admin.waiting {
+        // Who changes members while one is damaged may leave too few to rebuild it.
+        let damaged = (0..self.machines.len()).any(|number| self.is_damaged(number));
+        if self.healed || self.admin.waiting || damaged {
             return;
         }
         let Some(call) = self.next_change(&members) else {

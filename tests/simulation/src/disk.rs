@@ -65,7 +65,18 @@ struct State {
     /// The next sync takes this much longer.
     stall: u64,
     syncs: u64,
+    flips: Vec<Flip>,
     random: Random,
+}
+
+/// A bit that was flipped.
+#[derive(Debug, Clone, Copy)]
+struct Flip {
+    inode: u64,
+    page: u64,
+    at: usize,
+    /// The byte since then.
+    byte: u8,
 }
 
 #[derive(Debug, Clone)]
@@ -111,6 +122,7 @@ impl SimulatedDisk {
             elapsed: 0,
             stall: 0,
             syncs: 0,
+            flips: Vec::new(),
             random,
         })))
     }
@@ -178,38 +190,49 @@ impl SimulatedDisk {
         }
     }
 
-    /// Flips one bit of a file that `wanted` names, if there is one; its name and place.
+    /// Flips one bit of a file that `wanted` names, if there is one, in a page that was synced; its
+    /// name and place.
     pub fn flip_bit(&self, wanted: &dyn Fn(&str) -> bool) -> Option<(String, u64)> {
         let state = &mut *self.0.lock();
-        let names: Vec<(String, u64)> = state
-            .names
-            .iter()
-            .filter(|(name, inode)| {
-                wanted(name)
-                    && state
-                        .inodes
-                        .get(inode)
-                        .is_some_and(|inode| inode.pages.values().any(|page| page[..] != [0; PAGE]))
+        let named = state.names.iter().filter(|(name, _)| wanted(name));
+        let used: Vec<(String, u64, Vec<u64>)> = named
+            .filter_map(|(name, inode)| {
+                let pages = state.inodes.get(inode)?.synced_pages();
+                (!pages.is_empty()).then(|| (name.clone(), *inode, pages))
             })
-            .map(|(name, inode)| (name.clone(), *inode))
             .collect();
-        if names.is_empty() {
+        if used.is_empty() {
             return None;
         }
-        let (name, inode) = state.random.pick(&names).clone();
-        let inode = state.inodes.get_mut(&inode)?;
-        let used: Vec<u64> = inode
-            .pages
-            .iter()
-            .filter(|(_, page)| page[..] != [0; PAGE])
-            .map(|(number, _)| *number)
-            .collect();
-        let number = *state.random.pick(&used);
+        let (name, inode, pages) = state.random.pick(&used).clone();
+        let page = *state.random.pick(&pages);
         let bit = state.random.below(PAGE as u64 * 8);
         let at = usize::try_from(bit / 8).unwrap_or(0);
-        let page = inode.pages.get_mut(&number)?;
-        Arc::make_mut(page)[at] ^= 1 << (bit % 8);
-        Some((name, number * PAGE as u64 + bit / 8))
+        let bytes = state.inodes.get_mut(&inode)?.pages.get_mut(&page)?;
+        let byte = &mut Arc::make_mut(bytes)[at];
+        *byte ^= 1 << (bit % 8);
+        let byte = *byte;
+        state.flips.push(Flip {
+            inode,
+            page,
+            at,
+            byte,
+        });
+        Some((name, page * PAGE as u64 + bit / 8))
+    }
+
+    /// Whether a bit is still flipped.
+    pub fn has_flipped_bits(&self) -> bool {
+        let state = self.0.lock();
+        state.flips.iter().any(|flip| {
+            let Some(inode) = state.inodes.get(&flip.inode) else {
+                return false;
+            };
+            let is_in = |page: &Page| page[flip.at] == flip.byte;
+            let before = [&inode.unsynced, &inode.late].map(|pages| pages.get(&flip.page));
+            let mut before = before.into_iter().flatten().flatten();
+            inode.pages.get(&flip.page).is_some_and(is_in) || before.any(is_in)
+        })
     }
 }
 
@@ -294,6 +317,15 @@ impl State {
 }
 
 impl Inode {
+    /// Pages that hold something, and were not changed since the last sync.
+    fn synced_pages(&self) -> Vec<u64> {
+        let pages = self.pages.iter().filter(|(number, page)| {
+            let changed = self.unsynced.contains_key(number) || self.late.contains_key(number);
+            !changed && page[..] != [0; PAGE]
+        });
+        pages.map(|(number, _)| *number).collect()
+    }
+
     /// Takes back the sectors of a page whose bits are not set.
     fn mix(&mut self, number: u64, before: Option<&Page>, keep: u8) {
         let zeros = [0; PAGE];

@@ -24,7 +24,7 @@ impl World {
         match fault {
             Fault::Partition => self.partition(number),
             Fault::Kill => {
-                if self.machines[number].process.is_some() {
+                if self.machines[number].is_up() {
                     self.crash(number, Loss::Nothing);
                 }
             }
@@ -34,7 +34,7 @@ impl World {
             }
             Fault::Blackout => {
                 for number in 0..self.machines.len() {
-                    if self.machines[number].process.is_some() {
+                    if self.machines[number].is_up() {
                         let loss = *self.random.pick(&[Loss::Some, Loss::Unsynced]);
                         self.crash(number, loss);
                     }
@@ -60,6 +60,7 @@ impl World {
                 self.machines[number].clock.jump(time);
             }
             Fault::Transfer => self.transfer(),
+            Fault::FlipBits => self.flip_bits(number),
         }
     }
 

@@ -14,6 +14,7 @@ mod holder;
 mod machine;
 mod network;
 pub mod random;
+mod rebuild;
 mod server;
 mod settings;
 mod trace;

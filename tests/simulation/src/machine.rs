@@ -6,13 +6,15 @@ use std::sync::Arc;
 use keelson_member::command::Operation;
 use keelson_member::disk::Disk;
 use keelson_member::keyspace::Member as MemberInfo;
+use keelson_member::rebuild::{self, Opening};
 use keelson_member::replica::{
     Effect, Input, Job, Maintenance, Replica, ReplicaOptions, RequestId, Wanted,
 };
-use keelson_member::{Identity, Member, MemberError, MemberOptions, Start};
+use keelson_member::{Identity, MemberError, MemberOptions, Start};
 
 use crate::clock::Clock;
 use crate::disk::{Loss, SimulatedDisk};
+use crate::rebuild::Rebuilding;
 use crate::server::Pending;
 use crate::settings::{ELECTION_TICKS, MILLISECOND, Plant, SECOND, SERVER_TIMEOUT, TICK};
 use crate::watcher::Session;
@@ -35,8 +37,9 @@ pub(crate) struct Machine {
     pub(crate) boot: u64,
     /// What its disk loses before the next start.
     loss: Loss,
-    /// Bits of its files were flipped: it may refuse to start.
+    /// It was found damaged, and is not rebuilt yet.
     pub(crate) damaged: bool,
+    pub(crate) rebuilding: Option<Rebuilding>,
 }
 
 /// A running member.
@@ -56,6 +59,13 @@ pub(crate) struct Process {
     pub(crate) heard: BTreeMap<u64, usize>,
     /// The number of the snapshot that is being received.
     pub(crate) receiving: Option<u64>,
+}
+
+impl Machine {
+    /// Whether a process runs.
+    pub(crate) fn is_up(&self) -> bool {
+        self.process.is_some() || self.rebuilding.is_some()
+    }
 }
 
 impl Process {
@@ -91,6 +101,7 @@ impl World {
                 boot: 0,
                 loss: Loss::Nothing,
                 damaged: false,
+                rebuilding: None,
             });
         }
         let founders: Vec<MemberInfo> = (0..members)
@@ -116,6 +127,7 @@ impl World {
         machine.member = member;
         machine.start = start;
         machine.damaged = false;
+        machine.rebuilding = None;
         machine.loss = Loss::Nothing;
         let delay = self.random.between(1, 500) * MILLISECOND;
         self.plan(delay, Happening::Start(number));
@@ -124,7 +136,7 @@ impl World {
     /// A process starts, if the machine is to run a member and has none.
     pub(crate) fn start(&mut self, number: usize) {
         let machine = &mut self.machines[number];
-        if machine.member == 0 || machine.process.is_some() {
+        if machine.member == 0 || machine.is_up() {
             return;
         }
         machine.disk.boot(machine.loss);
@@ -135,7 +147,10 @@ impl World {
         let seed = self.random.number();
         let id_prefix = u32::try_from(self.random.below(1 << 32)).unwrap_or(0);
         match self.open(number, seed) {
-            Ok(member) => {
+            Ok((identity, Opening::Damaged(reason))) => {
+                self.begin_rebuild(number, identity, &reason);
+            }
+            Ok((_, Opening::Whole(member))) => {
                 let options = ReplicaOptions {
                     tick_ms: TICK / 1000,
                     election_ticks: ELECTION_TICKS,
@@ -144,7 +159,7 @@ impl World {
                 let machine = &mut self.machines[number];
                 let elapsed = machine.disk.take_elapsed();
                 machine.process = Some(Process {
-                    replica: Replica::new(member, options),
+                    replica: Replica::new(*member, options),
                     maintenance: Maintenance::new(id_prefix),
                     jobs: VecDeque::new(),
                     inbox: Vec::new(),
@@ -165,11 +180,19 @@ impl World {
         }
     }
 
-    fn open(&mut self, number: usize, seed: u64) -> Result<Member, MemberError> {
+    fn open(&mut self, number: usize, seed: u64) -> Result<(Identity, Opening), MemberError> {
         let limits = self.settings.limits;
+        let others = self.machines.iter().filter(|machine| machine.member != 0);
+        let others = others.count() > 1;
         let machine = &self.machines[number];
         let disk: Arc<dyn Disk> = Arc::new(machine.disk.clone());
-        let stored = Identity::load(&*disk)?;
+        let stored = match Identity::load(&*disk) {
+            Err(error) if error.is_damage() && machine.disk.has_flipped_bits() => {
+                let identity = self.empty_folder(number)?;
+                return Ok((identity, Opening::Damaged(error.to_string())));
+            }
+            stored => stored?,
+        };
         let (identity, start) = if let Some(identity) = stored.filter(Identity::has_begun) {
             (identity, Start::Continue)
         } else {
@@ -187,11 +210,11 @@ impl World {
             cache_bytes: CACHE_BYTES,
             limits,
         };
-        let member = Member::open(&disk, &options)?;
-        if begins {
+        let opening = rebuild::open(&disk, &options, others)?;
+        if begins && matches!(opening, Opening::Whole(_)) {
             identity.store(&*disk)?;
         }
-        Ok(member)
+        Ok((identity, opening))
     }
 
     /// The running process of this boot.
@@ -309,10 +332,7 @@ impl World {
             return; // it is at work, and is told again at the next tick
         }
         let keyspace = Arc::clone(process.replica.keyspace());
-        // Verification takes a block that a loss of power tore, and that nothing refers to, for damage:
-        // a server then rebuilds itself from the others, which there is none of here.
-        let jobs = process.maintenance.plan(wanted, &keyspace).into_iter();
-        process.jobs = jobs.filter(|job| !matches!(job, Job::Verify(_))).collect();
+        process.jobs = process.maintenance.plan(wanted, &keyspace).into();
         if !process.jobs.is_empty() {
             self.plan(delay, Happening::Job(number, boot));
         }
@@ -391,12 +411,15 @@ impl World {
             self.machines[number].member = 0;
             return;
         }
-        let damaged = machine.damaged;
         if machine.disk.is_full() {
             self.crash(number, Loss::Nothing);
-        } else if damaged {
-            self.crash(number, Loss::Nothing);
-            self.machines[number].member = 0;
+        } else if error.is_damage() && self.is_damaged(number) {
+            // A server that is damaged starts anew in the same process.
+            let noted = rebuild::note(&self.machines[number].disk, error, true);
+            match noted {
+                Ok(()) => self.crash(number, Loss::Nothing),
+                Err(error) => self.process_failed(number, &error),
+            }
         } else {
             self.fail(format!("m{number} ended: {error}"));
         }
@@ -407,6 +430,7 @@ impl World {
         let machine = &mut self.machines[number];
         // What is dropped must not write any more.
         machine.disk.stop();
+        machine.rebuilding = None;
         machine.loss = loss;
         let Some(process) = machine.process.take() else {
             let delay = self.random.between(100, 3000) * MILLISECOND;

@@ -83,6 +83,8 @@ struct Totals {
     faults: u64,
     snapshots: u64,
     changes: u64,
+    flips: u64,
+    rebuilds: u64,
 }
 
 impl Totals {
@@ -96,6 +98,8 @@ impl Totals {
         self.faults += outcome.counts.faults;
         self.snapshots += outcome.counts.snapshots;
         self.changes += outcome.counts.changes;
+        self.flips += outcome.counts.flips;
+        self.rebuilds += outcome.counts.rebuilds;
     }
 
     #[allow(clippy::cast_precision_loss)] // for people

@@ -180,7 +180,7 @@ impl World {
         self.plan(delay, Happening::Piece(Box::new(piece)));
     }
 
-    fn read_snapshot(&mut self, from: usize) -> Option<Vec<Vec<u8>>> {
+    pub(crate) fn read_snapshot(&mut self, from: usize) -> Option<Vec<Vec<u8>>> {
         let process = self.machines[from].process.as_ref()?;
         let mut reader = process.replica.keyspace().snapshot().ok()?;
         let mut chunks = Vec::new();

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use keelson_checker::{Outcome, Request};
 use keelson_etcd_api::etcdserverpb as pb;
-use keelson_member::command::{Authority, Operation};
+use keelson_member::command::{Authority, Operation, Rebuild};
 use keelson_member::keyspace::{Keyspace, Member as MemberInfo};
 use keelson_member::replica::membership::{check_adding_voter, check_removing_voter};
 use keelson_member::replica::{Answer, Input, Progress, RequestId};
@@ -30,6 +30,8 @@ pub enum Call {
     Remove(u64),
     /// A learner becomes a voter.
     Promote(u64),
+    /// Everything, for a member that is rebuilt.
+    Rebuild(Rebuild),
 }
 
 /// A request that arrives at a machine, from a client or from another machine.
@@ -50,6 +52,8 @@ pub enum Reply {
     Progress(Result<Progress, RequestError>),
     /// To changes of membership: the members.
     Members(Result<Vec<MemberInfo>, RequestError>),
+    /// To [`Call::Rebuild`], if it is refused.
+    Rebuild(Result<(), RequestError>),
     /// The server was not there.
     Refused,
     /// The connection was lost.
@@ -146,6 +150,15 @@ impl World {
                 pending.stage = Stage::Barrier;
                 Box::new(Input::Read)
             }
+            Call::Rebuild(rebuild) => {
+                let removed = keyspace.metadata().removed_members;
+                if removed.contains(&rebuild.member_id) {
+                    let refused = Reply::Rebuild(Err(RequestError::MemberNotFound));
+                    self.answer_caller(number, caller, refused);
+                    return;
+                }
+                Box::new(move |id| Input::Propose(id, Operation::Rebuild(rebuild), None))
+            }
         };
         let request = process.request(pending);
         self.input(number, boot, input(request));
@@ -173,6 +186,15 @@ impl World {
                 Ok(response) => Outcome::Ok(translate::response(response)),
                 Err(error) => translate::failure(&error),
             }),
+            (Call::Rebuild(rebuild), Answer::Outcome(Ok(_))) => {
+                if let Caller::Rebuilt(machine, its_boot, _) = caller {
+                    self.send_rebuild((number, boot), (machine, its_boot), rebuild.number);
+                }
+                return;
+            }
+            (Call::Rebuild(_), Answer::Outcome(Err(_))) => {
+                Reply::Rebuild(Err(RequestError::TimedOut))
+            }
             (Call::KeepAlive(id), Answer::Renewed(Err(RequestError::NotLeader)))
                 if !matches!(caller, Caller::Member(..)) =>
             {
@@ -253,6 +275,7 @@ impl World {
                 Call::Kv(..) => Reply::Kv(Outcome::Unknown),
                 Call::KeepAlive(_) => Reply::KeptAlive(Err(timed_out)),
                 Call::Progress(_) => Reply::Progress(Err(timed_out)),
+                Call::Rebuild(_) => Reply::Rebuild(Err(timed_out)),
                 Call::Add(_) | Call::Remove(_) | Call::Promote(_) => Reply::Members(Err(timed_out)),
             };
             self.answer_caller(number, pending.caller, reply);
@@ -282,7 +305,7 @@ impl World {
     }
 
     fn answer_caller(&mut self, number: usize, caller: Caller, reply: Reply) {
-        if let Caller::Member(machine, ..) = caller
+        if let Caller::Member(machine, ..) | Caller::Rebuilt(machine, ..) = caller
             && !self.network.reaches(number, machine)
         {
             return;

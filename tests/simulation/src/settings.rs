@@ -39,6 +39,8 @@ pub enum Plant {
     WatchSkipsEvent,
     /// A snapshot lacks its last record.
     SnapshotWithoutLastRecord,
+    /// A log that is damaged is cut there, as if its end were torn.
+    CutDamagedLog,
 }
 
 impl Plant {
@@ -54,6 +56,7 @@ impl Plant {
             Self::ApplyTwice => Some(PlantedBug::ApplyTwice),
             Self::WatchSkipsEvent => Some(PlantedBug::WatchSkipsEvent),
             Self::SnapshotWithoutLastRecord => Some(PlantedBug::SnapshotWithoutLastRecord),
+            Self::CutDamagedLog => Some(PlantedBug::CutDamagedLog),
         }
     }
 }
@@ -79,9 +82,11 @@ pub enum Fault {
     ClockJump,
     /// Leadership is handed over.
     Transfer,
+    /// Bits of one member's files are flipped, while it runs or is down.
+    FlipBits,
 }
 
-const FAULTS: [Fault; 9] = [
+const FAULTS: [Fault; 10] = [
     Fault::Partition,
     Fault::Kill,
     Fault::PowerLoss,
@@ -91,6 +96,7 @@ const FAULTS: [Fault; 9] = [
     Fault::FullDisk,
     Fault::ClockJump,
     Fault::Transfer,
+    Fault::FlipBits,
 ];
 
 /// One run.
@@ -163,6 +169,7 @@ impl Settings {
                 history_bytes: 4096,
                 queued_deliveries: random.index(16) + 1,
                 verify_blocks: random.between(1, 16),
+                verify_pause: u32::try_from(random.between(1, 200)).unwrap_or(1),
                 chunk_bytes: 256 * (random.index(16) + 1),
             },
             compactions: random.below(4),

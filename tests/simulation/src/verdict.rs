@@ -20,7 +20,7 @@ impl World {
         self.network.heal();
         for number in 0..self.machines.len() {
             self.machines[number].disk.set_full(false);
-            if self.machines[number].disk.is_stopped() || self.machines[number].process.is_none() {
+            if self.machines[number].disk.is_stopped() || !self.machines[number].is_up() {
                 self.plan(100 * MILLISECOND, Happening::Start(number));
             } else {
                 self.machines[number].disk.set_fuse(u64::MAX);
@@ -146,7 +146,12 @@ impl World {
             }
             let mut leases = keyspace.leases();
             leases.sort_unstable_by_key(|(id, _)| *id);
-            let hash = keyspace.hash(0).map_or(0, |(hash, _, _)| hash);
+            let hash = match keyspace.hash(0) {
+                Ok((hash, _, _)) => hash,
+                // It was not found before, and is told now.
+                Err(_) if keyspace.damage().is_some() && self.is_damaged(number) => continue,
+                Err(_) => 0,
+            };
             digests.push((
                 number,
                 Digest {

@@ -196,7 +196,7 @@ impl World {
         let deliveries = match session.stream.take() {
             Ok(deliveries) => deliveries,
             Err(error) => {
-                let damaged = self.machines[number].damaged;
+                let damaged = self.is_damaged(number);
                 if !damaged && !self.machines[number].disk.is_stopped() {
                     self.fail(format!("a watch at m{number} failed: {error}"));
                 }

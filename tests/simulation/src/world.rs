@@ -13,6 +13,7 @@ use crate::holder::Holder;
 use crate::machine::Machine;
 use crate::network::{Network, Piece};
 use crate::random::Random;
+use crate::rebuild::RebuildPiece;
 use crate::server::{Arrival, Reply};
 use crate::settings::Settings;
 use crate::trace::Trace;
@@ -66,6 +67,8 @@ pub struct Counts {
     pub faults: u64,
     /// Bits that were flipped.
     pub flips: u64,
+    /// Members that were damaged, and rebuilt from the others.
+    pub rebuilds: u64,
 }
 
 /// Who waits for a reply.
@@ -79,6 +82,8 @@ pub enum Caller {
     Admin(u64),
     /// A member that asks on for its client: machine, boot and request there.
     Member(usize, u64, RequestId),
+    /// A member that is rebuilt: machine, boot and attempt.
+    Rebuilt(usize, u64, u64),
     /// Nobody.
     Nobody,
 }
@@ -97,6 +102,11 @@ pub(crate) enum Happening {
     Start(usize),
     Message(usize, Box<Arriving>),
     Piece(Box<Piece>),
+    /// A damaged member asks one of the others. Machine, boot, and the attempt that failed.
+    AskToRebuild(usize, u64, u64),
+    /// One that was asked sends everything: machine and boot, to machine and boot, for an attempt.
+    SendRebuild((usize, u64), (usize, u64), u64),
+    RebuildPiece(Box<RebuildPiece>),
     Request(usize, Caller, Box<Arrival>),
     Reply(Caller, Box<Reply>),
     /// A client has waited long enough for this request.
@@ -219,6 +229,11 @@ impl World {
             Happening::Start(machine) => self.start(machine),
             Happening::Message(machine, arriving) => self.arrive(machine, *arriving),
             Happening::Piece(piece) => self.piece(*piece),
+            Happening::AskToRebuild(machine, boot, attempt) => {
+                self.ask_to_rebuild(machine, boot, attempt);
+            }
+            Happening::SendRebuild(from, to, attempt) => self.send_rebuild(from, to, attempt),
+            Happening::RebuildPiece(piece) => self.rebuild_piece(*piece),
             Happening::Request(machine, caller, arrival) => self.serve(machine, caller, *arrival),
             Happening::Reply(caller, reply) => self.reply(caller, *reply),
             Happening::GiveUp(caller) => self.reply(caller, Reply::GaveUp),
@@ -240,6 +255,9 @@ impl World {
             Caller::Admin(number) => self.admin_heard(number, reply),
             Caller::Member(machine, boot, request) => {
                 self.forwarded_heard(machine, boot, request, reply);
+            }
+            Caller::Rebuilt(machine, boot, attempt) => {
+                self.rebuild_heard(machine, boot, attempt, &reply);
             }
             Caller::Nobody => {}
         }

@@ -29,9 +29,6 @@ pub struct Maintenance {
     pause: u32,
 }
 
-/// Looks between two passes that verify what is stored: ten minutes of a server's.
-const PAUSE: u32 = 6000;
-
 /// One piece of work. Slow: it is for a thread that no request waits for.
 #[derive(Debug)]
 pub enum Job {
@@ -106,7 +103,7 @@ impl Maintenance {
                     next => Some(next),
                 };
                 if self.verify_from.is_none() {
-                    self.pause = PAUSE;
+                    self.pause = keyspace.limits().verify_pause;
                 }
                 Ok(None)
             }

@@ -112,7 +112,8 @@ impl DiskFile for LossyFile {
 
     fn sync_data(&self) -> io::Result<()> {
         let mut contents = self.contents();
-        contents.synced = contents.written.clone();
+        let contents = &mut *contents;
+        contents.synced.clone_from(&contents.written);
         Ok(())
     }
 }

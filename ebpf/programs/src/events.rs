@@ -33,7 +33,12 @@ pub fn report(packet: &TcContext, direction: Direction, kind: u8, reason: u8) {
     let (source, destination, protocol, ports) = if is_ipv4 {
         let [_, _, third, source, destination] = head.network;
         let protocol = third.to_ne_bytes()[1];
-        (from_ipv4(source), from_ipv4(destination), protocol, head.rest[0])
+        (
+            from_ipv4(source),
+            from_ipv4(destination),
+            protocol,
+            head.rest[0],
+        )
     } else if is_ipv6 {
         let [_, second, a, b, c] = head.network;
         let [d, e, f, g, h] = head.rest;
@@ -67,9 +72,7 @@ pub fn report(packet: &TcContext, direction: Direction, kind: u8, reason: u8) {
 fn ports_of(ip_protocol: u8, first: u32) -> (u16, u16) {
     let [a, b, c, d] = first.to_ne_bytes();
     match ip_protocol {
-        protocol::TCP | protocol::UDP => {
-            (u16::from_be_bytes([a, b]), u16::from_be_bytes([c, d]))
-        }
+        protocol::TCP | protocol::UDP => (u16::from_be_bytes([a, b]), u16::from_be_bytes([c, d])),
         protocol::ICMP | protocol::ICMPV6 => (u16::from(a), 0),
         _ => (0, 0),
     }

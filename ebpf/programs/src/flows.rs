@@ -16,8 +16,8 @@ use keelson_ebpf_common::{
 
 use crate::ip::{self, Ip, protocol};
 use crate::maps::{FLOWS, Flows, OPENING_FLOWS};
-use crate::{events, rules};
 use crate::transport::{self, Transport, icmp_type, icmpv6_type};
+use crate::{events, rules};
 
 /// How long `last_seen_ns` may lag: writing it for every packet would move its cache line between
 /// CPUs.

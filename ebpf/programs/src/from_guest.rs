@@ -6,9 +6,7 @@
 //! Maps: those of `flows`, `rules`, `fragments` and `stations`.
 
 use aya_ebpf::programs::TcContext;
-use keelson_ebpf_common::{
-    Direction, DropReason, NO_ADDRESS, PolicyEntry, flag, from_ipv4, local,
-};
+use keelson_ebpf_common::{Direction, DropReason, NO_ADDRESS, PolicyEntry, flag, from_ipv4, local};
 
 use crate::flows::{self, Ends};
 use crate::frame::{self, Head, Payload};
@@ -47,7 +45,8 @@ pub fn decide(packet: &TcContext, policy: &PolicyEntry) -> Result<Passed, DropRe
         let ip = ip::ipv6(packet, &head)?;
         if neighbour_discovery::is_housekeeping(&ip) {
             check_ipv6_source(policy, &ip, true)?;
-            return neighbour_discovery::sent(packet, policy, &ip).map(|()| Passed::On);
+            neighbour_discovery::sent(packet, policy, &ip)?;
+            return Ok(stations::answer_solicitation(packet, policy, &ip));
         }
         let local = check_ipv6_source(policy, &ip, false)?;
         let ends = Ends {

@@ -5,8 +5,8 @@ use aya_ebpf::btf_maps::{self, ArrayOfMaps};
 use aya_ebpf::macros::{btf_map, map};
 use aya_ebpf::maps::{Array, HashMap, LpmTrie, PerCpuArray, PerCpuHashMap, RingBuf};
 use keelson_ebpf_common::{
-    CounterKey, DirectionTallies, EVENTS_BYTES, FlowKey, FlowState, FragmentKey, FragmentState, Neighbour,
-    NeighbourKey, PeerKey, PolicyEntry, PortKey, SLOTS, StationKey, Tally,
+    CounterKey, DirectionTallies, EVENTS_BYTES, FlowKey, FlowState, FragmentKey, FragmentState,
+    Neighbour, NeighbourKey, PeerKey, PolicyEntry, PortKey, SLOTS, StationKey, Tally,
 };
 
 /// Interface index → what the programs enforce there.

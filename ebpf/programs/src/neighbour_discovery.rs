@@ -34,11 +34,12 @@ pub fn is_housekeeping(ip: &Ip) -> bool {
 pub fn sent(packet: &TcContext, policy: &PolicyEntry, ip: &Ip) -> Result<(), DropReason> {
     let [icmpv6_type, code, ..] = ip.first[0].to_ne_bytes();
     match icmpv6_type {
-        icmpv6_type::LISTENER_QUERY
-        | icmpv6_type::ROUTER_ADVERTISEMENT
-        | icmpv6_type::REDIRECT => return Err(DropReason::RouterAdvertisement),
-        icmpv6_type::LISTENER_REPORT
-        | icmpv6_type::LISTENER_QUERY..=icmpv6_type::LISTENER_DONE => return Ok(()),
+        icmpv6_type::LISTENER_QUERY | icmpv6_type::ROUTER_ADVERTISEMENT | icmpv6_type::REDIRECT => {
+            return Err(DropReason::RouterAdvertisement);
+        }
+        icmpv6_type::LISTENER_REPORT | icmpv6_type::LISTENER_QUERY..=icmpv6_type::LISTENER_DONE => {
+            return Ok(());
+        }
         _ => {}
     }
     check_form(ip, code)?;
@@ -129,7 +130,9 @@ fn check_options(
         if eighths == 0 || (length as usize) < position + option_length {
             return Err(DropReason::Malformed);
         }
-        if matches!(kind, SOURCE_LINK_LAYER | TARGET_LINK_LAYER) && !same_mac(words(mac), policy.mac) {
+        if matches!(kind, SOURCE_LINK_LAYER | TARGET_LINK_LAYER)
+            && !same_mac(words(mac), policy.mac)
+        {
             return Err(DropReason::SpoofedNeighbour);
         }
         offset += option_length;

@@ -2,12 +2,23 @@
 //! questions for their Ethernet addresses are answered in place (maps `STATIONS`, `NEIGHBOURS`).
 
 use aya_ebpf::programs::TcContext;
-use keelson_ebpf_common::{NeighbourKey, PolicyEntry, StationKey, flag, from_ipv4};
+use keelson_ebpf_common::{
+    Address, NO_ADDRESS, NeighbourKey, PolicyEntry, StationKey, flag, from_ipv4,
+};
 use network_types::arp::ArpHdr;
 use network_types::eth::EthHdr;
 
+use crate::ip::{self, IPV6_LEN, Ip, protocol};
 use crate::maps::{NEIGHBOURS, STATIONS};
+use crate::transport::icmpv6_type;
 use crate::{Passed, frame};
+
+/// Bytes of a solicitation or advertisement with the one option that both have room for.
+const NEIGHBOUR_MESSAGE_LEN: usize = 32;
+/// Solicited, and to be taken over what was known before (RFC 4861, 4.4).
+const SOLICITED_OVERRIDE: u8 = 0x60;
+/// The option that tells a target's Ethernet address, with its length in units of 8 bytes.
+const TARGET_LINK_LAYER: [u8; 2] = [2, 1];
 
 /// The interface of the guest with this MAC address in the same network on this host.
 #[inline(always)]
@@ -30,19 +41,12 @@ pub fn find(policy: &PolicyEntry, mac: [u16; 3]) -> Option<u32> {
 #[inline(always)]
 pub fn answer_arp(packet: &TcContext, policy: &PolicyEntry, request: &ArpHdr) -> Passed {
     let target = u32::from_ne_bytes(request.tpa());
-    if policy.network == 0 || policy.flags & flag::ISOLATED != 0 || target == policy.ipv4 {
+    if target == policy.ipv4 {
         return Passed::On;
     }
-    let key = NeighbourKey {
-        network: policy.network,
-        address: from_ipv4(target),
-    };
-    // SAFETY: reads a MAC address; an entry that was replaced meanwhile gives another's, whose
-    // own policy decides about what is then sent to it.
-    let Some(neighbour) = (unsafe { NEIGHBOURS.get(key) }) else {
+    let Some(mac) = neighbour(policy, from_ipv4(target)) else {
         return Passed::On;
     };
-    let mac = neighbour.mac;
     let mut answer = *request;
     answer.set_oper(2);
     answer.set_sha(mac);
@@ -54,4 +58,112 @@ pub fn answer_arp(packet: &TcContext, policy: &PolicyEntry, request: &ArpHdr) ->
         return Passed::On;
     }
     Passed::To(frame::ifindex(packet))
+}
+
+/// As [`answer_arp`], for a neighbour solicitation that was checked.
+#[inline(always)]
+pub fn answer_solicitation(packet: &TcContext, policy: &PolicyEntry, ip: &Ip) -> Passed {
+    let [icmpv6_type, ..] = ip.first[0].to_ne_bytes();
+    // The answer must fit the question's place: with the option that hosts send.
+    if icmpv6_type != icmpv6_type::NEIGHBOUR_SOLICITATION
+        || ip.length != NEIGHBOUR_MESSAGE_LEN as u32
+        || ip.offset != EthHdr::LEN + IPV6_LEN
+        || packet.len() != (EthHdr::LEN + IPV6_LEN + NEIGHBOUR_MESSAGE_LEN) as u32
+        || ip::same(ip.source, NO_ADDRESS)
+    {
+        return Passed::On;
+    }
+    let Ok(target) = packet.load::<Address>(ip.offset + 8) else {
+        return Passed::On;
+    };
+    if ip::same(target, policy.ipv6) || ip::same(target, policy.link_local) {
+        return Passed::On;
+    }
+    let Some(mac) = neighbour(policy, target) else {
+        return Passed::On;
+    };
+    let message = advertisement(target, ip.source, mac);
+    let addresses = [policy.mac, mac];
+    if packet.store(0, &addresses, 0).is_err() || packet.store(EthHdr::LEN, &message, 0).is_err() {
+        return Passed::On;
+    }
+    Passed::To(frame::ifindex(packet))
+}
+
+/// An IPv6 packet that tells who has `target`.
+#[inline(always)]
+fn advertisement(target: Address, to: Address, mac: [u8; 6]) -> [u32; 18] {
+    let [a, b, c, d, e, f] = mac;
+    let [kind, eighths] = TARGET_LINK_LAYER;
+    let length = NEIGHBOUR_MESSAGE_LEN as u8;
+    let first = u32::from_ne_bytes([icmpv6_type::NEIGHBOUR_ADVERTISEMENT, 0, 0, 0]);
+    let flags = u32::from_ne_bytes([SOLICITED_OVERRIDE, 0, 0, 0]);
+    let option = [
+        u32::from_ne_bytes([kind, eighths, a, b]),
+        u32::from_ne_bytes([c, d, e, f]),
+    ];
+    // Of the addresses, the pseudo header (RFC 8200, 8.1), and the message.
+    let words = [
+        u32::from_ne_bytes([0, 0, 0, length]),
+        u32::from_ne_bytes([0, 0, 0, protocol::ICMPV6]),
+        first,
+        flags,
+        option[0],
+        option[1],
+    ];
+    let mut sum = 0_u64;
+    for word in words {
+        sum += u64::from(word);
+    }
+    // The target stands in the message and as the source.
+    for index in 0..4 {
+        sum += 2 * u64::from(target[index]) + u64::from(to[index]);
+    }
+    let checksum = fold(sum).to_ne_bytes();
+    [
+        u32::from_ne_bytes([0x60, 0, 0, 0]),
+        u32::from_ne_bytes([0, length, protocol::ICMPV6, 255]),
+        target[0],
+        target[1],
+        target[2],
+        target[3],
+        to[0],
+        to[1],
+        to[2],
+        to[3],
+        first | u32::from_ne_bytes([0, 0, checksum[0], checksum[1]]),
+        flags,
+        target[0],
+        target[1],
+        target[2],
+        target[3],
+        option[0],
+        option[1],
+    ]
+}
+
+/// The internet checksum of a sum of words in any byte order (RFC 1071).
+#[inline(always)]
+fn fold(sum: u64) -> u16 {
+    let sum = (sum & 0xffff_ffff) + (sum >> 32);
+    let sum = (sum & 0xffff) + (sum >> 16 & 0xffff) + (sum >> 32);
+    let sum = (sum & 0xffff) + (sum >> 16);
+    let sum = (sum & 0xffff) + (sum >> 16);
+    !(sum as u16)
+}
+
+/// The MAC address of the guest of the same network that has this address, unless guests are kept
+/// apart.
+#[inline(always)]
+fn neighbour(policy: &PolicyEntry, address: Address) -> Option<[u8; 6]> {
+    if policy.network == 0 || policy.flags & flag::ISOLATED != 0 {
+        return None;
+    }
+    let key = NeighbourKey {
+        network: policy.network,
+        address,
+    };
+    // SAFETY: reads a MAC address; an entry that was replaced meanwhile gives another's, whose
+    // own policy decides about what is then sent to it.
+    unsafe { NEIGHBOURS.get(key) }.map(|neighbour| neighbour.mac)
 }

@@ -4,9 +4,7 @@
 //! Maps: those of `flows`, `rules`, `fragments` and `stations`.
 
 use aya_ebpf::programs::TcContext;
-use keelson_ebpf_common::{
-    Direction, DropReason, NO_ADDRESS, PolicyEntry, flag, from_ipv4, local,
-};
+use keelson_ebpf_common::{Direction, DropReason, NO_ADDRESS, PolicyEntry, flag, from_ipv4, local};
 
 use crate::flows::{self, Ends};
 use crate::frame::{self, Payload};
@@ -88,9 +86,8 @@ fn check_ipv6(policy: &PolicyEntry, ip: &Ip) -> Result<Option<u8>, DropReason> {
     if ip::same(policy.link_local, NO_ADDRESS) {
         return Err(DropReason::WrongDestination);
     }
-    let from_itself =
-        ip::same(ip.source, policy.ipv6) && !ip::same(policy.ipv6, NO_ADDRESS)
-            || ip::same(ip.source, policy.link_local);
+    let from_itself = ip::same(ip.source, policy.ipv6) && !ip::same(policy.ipv6, NO_ADDRESS)
+        || ip::same(ip.source, policy.link_local);
     if from_itself || ip::is_mapped(ip.source) || ip::is_multicast(ip.source) {
         return Err(DropReason::SpoofedIpv6);
     }

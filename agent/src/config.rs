@@ -1,5 +1,6 @@
 //! The daemon's configuration: `/etc/keelson/keelsond.toml`, all of it optional.
 
+use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
@@ -32,6 +33,9 @@ pub struct Config {
     /// Guests' virtual machines run in jails: as users of their own, in namespaces, with nothing but
     /// their own files.
     pub jail: bool,
+    /// Where metrics are served over HTTP, in Prometheus' text form; nowhere if not given. They tell
+    /// guests' names and traffic to everyone who reaches the address.
+    pub metrics_listen: Option<SocketAddr>,
     /// The host's name in objects' status; the kernel's host name where not given.
     pub host_name: Option<String>,
 }
@@ -60,6 +64,7 @@ impl Default for Config {
             program_directory: None,
             network_hook: NetworkHook::default(),
             jail: true,
+            metrics_listen: None,
             host_name: None,
         }
     }

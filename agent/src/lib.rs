@@ -11,11 +11,13 @@ mod error;
 mod events;
 mod guest;
 pub mod host;
+mod metrics;
 mod objects;
 mod reconciler;
 mod server;
 
 pub use error::AgentError;
+pub use metrics::serve_metrics;
 pub use reconciler::Reconciler;
 pub use server::serve;
 

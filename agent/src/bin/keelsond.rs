@@ -1,5 +1,6 @@
 //! The host agent's daemon.
 
+use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -8,7 +9,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use anyhow::Context;
 use clap::Parser;
 use keelson_agent::config::Config;
-use keelson_agent::{Agent, Reconciler, serve};
+use keelson_agent::{Agent, Reconciler, serve, serve_metrics};
 use tokio::signal::unix::{SignalKind, signal};
 use tracing_subscriber::EnvFilter;
 
@@ -25,6 +26,16 @@ struct Arguments {
     /// The state store, instead of the configuration's: embedded:PATH or etcd:URL[,URL].
     #[arg(long, env = "KEELSON_STATE")]
     state: Option<String>,
+    /// Serve metrics over HTTP on this address, in Prometheus' text form; on 127.0.0.1:9469 where none
+    /// is given. Instead of the configuration's `metrics_listen`.
+    #[arg(
+        long,
+        env = "KEELSON_METRICS_LISTEN",
+        value_name = "ADDRESS",
+        num_args = 0..=1,
+        default_missing_value = "127.0.0.1:9469"
+    )]
+    metrics_listen: Option<SocketAddr>,
     /// What to log, such as `info` or `keelson_agent=debug`.
     #[arg(long, env = "KEELSON_LOG", default_value = "info")]
     log: String,
@@ -61,6 +72,7 @@ fn start(arguments: &Arguments) -> anyhow::Result<()> {
     if let Some(state) = &arguments.state {
         config.state.clone_from(state);
     }
+    config.metrics_listen = arguments.metrics_listen.or(config.metrics_listen);
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .enable_all()
         .build()?;
@@ -70,10 +82,14 @@ fn start(arguments: &Arguments) -> anyhow::Result<()> {
 async fn run(config: Config, check: bool) -> anyhow::Result<()> {
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
+    let metrics_listen = config.metrics_listen;
     let agent = Agent::open(config).await?;
     if check {
         println!("this host can run guests");
         return Ok(());
+    }
+    if let Some(address) = metrics_listen {
+        tokio::spawn(serve_metrics(agent.clone(), address).await?);
     }
     let reconciler = Reconciler::new(agent.clone());
     let beats = reconciler.beats();

@@ -12,7 +12,7 @@ mod runtime;
 mod status;
 
 pub use actor::{GuestActor, GuestMailbox};
-pub use groups::{Memberships, memberships};
+pub use groups::{Memberships, memberships, rule_counters};
 pub use machine::Machine;
 pub use paths::GuestPaths;
 pub use runtime::Runtime;

@@ -73,9 +73,9 @@ impl Plan {
                 .object;
             let mut groups = Vec::new();
             for group in &interface.security_groups {
-                groups.push(objects.get_typed::<SecurityGroup>(group).await?.object.spec);
+                groups.push(objects.get_typed::<SecurityGroup>(group).await?.object);
             }
-            let rules = rules_of(groups, objects).await?;
+            let rules = rules_of(&groups, objects).await?;
             let unassigned = || AgentError::Corrupt {
                 key: format!("VirtualMachine/{}", guest.metadata.name),
                 message: format!("interface {} has no address", interface.name),

@@ -1,13 +1,14 @@
 //! The host's side of guests' networks: bridges, TAP devices, and eBPF policy on them.
 
+use std::collections::BTreeMap;
 use std::fmt;
 use std::net::{Ipv4Addr, Ipv6Addr};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use keelson_api::{MacAddress, NetworkSpec};
 use keelson_ebpf::{
-    Datapath, DatapathConfig, DatapathError, EgressPolicy, Flow, HookChoice, InterfaceCounters,
-    InterfacePolicy, PacketEvent,
+    Datapath, DatapathConfig, DatapathError, EgressPolicy, Flow, FlowUse, HookChoice,
+    InterfaceCounters, InterfacePolicy, PacketEvent,
 };
 use sha2::{Digest, Sha256};
 use tokio::sync::broadcast;
@@ -209,6 +210,11 @@ impl HostNetwork {
             .with(move |datapath| datapath.counters(&name))
             .await?;
         Ok((device, counters))
+    }
+
+    /// What all devices of guests' interfaces passed and dropped, and their flows, by the devices' names.
+    pub async fn statistics(&self) -> Result<BTreeMap<String, (InterfaceCounters, FlowUse)>> {
+        self.datapath.with(|datapath| datapath.statistics()).await
     }
 
     /// How programs are attached on this kernel: `tcx`, `clsact`, or `none` before the first.

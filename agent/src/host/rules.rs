@@ -20,6 +20,8 @@ pub struct Rules {
 /// A rule whose other side is networks and addresses only.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ResolvedRule {
+    /// What counts the packets that it lets pass; zero for nothing.
+    pub counter: u64,
     /// The protocol.
     pub protocol: Protocol,
     /// Destination ports; all where empty.
@@ -62,6 +64,7 @@ pub fn expand(rules: &[ResolvedRule]) -> Result<Vec<Rule>> {
                 protocol,
                 ports: ports.clone(),
                 peer,
+                counter: rule.counter,
             }));
         }
     }

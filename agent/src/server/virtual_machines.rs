@@ -9,15 +9,16 @@ use keelson_api::proto::virtual_machines_server::VirtualMachines;
 use keelson_api::proto::{
     ConsoleInput, ConsoleOutput, CountersRequest, CountersResponse, DirectionCounters, DropCounter,
     FlowsRequest, FlowsResponse, InterfaceCounters, LogsChunk, LogsRequest, Object, PacketCounter,
-    PacketEvent, PacketsRequest, StartRequest, StopRequest,
+    PacketEvent, PacketsRequest, RuleCounter, StartRequest, StopRequest,
 };
-use keelson_api::{PowerState, VirtualMachine};
+use keelson_api::{PowerState, SecurityGroup, VirtualMachine};
+use keelson_ebpf::{Direction, Tally};
 use tokio::fs::File;
 use tokio::io::{AsyncReadExt, AsyncSeekExt};
 use tonic::{Request, Response, Status, Streaming};
 
 use super::{console, packets, status, to_proto};
-use crate::guest::{GuestPaths, Machine};
+use crate::guest::{GuestPaths, Machine, rule_counters};
 use crate::objects::set_power_state;
 use crate::{Agent, AgentError};
 
@@ -46,6 +47,19 @@ impl VirtualMachinesService {
             .await
             .map_err(status)?
             .object)
+    }
+
+    /// Those of the groups that there are.
+    async fn groups(&self, names: &[String]) -> Result<Vec<SecurityGroup>, Status> {
+        let mut groups = Vec::new();
+        for name in names {
+            match self.agent.objects.get_typed::<SecurityGroup>(name).await {
+                Ok(group) => groups.push(group.object),
+                Err(AgentError::NotFound { .. }) => {}
+                Err(error) => return Err(status(error)),
+            }
+        }
+        Ok(groups)
     }
 }
 
@@ -139,12 +153,17 @@ impl VirtualMachines for VirtualMachinesService {
         let mut interfaces = Vec::new();
         for interface in &guest.spec.interfaces {
             match self.agent.network.counters(&name, &interface.name).await {
-                Ok((device, counters)) => interfaces.push(InterfaceCounters {
-                    name: interface.name.clone(),
-                    device,
-                    from_guest: Some(direction(&counters.from_guest)),
-                    to_guest: Some(direction(&counters.to_guest)),
-                }),
+                Ok((device, counters)) => {
+                    let groups = self.groups(&interface.security_groups).await?;
+                    let from_guest = direction(&counters.from_guest, &groups, Direction::FromGuest);
+                    let to_guest = direction(&counters.to_guest, &groups, Direction::ToGuest);
+                    interfaces.push(InterfaceCounters {
+                        name: interface.name.clone(),
+                        device,
+                        from_guest: Some(from_guest),
+                        to_guest: Some(to_guest),
+                    });
+                }
                 Err(AgentError::Datapath(keelson_ebpf::DatapathError::NotAttached { .. })) => {}
                 Err(error) => return Err(status(error)),
             }
@@ -211,8 +230,12 @@ async fn tail_position(file: &mut File, lines: u32) -> std::io::Result<u64> {
     Ok(0)
 }
 
-fn direction(counters: &keelson_ebpf::DirectionCounters) -> DirectionCounters {
-    let tally = |tally: &keelson_ebpf::Tally| {
+fn direction(
+    counters: &keelson_ebpf::DirectionCounters,
+    groups: &[SecurityGroup],
+    direction: Direction,
+) -> DirectionCounters {
+    let tally = |tally: &Tally| {
         Some(PacketCounter {
             packets: tally.packets,
             bytes: tally.bytes,
@@ -226,6 +249,16 @@ fn direction(counters: &keelson_ebpf::DirectionCounters) -> DirectionCounters {
             .map(|(reason, count)| DropCounter {
                 reason: reason.to_string(),
                 count: tally(count),
+            })
+            .collect(),
+        rules: rule_counters(groups, direction)
+            .iter()
+            .filter_map(|rule| {
+                let count = counters.allowed.get(&rule.counter)?;
+                Some(RuleCounter {
+                    rule: rule.rule(direction),
+                    count: tally(count),
+                })
             })
             .collect(),
     }

@@ -22,10 +22,10 @@ pub use counters::{
 pub use event::{EVENTS_BYTES, Event, happening};
 pub use flow::{FlowKey, FlowState, FragmentKey, FragmentState, local, phase, timeout};
 pub use policy::{NAME_LENGTH, Neighbour, NeighbourKey, PolicyEntry, StationKey, flag};
-pub use rules::{ALLOW_ALL, PeerKey, PortKey, port_prefix_length};
+pub use rules::{ALLOW_ALL, PeerKey, PortKey, RuleKey, UNCOUNTED, port_prefix_length};
 
 /// Version of the pinned maps' layout. The host refuses pinned maps of another version.
-pub const LAYOUT_VERSION: u64 = 2;
+pub const LAYOUT_VERSION: u64 = 3;
 
 /// Guest interfaces that one host can have, plus one: slot zero is nobody's.
 pub const SLOTS: u32 = 4096;
@@ -36,7 +36,7 @@ pub mod map_name {
     pub const POLICIES: &str = "POLICIES";
     /// Rule table and peer address → class of peers (longest prefix match).
     pub const PEER_CLASSES: &str = "PEER_CLASSES";
-    /// Class of peers, protocol and port → allowed (longest prefix match).
+    /// Class of peers, protocol and port → counter of the rule that allows it (longest prefix match).
     pub const ALLOWED_PORTS: &str = "ALLOWED_PORTS";
     /// Slot → map of the interface's flows in which both sides have sent.
     pub const FLOWS: &str = "FLOWS";
@@ -52,6 +52,8 @@ pub mod map_name {
     pub const PASSED: &str = "PASSED";
     /// Interface index and direction → [`DirectionTallies`](crate::DirectionTallies), per CPU.
     pub const DROPPED: &str = "DROPPED";
+    /// [`RuleKey`](crate::RuleKey) → [`Tally`](crate::Tally) of what the rule allowed, per CPU.
+    pub const ALLOWED: &str = "ALLOWED";
     /// Ring buffer of [`Event`](crate::Event).
     pub const EVENTS: &str = "EVENTS";
     /// One element: which kinds of events someone waits for.

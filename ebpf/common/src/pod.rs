@@ -4,7 +4,7 @@ use aya::Pod;
 
 use crate::{
     CounterKey, DirectionTallies, Event, FlowKey, FlowState, FragmentKey, FragmentState, Neighbour,
-    NeighbourKey, PeerKey, PolicyEntry, PortKey, StationKey, Tally,
+    NeighbourKey, PeerKey, PolicyEntry, PortKey, RuleKey, StationKey, Tally,
 };
 
 /// Each type is `repr(C)`, made of integers only, without padding, as the sizes prove.
@@ -31,6 +31,7 @@ pod! {
     PeerKey = 20,
     PolicyEntry = 88,
     PortKey = 8,
+    RuleKey = 16,
     StationKey = 12,
     Tally = 16,
 }

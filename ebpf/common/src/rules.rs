@@ -2,7 +2,8 @@
 //!
 //! A rule table is a set of peer prefixes; the longest one that covers a peer's address gives that
 //! peer's *class*. The host gives a class all ports that any rule covering the prefix allows, so two
-//! lookups decide, whatever the number of rules.
+//! lookups decide, whatever the number of rules. The second one gives the counter of the rule that
+//! comes first among those that allow the port.
 
 use crate::Address;
 
@@ -48,6 +49,21 @@ impl PortKey {
     /// Bits of a lookup's key.
     pub const BITS: u32 = 56;
 }
+
+/// Key of the map that counts what rules allowed.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct RuleKey {
+    /// [`PolicyEntry::slot`](crate::PolicyEntry::slot).
+    pub slot: u32,
+    /// [`Direction`](crate::Direction) as a number.
+    pub direction: u32,
+    /// The rule's counter, which the allowed ports map has as its value; never [`UNCOUNTED`].
+    pub counter: u64,
+}
+
+/// The counter of rules that nobody counts.
+pub const UNCOUNTED: u64 = 0;
 
 /// Prefix length of a [`PortKey`] that matches class, protocol and the first `bits` of the port.
 pub const fn port_prefix_length(bits: u32) -> u32 {

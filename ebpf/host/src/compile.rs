@@ -1,6 +1,6 @@
 //! Compiles a list of rules to classes of peers and their ports; see `keelson_ebpf_common`.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeMap, HashMap};
 use std::ops::RangeInclusive;
 
 use crate::address::IpPrefix;
@@ -14,8 +14,8 @@ pub const MAX_ENTRIES: usize = 1 << 20;
 pub struct CompiledRules {
     /// Each peer prefix and its class, an index of `classes`.
     pub peers: Vec<(IpPrefix, usize)>,
-    /// What the peers of each class may use.
-    pub classes: Vec<BTreeSet<PortPrefix>>,
+    /// What the peers of each class may use, and the counter of the rule that says so.
+    pub classes: Vec<BTreeMap<PortPrefix, u64>>,
 }
 
 /// Traffic that a class allows: everything, a protocol, or ports that share their first bits.
@@ -43,9 +43,30 @@ pub struct TooManyEntries;
 /// What some peers may use.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
 struct Allowed {
-    everything: bool,
+    /// The counter of the rule that allows everything.
+    everything: Option<u64>,
     /// By IP protocol; in order, without overlaps.
-    ports: BTreeMap<u8, Vec<RangeInclusive<u16>>>,
+    ports: BTreeMap<u8, Vec<CountedRange>>,
+}
+
+/// Ports, and the counter of the rule that allows them.
+type CountedRange = (RangeInclusive<u16>, u64);
+
+/// Which of two rules counts a packet that both allow: the one whose counter the list names first.
+struct Precedence(HashMap<u64, usize>);
+
+impl Precedence {
+    fn of(rules: &[Rule]) -> Self {
+        let mut ranks = HashMap::new();
+        for (rank, rule) in rules.iter().enumerate() {
+            ranks.entry(rule.counter).or_insert(rank);
+        }
+        Self(ranks)
+    }
+
+    fn rank(&self, counter: u64) -> usize {
+        self.0.get(&counter).copied().unwrap_or(usize::MAX)
+    }
 }
 
 /// Compiles `rules`. A peer that several rules' networks cover may use what any of them allows.
@@ -65,6 +86,7 @@ pub fn compile(rules: &[Rule]) -> Result<CompiledRules, TooManyEntries> {
         own.entry(order(IpPrefix::ANY_IPV4))
             .or_insert((IpPrefix::ANY_IPV4, Vec::new()));
     }
+    let precedence = Precedence::of(rules);
     let mut classes = Classes::default();
     let mut peers = Vec::with_capacity(own.len());
     let mut covering: Vec<(IpPrefix, Allowed)> = Vec::new();
@@ -74,7 +96,7 @@ pub fn compile(rules: &[Rule]) -> Result<CompiledRules, TooManyEntries> {
             .is_some()
         {}
         let inherited = covering.last().map(|(_, allowed)| allowed.clone());
-        let allowed = inherited.unwrap_or_default().and(&rules);
+        let allowed = inherited.unwrap_or_default().and(&rules, &precedence);
         peers.push((prefix, classes.number(&allowed)?));
         covering.push((prefix, allowed));
     }
@@ -93,7 +115,7 @@ fn order(prefix: IpPrefix) -> (bool, u128, u32) {
 #[derive(Default)]
 struct Classes {
     numbers: HashMap<Allowed, usize>,
-    list: Vec<BTreeSet<PortPrefix>>,
+    list: Vec<BTreeMap<PortPrefix, u64>>,
     entries: usize,
 }
 
@@ -115,56 +137,97 @@ impl Classes {
 }
 
 impl Allowed {
-    fn and(mut self, rules: &[&Rule]) -> Self {
+    fn and(mut self, rules: &[&Rule], precedence: &Precedence) -> Self {
+        let rank = |counter| precedence.rank(counter);
         for rule in rules {
             match rule.protocol {
-                Protocol::Any => self.everything = true,
+                Protocol::Any => {
+                    let all = self.everything.into_iter().chain([rule.counter]);
+                    self.everything = all.min_by_key(|counter| rank(*counter));
+                }
                 protocol => {
                     let ports = self.ports.entry(protocol.number()).or_default();
-                    ports.push(rule.ports.clone());
+                    ports.push((rule.ports.clone(), rule.counter));
                 }
             }
         }
-        if self.everything {
-            self.ports.clear();
+        if let Some(everything) = self.everything {
+            for ranges in self.ports.values_mut() {
+                ranges.retain(|(_, counter)| rank(*counter) < rank(everything));
+            }
+            self.ports.retain(|_, ranges| !ranges.is_empty());
         }
         for ranges in self.ports.values_mut() {
-            *ranges = merge(std::mem::take(ranges));
+            *ranges = flatten(ranges, precedence);
         }
         self
     }
 
-    fn prefixes(&self) -> BTreeSet<PortPrefix> {
-        let mut prefixes = BTreeSet::new();
-        if self.everything {
-            prefixes.insert(PortPrefix::Everything);
-        }
+    fn prefixes(&self) -> BTreeMap<PortPrefix, u64> {
+        let everything = self.everything.into_iter();
+        let mut prefixes: BTreeMap<_, _> = everything
+            .map(|counter| (PortPrefix::Everything, counter))
+            .collect();
         for (protocol, ranges) in &self.ports {
-            for range in ranges {
-                split(*protocol, range, &mut prefixes);
+            for (range, counter) in ranges {
+                split(*protocol, range, |prefix| {
+                    prefixes.insert(prefix, *counter);
+                });
             }
         }
         prefixes
     }
 }
 
-/// Joins ranges that overlap or touch.
-fn merge(mut ranges: Vec<RangeInclusive<u16>>) -> Vec<RangeInclusive<u16>> {
-    ranges.sort_by_key(|range| *range.start());
-    let mut merged: Vec<RangeInclusive<u16>> = Vec::new();
-    for range in ranges {
-        match merged.last_mut() {
-            Some(last) if u32::from(*range.start()) <= u32::from(*last.end()) + 1 => {
-                *last = *last.start()..=*last.end().max(range.end());
+/// Cuts ranges where they begin and end, keeps of those that overlap the one that counts, and joins
+/// neighbours with the same counter.
+fn flatten(ranges: &[CountedRange], precedence: &Precedence) -> Vec<CountedRange> {
+    // Where each begins, and the first port behind it.
+    let mut edges: Vec<(u32, bool, (usize, u64))> = Vec::with_capacity(ranges.len() * 2);
+    for (range, counter) in ranges {
+        let which = (precedence.rank(*counter), *counter);
+        edges.push((u32::from(*range.start()), true, which));
+        edges.push((u32::from(*range.end()) + 1, false, which));
+    }
+    edges.sort_unstable();
+    let mut open: BTreeMap<(usize, u64), usize> = BTreeMap::new();
+    let mut flat: Vec<CountedRange> = Vec::new();
+    let mut from = 0;
+    for (at, begins, which) in edges {
+        if let (Some((_, counter)), Ok(first), Ok(last)) = (
+            open.keys().next(),
+            u16::try_from(from),
+            u16::try_from(at.saturating_sub(1)),
+        ) && from < at
+        {
+            push(&mut flat, first..=last, *counter);
+        }
+        from = at;
+        if begins {
+            *open.entry(which).or_default() += 1;
+        } else if let Some(count) = open.get_mut(&which) {
+            *count -= 1;
+            if *count == 0 {
+                open.remove(&which);
             }
-            _ => merged.push(range),
         }
     }
-    merged
+    flat
+}
+
+fn push(flat: &mut Vec<CountedRange>, range: RangeInclusive<u16>, counter: u64) {
+    match flat.last_mut() {
+        Some((last, same))
+            if *same == counter && u32::from(*last.end()) + 1 == u32::from(*range.start()) =>
+        {
+            *last = *last.start()..=*range.end();
+        }
+        _ => flat.push((range, counter)),
+    }
 }
 
 /// Splits a range into the fewest aligned blocks whose size is a power of two: at most 30.
-fn split(protocol: u8, range: &RangeInclusive<u16>, into: &mut BTreeSet<PortPrefix>) {
+fn split(protocol: u8, range: &RangeInclusive<u16>, mut add: impl FnMut(PortPrefix)) {
     let mut next = u32::from(*range.start());
     let end = u32::from(*range.end()) + 1;
     while next < end {
@@ -174,7 +237,7 @@ fn split(protocol: u8, range: &RangeInclusive<u16>, into: &mut BTreeSet<PortPref
         let (Ok(port), Ok(bits)) = (u16::try_from(next), u8::try_from(16 - size_bits)) else {
             return;
         };
-        into.insert(match bits {
+        add(match bits {
             0 => PortPrefix::Protocol(protocol),
             bits => PortPrefix::Ports {
                 protocol,
@@ -200,10 +263,11 @@ mod tests {
             protocol,
             ports,
             peer,
+            counter: 0,
         }
     }
 
-    fn class_of<'a>(compiled: &'a CompiledRules, peer: &str) -> &'a BTreeSet<PortPrefix> {
+    fn class_of<'a>(compiled: &'a CompiledRules, peer: &str) -> &'a BTreeMap<PortPrefix, u64> {
         let peer = peer.parse().expect("valid prefix");
         let found = compiled.peers.iter().find(|(prefix, _)| *prefix == peer);
         &compiled.classes[found.expect("the prefix is there").1]
@@ -229,7 +293,7 @@ mod tests {
             ("10.1.0.0/16", vec![22, 25, 80]),
             ("11.0.0.0/8", vec![53, 80]),
         ] {
-            let expected: BTreeSet<_> = ports.into_iter().map(port).collect();
+            let expected: BTreeMap<_, _> = ports.into_iter().map(|at| (port(at), 0)).collect();
             assert_eq!(*class_of(&compiled, peer), expected, "{peer}");
         }
     }
@@ -237,10 +301,10 @@ mod tests {
     #[test]
     fn ipv4_does_not_inherit_from_ipv6() {
         let compiled = compile(&[rule(Protocol::Any, Rule::ALL_PORTS, "::/0")]).expect("few");
-        assert_eq!(*class_of(&compiled, "0.0.0.0/0"), BTreeSet::new());
+        assert_eq!(*class_of(&compiled, "0.0.0.0/0"), BTreeMap::new());
         assert_eq!(
             *class_of(&compiled, "::/0"),
-            BTreeSet::from([PortPrefix::Everything])
+            BTreeMap::from([(PortPrefix::Everything, 0)])
         );
     }
 
@@ -272,24 +336,35 @@ mod tests {
     proptest! {
         #![proptest_config(ProptestConfig::with_cases(32))]
 
-        /// Aligned blocks match exactly the ports of the ranges, checked port by port.
+        /// Aligned blocks match exactly the ports of the ranges, and name the counter of the first one
+        /// that has the port, checked port by port.
         #[test]
         fn port_prefixes_match_exactly_the_ranges(
-            ranges in prop::collection::vec((any::<u16>(), any::<u16>()), 1..6),
+            ranges in prop::collection::vec((any::<u16>(), any::<u16>(), 0..4_u64), 1..6),
         ) {
-            let ranges: Vec<_> = ranges.into_iter().map(|(a, b)| a.min(b)..=a.max(b)).collect();
-            let mut prefixes = BTreeSet::new();
-            for range in merge(ranges.clone()) {
-                split(TCP, &range, &mut prefixes);
-            }
-            let matched = |candidate: u16| prefixes.iter().any(|prefix| match *prefix {
-                PortPrefix::Ports { port, bits, .. } => {
-                    (candidate ^ port).leading_zeros() >= u32::from(bits)
-                }
-                _ => true,
-            });
+            let rules: Vec<Rule> = ranges
+                .into_iter()
+                .map(|(a, b, counter)| Rule {
+                    counter,
+                    ..rule(Protocol::Tcp, a.min(b)..=a.max(b), "0.0.0.0/0")
+                })
+                .collect();
+            let precedence = Precedence::of(&rules);
+            let compiled = compile(&rules).expect("few");
+            let class = class_of(&compiled, "0.0.0.0/0");
+            let said = |candidate: u16| {
+                let matching = class.iter().filter(|(prefix, _)| match **prefix {
+                    PortPrefix::Ports { port, bits, .. } => {
+                        (candidate ^ port).leading_zeros() >= u32::from(bits)
+                    }
+                    _ => true,
+                });
+                matching.map(|(_, counter)| *counter).collect::<Vec<_>>()
+            };
             for port in 0..=u16::MAX {
-                prop_assert_eq!(matched(port), ranges.iter().any(|range| range.contains(&port)));
+                let allowing = rules.iter().filter(|rule| rule.ports.contains(&port));
+                let first = allowing.map(|rule| rule.counter).min_by_key(|c| precedence.rank(*c));
+                prop_assert_eq!(said(port), first.into_iter().collect::<Vec<_>>());
             }
         }
     }

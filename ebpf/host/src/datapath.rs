@@ -1,22 +1,20 @@
 //! The datapath of a host: attach, change and detach policies, read counters.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::path::PathBuf;
 
-use keelson_ebpf_common::{
-    ALLOW_ALL, CounterKey, Direction, DirectionTallies, NO_ADDRESS, PolicyEntry, flag, map_name,
-    passed_index,
-};
+use keelson_ebpf_common::{ALLOW_ALL, Direction, NO_ADDRESS, PolicyEntry, flag, map_name};
 
 use crate::address::{self, MacAddress};
 use crate::compile::{MAX_ENTRIES, compile};
-use crate::counters::{DirectionCounters, InterfaceCounters};
+use crate::counters::counter_key;
 use crate::error::DatapathError;
 use crate::hook::{self, HookChoice, HookMode, Hooks, Target};
 use crate::object::Object;
 use crate::pin_root::PinRoot;
 use crate::policy::{EgressPolicy, InterfacePolicy, Rule};
+use crate::rule_counters::RuleCounters;
 use crate::rule_tables::{RuleTables, ignore_missing};
 use crate::{grace_period, interface, slots, stations};
 
@@ -66,6 +64,7 @@ pub struct Datapath {
     root: PinRoot,
     pub(crate) object: Object,
     tables: RuleTables,
+    pub(crate) rule_counters: RuleCounters,
     mode: HookMode,
     max_flows: u32,
     // What this process applied, so that applying it again costs nothing.
@@ -85,15 +84,18 @@ impl Datapath {
         let mode = hook::choose(config.hook)?;
         let root = PinRoot::open(&config.pin_root)?;
         let mut object = Object::load(&root)?;
-        let referenced: BTreeSet<u32> = entries(&object)?
+        let entries = entries(&object)?;
+        let referenced = entries
             .values()
-            .flat_map(|entry| [entry.ingress_table, entry.egress_table])
-            .collect();
-        let tables = RuleTables::adopt(&mut object, &referenced)?;
+            .flat_map(|entry| [entry.ingress_table, entry.egress_table]);
+        let tables = RuleTables::adopt(&mut object, &referenced.collect())?;
+        let slots = entries.values().map(|entry| entry.slot).collect();
+        let rule_counters = RuleCounters::adopt(&mut object, &slots)?;
         let mut datapath = Self {
             root,
             object,
             tables,
+            rule_counters,
             mode,
             max_flows: config.max_flows,
             applied: BTreeMap::new(),
@@ -175,25 +177,6 @@ impl Datapath {
         Ok(list)
     }
 
-    /// What was counted on an interface since it was attached.
-    ///
-    /// # Errors
-    /// [`DatapathError::NotAttached`].
-    pub fn counters(&self, interface: &str) -> Result<InterfaceCounters, DatapathError> {
-        let (ifindex, entry) = self.find(interface)?;
-        let counters = self.read_counters(ifindex, entry.slot)?;
-        Ok(counters.unwrap_or_default())
-    }
-
-    /// What the programs counted on interfaces that have no counters of their own: nothing, unless a
-    /// hook was left without a policy.
-    ///
-    /// # Errors
-    /// [`DatapathError::Map`] if the kernel doesn't let the map be read.
-    pub fn unattributed_counters(&self) -> Result<InterfaceCounters, DatapathError> {
-        Ok(self.read_counters(0, 0)?.unwrap_or_default())
-    }
-
     /// Removes the records of interfaces that are gone, and returns their names. Hooks that
     /// interfaces have lost are attached again.
     ///
@@ -263,6 +246,9 @@ impl Datapath {
         slots::fill(&mut self.object, slot, self.max_flows)?;
         let entry = self.install(policy, slot, self.mode)?;
         let attach = |datapath: &mut Self| {
+            datapath
+                .rule_counters
+                .add(&mut datapath.object, slot, policy)?;
             datapath.zero_counters(ifindex)?;
             datapath.write_entry(ifindex, entry)?;
             let target = target(&policy.name, ifindex, &entry);
@@ -289,13 +275,16 @@ impl Datapath {
             return Ok(attached(ifindex, old));
         }
         let entry = self.install(policy, old.slot, HookMode::from_byte(old.hook))?;
-        if let Err(error) = self.write_entry(ifindex, entry) {
+        let counted = self.rule_counters.add(&mut self.object, old.slot, policy);
+        if let Err(error) = counted.and_then(|()| self.write_entry(ifindex, entry)) {
             self.remove_tables(&entry)?;
             return Err(error);
         }
         self.applied.insert(ifindex, policy.clone());
         stations::add(&mut self.object, ifindex, &entry)?;
         stations::remove(&mut self.object, old, Some(&entry))?;
+        self.rule_counters
+            .remove_others(&mut self.object, old.slot, Some(policy))?;
         self.remove_tables(old)?;
         Ok(attached(ifindex, &entry))
     }
@@ -385,6 +374,8 @@ impl Datapath {
         }
         grace_period::wait();
         self.applied.remove(&ifindex);
+        self.rule_counters
+            .remove_others(&mut self.object, entry.slot, None)?;
         slots::empty(&mut self.object, entry.slot)?;
         self.remove_tables(entry)
     }
@@ -395,46 +386,6 @@ impl Datapath {
             if !entries.contains_key(&ifindex) {
                 hook::remove_links(&self.root, ifindex)?;
             }
-        }
-        Ok(())
-    }
-
-    /// What was counted on an interface; interface zero has slot zero. `None` if it has no counters.
-    fn read_counters(
-        &self,
-        ifindex: u32,
-        slot: u32,
-    ) -> Result<Option<InterfaceCounters>, DatapathError> {
-        let read = |direction| {
-            let passed = self
-                .object
-                .passed
-                .get(&passed_index(slot, direction), 0)
-                .map_err(DatapathError::map("read", map_name::PASSED))?;
-            match self.object.dropped.get(&counter_key(ifindex, direction), 0) {
-                Ok(dropped) => Ok(Some(DirectionCounters::sum(passed.iter(), dropped.iter()))),
-                Err(error) => ignore_missing(Err(error))
-                    .map(|()| None)
-                    .map_err(DatapathError::map("read", map_name::DROPPED)),
-            }
-        };
-        let from_guest = read(Direction::FromGuest)?;
-        let to_guest = read(Direction::ToGuest)?;
-        Ok(from_guest
-            .zip(to_guest)
-            .map(|(from_guest, to_guest)| InterfaceCounters {
-                from_guest,
-                to_guest,
-            }))
-    }
-
-    fn zero_counters(&mut self, ifindex: u32) -> Result<(), DatapathError> {
-        for direction in [Direction::FromGuest, Direction::ToGuest] {
-            let zeros = slots::per_cpu(DirectionTallies::default())?;
-            self.object
-                .dropped
-                .insert(counter_key(ifindex, direction), zeros, 0)
-                .map_err(DatapathError::map("write", map_name::DROPPED))?;
         }
         Ok(())
     }
@@ -449,7 +400,7 @@ impl std::fmt::Debug for Datapath {
     }
 }
 
-fn entries(object: &Object) -> Result<BTreeMap<u32, PolicyEntry>, DatapathError> {
+pub(crate) fn entries(object: &Object) -> Result<BTreeMap<u32, PolicyEntry>, DatapathError> {
     object
         .policies
         .iter()
@@ -476,12 +427,5 @@ fn attached(ifindex: u32, entry: &PolicyEntry) -> Attached {
             _ => None,
         },
         hook: HookMode::from_byte(entry.hook),
-    }
-}
-
-fn counter_key(ifindex: u32, direction: Direction) -> CounterKey {
-    CounterKey {
-        ifindex,
-        direction: direction as u32,
     }
 }

@@ -3,7 +3,7 @@
 use std::net::{IpAddr, Ipv4Addr};
 use std::time::Duration;
 
-use aya::maps::{HashMap, Map, MapData};
+use aya::maps::{ArrayOfMaps, HashMap, Map, MapData};
 use keelson_ebpf_common::{Direction, FlowKey, FlowState, PolicyEntry, local, map_name, phase};
 
 use crate::address::from_map;
@@ -40,6 +40,20 @@ pub enum FlowPhase {
     Closed,
 }
 
+/// How many flows an interface has, and can have. Those that have timed out and were not pushed out
+/// are among them.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct FlowUse {
+    /// Flows in which both sides have sent.
+    pub established: u32,
+    /// How many of those fit.
+    pub max_established: u32,
+    /// Flows in which only one side has sent.
+    pub opening: u32,
+    /// How many of those fit.
+    pub max_opening: u32,
+}
+
 impl Datapath {
     /// The flows of an interface, those that have timed out and were not pushed out among them.
     ///
@@ -53,11 +67,7 @@ impl Datapath {
             (&self.object.flows, map_name::FLOWS),
             (&self.object.opening_flows, map_name::OPENING_FLOWS),
         ] {
-            let error = || DatapathError::map("read", name);
-            let inner: MapData = outer.get(&entry.slot, 0).map_err(error())?;
-            let inner: HashMap<MapData, FlowKey, FlowState> = Map::from_map_data(inner)
-                .and_then(HashMap::try_from)
-                .map_err(error())?;
+            let (inner, _) = open_flows(outer, entry.slot, name)?;
             // A flow that is pushed out while they are read is left out.
             flows.extend(
                 inner
@@ -68,6 +78,44 @@ impl Datapath {
         }
         Ok(flows)
     }
+
+    /// How many flows an interface has.
+    pub(crate) fn flow_use(&self, entry: &PolicyEntry) -> Result<FlowUse, DatapathError> {
+        let count = |outer, name| {
+            let (inner, max) = open_flows(outer, entry.slot, name)?;
+            // One that is pushed out while they are counted ends nothing.
+            let count = inner
+                .keys()
+                .filter(Result::is_ok)
+                .take(max as usize)
+                .count();
+            Ok((u32::try_from(count).unwrap_or(max), max))
+        };
+        let (established, max_established) = count(&self.object.flows, map_name::FLOWS)?;
+        let (opening, max_opening) = count(&self.object.opening_flows, map_name::OPENING_FLOWS)?;
+        Ok(FlowUse {
+            established,
+            max_established,
+            opening,
+            max_opening,
+        })
+    }
+}
+
+/// The flows of a slot, and how many fit.
+fn open_flows(
+    outer: &ArrayOfMaps<MapData>,
+    slot: u32,
+    name: &'static str,
+) -> Result<(HashMap<MapData, FlowKey, FlowState>, u32), DatapathError> {
+    let inner: MapData = outer
+        .get(&slot, 0)
+        .map_err(DatapathError::map("read", name))?;
+    let info = inner.info().map_err(DatapathError::map("read", name))?;
+    let flows = Map::from_map_data(inner)
+        .and_then(HashMap::try_from)
+        .map_err(DatapathError::map("read", name))?;
+    Ok((flows, info.max_entries()))
 }
 
 fn flow(entry: &PolicyEntry, key: &FlowKey, state: &FlowState, now: Duration) -> Flow {

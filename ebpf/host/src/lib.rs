@@ -22,6 +22,7 @@ mod kernel;
 mod object;
 mod pin_root;
 mod policy;
+mod rule_counters;
 mod rule_tables;
 mod slots;
 mod stations;
@@ -32,8 +33,10 @@ pub use counters::{DirectionCounters, InterfaceCounters};
 pub use datapath::{Attached, Datapath, DatapathConfig};
 pub use error::DatapathError;
 pub use events::{EventReader, Happening, Observed, PacketEvent};
-pub use flow_list::{Flow, FlowPhase};
+pub use flow_list::{Flow, FlowPhase, FlowUse};
 pub use hook::{HookChoice, HookMode};
 pub use keelson_ebpf_common::{Direction, DropReason, Tally};
-pub use policy::{EgressPolicy, InterfacePolicy, MAX_RULES, Protocol, Rule, UnknownProtocol};
+pub use policy::{
+    EgressPolicy, InterfacePolicy, MAX_COUNTERS, MAX_RULES, Protocol, Rule, UnknownProtocol,
+};
 pub use trial::{RunCost, Verdict, count_run_costs};

@@ -10,7 +10,7 @@ use aya::programs::{ProgramError, SchedClassifier};
 use aya::util::KernelVersion;
 use aya::{Ebpf, EbpfError, EbpfLoader};
 use keelson_ebpf_common::{
-    CounterKey, DirectionTallies, Neighbour, NeighbourKey, PeerKey, PolicyEntry, PortKey,
+    CounterKey, DirectionTallies, Neighbour, NeighbourKey, PeerKey, PolicyEntry, PortKey, RuleKey,
     StationKey, Tally, map_name, program_name,
 };
 
@@ -31,7 +31,7 @@ pub struct Object {
     ebpf: Ebpf,
     pub policies: HashMap<MapData, u32, PolicyEntry>,
     pub peer_classes: LpmTrie<MapData, PeerKey, u32>,
-    pub allowed_ports: LpmTrie<MapData, PortKey, u32>,
+    pub allowed_ports: LpmTrie<MapData, PortKey, u64>,
     pub flows: ArrayOfMaps<MapData>,
     pub opening_flows: ArrayOfMaps<MapData>,
     pub fragments: ArrayOfMaps<MapData>,
@@ -40,6 +40,7 @@ pub struct Object {
     pub neighbours: HashMap<MapData, NeighbourKey, Neighbour>,
     pub passed: PerCpuArray<MapData, Tally>,
     pub dropped: PerCpuHashMap<MapData, CounterKey, DirectionTallies>,
+    pub allowed: PerCpuHashMap<MapData, RuleKey, Tally>,
     pub observed: Array<MapData, u32>,
     /// Until someone takes it.
     pub events: Option<RingBuf<MapData>>,
@@ -61,6 +62,7 @@ impl Object {
             map_name::NEIGHBOURS,
             map_name::PASSED,
             map_name::DROPPED,
+            map_name::ALLOWED,
             map_name::EVENTS,
             map_name::OBSERVED,
         ] {
@@ -85,6 +87,7 @@ impl Object {
             neighbours: take(&mut ebpf, map_name::NEIGHBOURS)?,
             passed: take(&mut ebpf, map_name::PASSED)?,
             dropped: take(&mut ebpf, map_name::DROPPED)?,
+            allowed: take(&mut ebpf, map_name::ALLOWED)?,
             observed: take(&mut ebpf, map_name::OBSERVED)?,
             events: Some(take(&mut ebpf, map_name::EVENTS)?),
             ebpf,

@@ -1,15 +1,20 @@
 //! What a guest interface may send and receive, as the agent says it.
 
+use std::collections::BTreeSet;
 use std::fmt;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::ops::RangeInclusive;
 use std::str::FromStr;
+
+use keelson_ebpf_common::UNCOUNTED;
 
 use crate::address::{IpPrefix, MacAddress};
 use crate::error::DatapathError;
 
 /// Rules that one interface may have per direction.
 pub const MAX_RULES: usize = 1 << 17;
+/// Counters that the rules of one interface may name per direction.
+pub const MAX_COUNTERS: usize = 1024;
 
 /// The identity and rules of one guest interface.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -73,6 +78,10 @@ pub struct Rule {
     pub ports: RangeInclusive<u16>,
     /// Where the traffic comes from (ingress) or goes to (egress).
     pub peer: IpPrefix,
+    /// Which counter of the interface's counts what the rule lets pass; zero for none. Rules may share
+    /// one. It goes on for as long as the interface's rules name it. Of several rules that allow a
+    /// packet, the one whose counter is named first counts.
+    pub counter: u64,
 }
 
 impl Rule {
@@ -211,6 +220,10 @@ impl InterfacePolicy {
             );
             return Err(self.invalid(direction, problem));
         }
+        if counters(rules).len() > MAX_COUNTERS {
+            let problem = format!("the rules name more than {MAX_COUNTERS} counters");
+            return Err(self.invalid(direction, problem));
+        }
         for (index, rule) in rules.iter().enumerate() {
             let field = format!("{direction}[{index}].ports");
             if rule.ports.is_empty() {
@@ -238,4 +251,10 @@ impl InterfacePolicy {
             problem: problem.into(),
         }
     }
+}
+
+/// The counters that rules name.
+pub fn counters(rules: &[Rule]) -> BTreeSet<u64> {
+    let counters = rules.iter().map(|rule| rule.counter);
+    counters.filter(|counter| *counter != UNCOUNTED).collect()
 }

@@ -14,9 +14,6 @@ use crate::error::DatapathError;
 use crate::object::Object;
 use crate::pin_root::PinRoot;
 
-/// Value of an allowed port: programs only ask whether there is one.
-const ALLOWED: u32 = 1;
-
 /// Which elements of the maps belong to which table.
 #[derive(Default)]
 pub struct RuleTables {
@@ -27,7 +24,8 @@ pub struct RuleTables {
 #[derive(Default)]
 struct Elements {
     peers: Vec<(u32, PeerKey)>,
-    ports: Vec<(u32, PortKey)>,
+    // With the rules' counters.
+    ports: Vec<(u32, PortKey, u64)>,
 }
 
 impl RuleTables {
@@ -46,12 +44,13 @@ impl RuleTables {
         }
         let mut stray = Elements::default();
         for element in &object.allowed_ports {
-            let (key, _) = element.map_err(DatapathError::map("read", map_name::ALLOWED_PORTS))?;
+            let (key, counter) =
+                element.map_err(DatapathError::map("read", map_name::ALLOWED_PORTS))?;
             let elements = table_of_class
                 .get(&key.data().class)
                 .and_then(|table| tables.get_mut(table))
                 .unwrap_or(&mut stray);
-            elements.ports.push((key.prefix_len(), key.data()));
+            elements.ports.push((key.prefix_len(), key.data(), counter));
         }
         stray.remove(object)?;
         let mut adopted = Self { tables };
@@ -79,8 +78,9 @@ impl RuleTables {
         let class_number = |index: usize| table + 1 + u32::try_from(index).unwrap_or(0);
         let mut elements = Elements::default();
         for (index, class) in rules.classes.iter().enumerate() {
-            for prefix in class {
-                elements.ports.push(port_key(class_number(index), *prefix));
+            for (prefix, counter) in class {
+                let (bits, key) = port_key(class_number(index), *prefix);
+                elements.ports.push((bits, key, *counter));
             }
         }
         for (prefix, _) in &rules.peers {
@@ -116,10 +116,10 @@ impl Elements {
         object: &mut Object,
         classes: impl Iterator<Item = u32>,
     ) -> Result<(), DatapathError> {
-        for (bits, key) in &self.ports {
+        for (bits, key, counter) in &self.ports {
             object
                 .allowed_ports
-                .insert(&Key::new(*bits, *key), ALLOWED, 0)
+                .insert(&Key::new(*bits, *key), counter, 0)
                 .map_err(DatapathError::map("write", map_name::ALLOWED_PORTS))?;
         }
         for ((bits, key), class) in self.peers.iter().zip(classes) {
@@ -133,7 +133,7 @@ impl Elements {
 
     fn remove(&self, object: &mut Object) -> Result<(), DatapathError> {
         // The peers last: as long as one is there, a later start finds the ports, too.
-        for (bits, key) in &self.ports {
+        for (bits, key, _) in &self.ports {
             ignore_missing(object.allowed_ports.remove(&Key::new(*bits, *key)))
                 .map_err(DatapathError::map("write", map_name::ALLOWED_PORTS))?;
         }

@@ -9,37 +9,45 @@ use keelson_ebpf::{
     Datapath, Direction, DropReason, EgressPolicy, HookChoice, InterfaceCounters, InterfacePolicy,
     Protocol, Rule, Verdict,
 };
-use model::Model;
+use model::{Allowed, Model};
 use network::Network;
 use proptest::prelude::*;
 use proptest::test_runner::{Config, TestRunner};
 use recipe::{Choices, Recipe};
 
-/// What the programs say, with the reason that they counted.
+/// What the programs say, with the reason that they counted, or the rule.
 fn programs_say(
     datapath: &mut Datapath,
     interface: &str,
     direction: Direction,
     frame: &[u8],
-) -> Result<(), DropReason> {
-    let dropped = |counters: InterfaceCounters| match direction {
-        Direction::FromGuest => counters.from_guest.dropped,
-        Direction::ToGuest => counters.to_guest.dropped,
+) -> Result<Allowed, DropReason> {
+    let of_direction = |counters: InterfaceCounters| match direction {
+        Direction::FromGuest => counters.from_guest,
+        Direction::ToGuest => counters.to_guest,
     };
-    let before = dropped(datapath.counters(interface).expect("attached"));
+    let before = of_direction(datapath.counters(interface).expect("attached"));
     let verdict = datapath
         .evaluate(interface, direction, frame)
         .expect("the kernel takes the frame");
-    let after = dropped(datapath.counters(interface).expect("attached"));
+    let after = of_direction(datapath.counters(interface).expect("attached"));
     let counted: Vec<DropReason> = after
+        .dropped
         .iter()
-        .filter(|(reason, tally)| before.get(reason) != Some(tally))
+        .filter(|(reason, tally)| before.dropped.get(reason) != Some(tally))
         .map(|(reason, _)| *reason)
         .collect();
-    match (verdict, counted.as_slice()) {
-        (Verdict::Pass, []) => Ok(()),
-        (Verdict::Drop, [reason]) => Err(*reason),
-        other => panic!("one drop is counted once: {other:?}"),
+    let allowed: Vec<u64> = after
+        .allowed
+        .iter()
+        .filter(|(counter, tally)| before.allowed.get(counter) != Some(tally))
+        .map(|(counter, _)| *counter)
+        .collect();
+    match (verdict, counted.as_slice(), allowed.as_slice()) {
+        (Verdict::Pass, [], []) => Ok(None),
+        (Verdict::Pass, [], [counter]) => Ok(Some(*counter)),
+        (Verdict::Drop, [reason], []) => Err(*reason),
+        other => panic!("one drop is counted once, and one rule: {other:?}"),
     }
 }
 
@@ -73,6 +81,7 @@ fn rule(choices: &mut Choices<'_>) -> Rule {
         protocol,
         ports,
         peer: choices.of(&peers).parse().expect("valid"),
+        counter: *choices.of(&[0, 1, 2, 3, 1 << 40]),
     }
 }
 
@@ -96,7 +105,7 @@ fn check_steps(
     datapath: &mut Datapath,
     base: &InterfacePolicy,
     steps: &[Step],
-    seen: &mut Vec<(Direction, Result<(), DropReason>)>,
+    seen: &mut Vec<(Direction, Result<Allowed, DropReason>)>,
 ) {
     let interface = &base.name;
     datapath.detach(interface).expect("detached");
@@ -122,6 +131,7 @@ fn check_steps(
         };
         let frame = recipe.frame();
         let expected = model.judge(recipe.direction, &frame);
+        let expected = expected.map(|()| model.allowed_by());
         let said = programs_say(datapath, interface, recipe.direction, &frame);
         assert_eq!(
             said, expected,
@@ -170,12 +180,13 @@ fn agree(isolated: bool, has_ipv6: bool) {
     let (_, seen) = state.into_inner();
     let mut outcomes = std::collections::BTreeMap::new();
     for (direction, said) in seen {
+        let said = said.map(|counter| counter.is_some());
         let key = (direction as u32, said.map_err(DropReason::as_str));
         *outcomes.entry(key).or_insert(0) += 1;
     }
     println!("{outcomes:?}");
     for direction in [Direction::FromGuest, Direction::ToGuest] {
-        for said in [Ok(()), Err("not-allowed"), Err("malformed")] {
+        for said in [Ok(false), Ok(true), Err("not-allowed"), Err("malformed")] {
             let count = outcomes.get(&(direction as u32, said)).copied();
             assert!(
                 count.unwrap_or(0) >= 10,

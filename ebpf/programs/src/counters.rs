@@ -1,10 +1,13 @@
-//! Counts packets and bytes per interface, direction and outcome (maps `PASSED`, `DROPPED`).
+//! Counts packets and bytes per interface, direction and outcome (maps `PASSED`, `DROPPED`), and per
+//! rule (map `ALLOWED`).
 
 use core::hint::black_box;
 
-use keelson_ebpf_common::{CounterKey, Direction, DropReason, REASON_SLOTS, passed_index};
+use keelson_ebpf_common::{
+    CounterKey, Direction, DropReason, REASON_SLOTS, RuleKey, UNCOUNTED, passed_index,
+};
 
-use crate::maps::{DROPPED, PASSED};
+use crate::maps::{ALLOWED, DROPPED, PASSED};
 
 /// Adds a packet of `length` bytes that goes on.
 #[inline(always)]
@@ -13,6 +16,27 @@ pub fn count_passed(slot: u32, direction: Direction, length: u32) {
         return;
     };
     // SAFETY: the map is per CPU and the tc hooks run with preemption off: no one else writes.
+    let tally = unsafe { &mut *tally };
+    tally.packets += 1;
+    tally.bytes += u64::from(length);
+}
+
+/// Adds a packet of `length` bytes that a rule with this counter allowed: no packet of a flow that
+/// exists, so that this costs once for each flow.
+#[inline(always)]
+pub fn count_allowed(slot: u32, direction: Direction, counter: u64, length: u32) {
+    if counter == UNCOUNTED {
+        return;
+    }
+    let direction = direction as u32;
+    let Some(tally) = ALLOWED.get_ptr_mut(RuleKey {
+        slot,
+        direction,
+        counter,
+    }) else {
+        return;
+    };
+    // SAFETY: see `count_passed`.
     let tally = unsafe { &mut *tally };
     tally.packets += 1;
     tally.bytes += u64::from(length);

@@ -17,7 +17,7 @@ use keelson_ebpf_common::{
 use crate::ip::{self, Ip, protocol};
 use crate::maps::{FLOWS, Flows, OPENING_FLOWS};
 use crate::transport::{self, Transport, icmp_type, icmpv6_type};
-use crate::{events, rules};
+use crate::{counters, events, rules};
 
 /// How long `last_seen_ns` may lag: writing it for every packet would move its cache line between
 /// CPUs.
@@ -101,9 +101,9 @@ pub fn judge(
         Direction::FromGuest => policy.egress_table,
         Direction::ToGuest => policy.ingress_table,
     };
-    if !rules::allow(table, ends.peer, transport.protocol, transport.rule_port) {
-        return Err(DropReason::NotAllowed);
-    }
+    let counter = rules::allow(table, ends.peer, transport.protocol, transport.rule_port)
+        .ok_or(DropReason::NotAllowed)?;
+    counters::count_allowed(policy.slot, direction, counter, packet.len());
     if has_key && !is_error && can_open(transport) {
         let flow = FlowState {
             last_seen_ns: now,
@@ -233,7 +233,7 @@ fn is_still_allowed(policy: &PolicyEntry, key: &FlowKey, flow: &mut FlowState) -
         protocol::ICMPV6 => u16::from(icmpv6_type::ECHO_REQUEST) << 8,
         _ => port,
     };
-    if !rules::allow(table, key.peer, key.protocol, port) {
+    if rules::allow(table, key.peer, key.protocol, port).is_none() {
         return false;
     }
     flow.generation = policy.generation;

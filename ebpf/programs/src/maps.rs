@@ -6,7 +6,7 @@ use aya_ebpf::macros::{btf_map, map};
 use aya_ebpf::maps::{Array, HashMap, LpmTrie, PerCpuArray, PerCpuHashMap, RingBuf};
 use keelson_ebpf_common::{
     CounterKey, DirectionTallies, EVENTS_BYTES, FlowKey, FlowState, FragmentKey, FragmentState,
-    Neighbour, NeighbourKey, PeerKey, PolicyEntry, PortKey, SLOTS, StationKey, Tally,
+    Neighbour, NeighbourKey, PeerKey, PolicyEntry, PortKey, RuleKey, SLOTS, StationKey, Tally,
 };
 
 /// Interface index → what the programs enforce there.
@@ -18,9 +18,9 @@ pub static POLICIES: HashMap<u32, PolicyEntry> = HashMap::with_max_entries(SLOTS
 pub static PEER_CLASSES: LpmTrie<PeerKey, u32> =
     LpmTrie::with_max_entries(1 << 22, BPF_F_NO_PREALLOC);
 
-/// Class of peers, protocol and port → allowed; the value is never read.
+/// Class of peers, protocol and port → counter of the rule that allows it.
 #[map]
-pub static ALLOWED_PORTS: LpmTrie<PortKey, u32> =
+pub static ALLOWED_PORTS: LpmTrie<PortKey, u64> =
     LpmTrie::with_max_entries(1 << 22, BPF_F_NO_PREALLOC);
 
 /// Flows of one interface. The host makes them, as large as it wants; the least recently used go
@@ -60,6 +60,11 @@ pub static PASSED: PerCpuArray<Tally> = PerCpuArray::with_max_entries(2 * SLOTS,
 #[map]
 pub static DROPPED: PerCpuHashMap<CounterKey, DirectionTallies> =
     PerCpuHashMap::with_max_entries(2 * SLOTS, BPF_F_NO_PREALLOC);
+
+/// Interface, direction and counter → what rules allowed. The host creates the entries.
+#[map]
+pub static ALLOWED: PerCpuHashMap<RuleKey, Tally> =
+    PerCpuHashMap::with_max_entries(1 << 18, BPF_F_NO_PREALLOC);
 
 /// What happened to packets, for whoever waits for it.
 #[map]

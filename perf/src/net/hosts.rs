@@ -238,6 +238,7 @@ fn attach(rules: &[Rule]) -> anyhow::Result<Datapath> {
         protocol: Protocol::Any,
         ports: keelson_ebpf::Rule::ALL_PORTS,
         peer: IpPrefix::ANY_IPV4,
+        counter: 0,
     };
     let mut ingress: Vec<_> = rules
         .iter()
@@ -245,6 +246,7 @@ fn attach(rules: &[Rule]) -> anyhow::Result<Datapath> {
             protocol: rule.protocol,
             ports: rule.port..=rule.port,
             peer: IpPrefix::from(std::net::IpAddr::from(rule.peer)),
+            counter: 0,
         })
         .collect();
     if ingress.is_empty() {

@@ -1,5 +1,8 @@
 //! Guests of one network reach each other as far as their security groups allow.
 
+use std::io::{Read, Write};
+use std::net::TcpStream;
+
 use keelson_agent_tests::{Guest, Host, network, security_group};
 
 fn server(groups: &str) -> String {
@@ -172,4 +175,60 @@ fn drops_and_flows_can_be_watched() {
     let flows = host.keelson(&["net", "flows", "server"]).done();
     assert!(flows.contains("10.90.0.3"), "{flows}");
     assert!(flows.contains("established"), "{flows}");
+}
+
+/// The page of metrics.
+fn metrics() -> String {
+    let mut stream = TcpStream::connect("127.0.0.1:9469").expect("metrics are served");
+    stream
+        .write_all(b"GET /metrics HTTP/1.1\r\nHost: keelson\r\nConnection: close\r\n\r\n")
+        .expect("sent");
+    let mut page = String::new();
+    stream.read_to_string(&mut page).expect("text");
+    assert!(page.starts_with("HTTP/1.1 200"), "{page}");
+    page
+}
+
+#[test]
+fn rules_interfaces_and_flows_are_counted_for_prometheus() {
+    let mut host = Host::without_agent();
+    host.configure("metrics_listen = \"127.0.0.1:9469\"\n");
+    host.start_agent();
+    let groups = security_group("pings", "{protocol: icmp}")
+        + &security_group("closed", "{protocol: tcp, ports: [22]}");
+    let network = network("lan", "10.90.0.0/24", "10.90.0.1");
+    host.apply(&format!("{network}{groups}{}", server("closed, pings")))
+        .done();
+    host.wait_for_console("server", "payload: net-serve ready");
+    host.apply(&client()).done();
+    host.wait_for_console("client", "payload: net-ping ok");
+    let shown = host.keelson(&["net", "counters", "server"]).done();
+    for line in [
+        "allowed: SecurityGroup/closed spec.ingress[0]",
+        "allowed: SecurityGroup/pings spec.ingress[0]",
+    ] {
+        assert!(shown.contains(line), "{line:?} is shown:\n{shown}");
+    }
+    let page = metrics();
+    let server = "guest=\"server\",interface=\"eth0\"";
+    let to_server = format!("direction=\"to-guest\",{server}");
+    for line in [
+        format!(
+            "keelson_network_rule_allowed_packets_total{{{to_server},rule=\"SecurityGroup/pings spec.ingress[0]\"}} 1"
+        ),
+        format!(
+            "keelson_network_rule_allowed_packets_total{{{to_server},rule=\"SecurityGroup/closed spec.ingress[0]\"}} 0"
+        ),
+        format!("keelson_network_flows{{{server},state=\"established\"}} 1"),
+        format!("keelson_network_flows_limit{{{server},state=\"established\"}} 16384"),
+        format!("keelson_network_packets_total{{{to_server}}}"),
+        "# TYPE keelson_network_bytes_total counter".to_owned(),
+        "keelson_build_info{network_hook=\"".to_owned(),
+        "process_resident_memory_bytes".to_owned(),
+    ] {
+        assert!(page.contains(&line), "{line:?} is served:\n{page}");
+    }
+    let dropped = format!("keelson_network_dropped_packets_total{{{to_server},reason=");
+    let not_allowed = page.lines().any(|line| line.starts_with(&dropped));
+    assert!(!not_allowed, "nothing was dropped:\n{page}");
 }

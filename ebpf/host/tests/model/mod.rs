@@ -6,10 +6,12 @@ mod packet;
 use std::collections::HashMap;
 use std::net::{IpAddr, Ipv6Addr};
 
-use keelson_ebpf::{Direction, DropReason, EgressPolicy, InterfacePolicy};
+use keelson_ebpf::{Direction, DropReason, EgressPolicy, InterfacePolicy, Rule};
 use packet::{Packet, Transport};
 
 type Verdict = Result<(), DropReason>;
+/// The counter of the rule that let a packet pass; `None` if none is named or no rule was asked.
+pub type Allowed = Option<u64>;
 
 /// One interface.
 pub struct Model {
@@ -19,6 +21,7 @@ pub struct Model {
     flows: HashMap<FlowKey, Flow>,
     /// Fragmented packets whose first fragment passed → where that one ends.
     fragments: HashMap<FragmentKey, u32>,
+    allowed_by: Allowed,
 }
 
 /// Protocol, the guest's address and port, the peer's address and port. Of an echo the ports are its
@@ -44,6 +47,7 @@ impl Model {
             stations,
             flows: HashMap::new(),
             fragments: HashMap::new(),
+            allowed_by: None,
         }
     }
 
@@ -71,8 +75,14 @@ impl Model {
         allowed
     }
 
+    /// Which rule let the last frame pass.
+    pub fn allowed_by(&self) -> Allowed {
+        self.allowed_by
+    }
+
     /// What becomes of a frame.
     pub fn judge(&mut self, direction: Direction, frame: &[u8]) -> Verdict {
+        self.allowed_by = None;
         let source: [u8; 6] = frame[6..12].try_into().expect("six bytes");
         let destination: [u8; 6] = frame[..6].try_into().expect("six bytes");
         let from_guest = direction == Direction::FromGuest;
@@ -317,9 +327,7 @@ impl Model {
             {
                 return Ok(());
             }
-            if !self.rules_allow(direction, peer, protocol, transport.rule_port) {
-                return Err(DropReason::NotAllowed);
-            }
+            self.ask_rules(direction, peer, protocol, transport.rule_port)?;
             if transport.can_open {
                 let flow = Flow {
                     opener: direction,
@@ -336,18 +344,44 @@ impl Model {
             }
             return Ok(());
         }
-        if self.rules_allow(direction, peer, protocol, transport.rule_port) {
-            Ok(())
-        } else {
-            Err(DropReason::NotAllowed)
+        self.ask_rules(direction, peer, protocol, transport.rule_port)
+    }
+
+    /// Judges a packet by the rules, and notes which one let it pass: of those that do, the one whose
+    /// counter is named first.
+    fn ask_rules(
+        &mut self,
+        direction: Direction,
+        peer: IpAddr,
+        protocol: u8,
+        port: u16,
+    ) -> Verdict {
+        let Some(rules) = self.rules(direction) else {
+            return Ok(());
+        };
+        let allowing: Vec<u64> = rules
+            .iter()
+            .filter(|rule| rule.allows(peer, protocol, port))
+            .map(|rule| rule.counter)
+            .collect();
+        let named = rules.iter().map(|rule| rule.counter);
+        let first = named.into_iter().find(|counter| allowing.contains(counter));
+        let first = first.ok_or(DropReason::NotAllowed)?;
+        self.allowed_by = (first != 0).then_some(first);
+        Ok(())
+    }
+
+    fn rules(&self, direction: Direction) -> Option<&[Rule]> {
+        match (direction, &self.policy.egress) {
+            (Direction::ToGuest, _) => Some(&self.policy.ingress),
+            (Direction::FromGuest, EgressPolicy::Only(rules)) => Some(rules),
+            (Direction::FromGuest, EgressPolicy::AllowAll) => None,
         }
     }
 
     fn rules_allow(&self, direction: Direction, peer: IpAddr, protocol: u8, port: u16) -> bool {
-        let rules = match (direction, &self.policy.egress) {
-            (Direction::ToGuest, _) => &self.policy.ingress,
-            (Direction::FromGuest, EgressPolicy::Only(rules)) => rules,
-            (Direction::FromGuest, EgressPolicy::AllowAll) => return true,
+        let Some(rules) = self.rules(direction) else {
+            return true;
         };
         rules.iter().any(|rule| rule.allows(peer, protocol, port))
     }

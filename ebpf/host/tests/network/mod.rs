@@ -240,5 +240,6 @@ pub fn allow_from(protocol: Protocol, ports: std::ops::RangeInclusive<u16>, peer
         protocol,
         ports,
         peer: peer.parse().expect("a valid prefix"),
+        counter: 0,
     }
 }

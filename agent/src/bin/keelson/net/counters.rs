@@ -9,6 +9,9 @@ use crate::failure::Failure;
 use crate::output::{Format, print_lines, print_value, table};
 
 /// Packets and bytes by interface, direction and reason.
+///
+/// Of each rule it shows the packets that it let open a flow, or that belong to none; what follows in
+/// a flow is in `passed` only.
 #[derive(Args)]
 pub struct Counters {
     /// The guest.
@@ -83,6 +86,14 @@ fn verdicts(counters: &DirectionCounters) -> Vec<(String, u64, u64)> {
             count.bytes,
         ));
     }
+    for rule in &counters.rules {
+        let count = rule.count.unwrap_or_default();
+        verdicts.push((
+            format!("allowed: {}", rule.rule),
+            count.packets,
+            count.bytes,
+        ));
+    }
     verdicts
 }
 
@@ -99,8 +110,17 @@ fn to_json(counters: &DirectionCounters) -> Value {
             )
         })
         .collect();
+    let rules: Vec<_> = counters
+        .rules
+        .iter()
+        .map(|rule| {
+            let count = rule.count.unwrap_or_default();
+            json!({ "rule": rule.rule, "packets": count.packets, "bytes": count.bytes })
+        })
+        .collect();
     json!({
         "passed": { "packets": passed.packets, "bytes": passed.bytes },
         "dropped": dropped,
+        "rules": rules,
     })
 }

@@ -199,9 +199,11 @@ impl Objects {
         &'a self,
         interface: &'a Interface,
     ) -> impl Iterator<Item = &'a SecurityGroup> {
-        self.groups
-            .iter()
-            .filter(|group| interface.security_groups.contains(&group.metadata.name))
+        let names = interface.security_groups.iter();
+        names.filter_map(|name| {
+            let mut groups = self.groups.iter();
+            groups.find(|group| group.metadata.name == *name)
+        })
     }
 
     fn egress(&self, interface: &Interface, to: &End<'_>, question: &Question) -> (bool, String) {

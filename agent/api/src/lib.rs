@@ -25,6 +25,7 @@ pub mod manifest;
 mod metadata;
 mod network;
 mod object;
+mod rate_limit;
 mod rule;
 mod security_group;
 mod units;
@@ -36,11 +37,12 @@ pub use event::{Event, EventType, ObjectReference};
 pub use metadata::{Condition, ConditionStatus, ObjectMeta, set_condition};
 pub use network::{Network, NetworkSpec, NetworkStatus};
 pub use object::{Kind, Object, Resource};
+pub use rate_limit::{InterfaceLimits, RateLimit};
 pub use rule::{IcmpType, PortRange, Protocol};
 pub use security_group::{
     EgressRule, IngressRule, RuleParts, SecurityGroup, SecurityGroupSpec, SecurityGroupStatus,
 };
-pub use units::{MacAddress, MemorySize, TimeLimit};
+pub use units::{BitRate, MacAddress, MemorySize, TimeLimit};
 pub use virtual_machine::{
     DiskAttachment, HugepageSize, Interface, InterfaceStatus, KernelSource, Phase, PowerState,
     RestartPolicy, VirtualMachine, VirtualMachineSpec, VirtualMachineStatus,

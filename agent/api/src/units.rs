@@ -1,4 +1,4 @@
-//! Values with a written form of their own: memory sizes, time limits, MAC addresses.
+//! Values with a written form of their own: memory sizes, bit rates, time limits, MAC addresses.
 
 use std::fmt;
 use std::str::FromStr;
@@ -69,6 +69,77 @@ impl fmt::Display for MemorySize {
     }
 }
 
+/// Bits per second, written as `64k`, `100M` or `10G`: decimal multiples, as networks have them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(try_from = "BitRateText", into = "String")]
+pub struct BitRate(u64);
+
+const BIT_RATE_UNITS: [(&str, u64); 4] =
+    [("G", 1_000_000_000), ("M", 1_000_000), ("k", 1000), ("", 1)];
+
+impl BitRate {
+    /// So many bits per second.
+    pub const fn new(bits_per_second: u64) -> Self {
+        Self(bits_per_second)
+    }
+
+    /// The rate as a number.
+    pub fn bits_per_second(self) -> u64 {
+        self.0
+    }
+}
+
+impl FromStr for BitRate {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let error = || format!("{text:?} is no bit rate; write e.g. 64k, 100M or 10G");
+        let unit_at = text
+            .find(|c: char| !c.is_ascii_digit())
+            .unwrap_or(text.len());
+        let (digits, unit) = text.split_at(unit_at);
+        let mut units = BIT_RATE_UNITS.iter();
+        let (_, factor) = units.find(|(name, _)| *name == unit).ok_or_else(error)?;
+        let number: u64 = digits.parse().map_err(|_| error())?;
+        let rate = number.checked_mul(*factor);
+        rate.map(Self)
+            .ok_or_else(|| format!("{text:?} is too large to count"))
+    }
+}
+
+impl fmt::Display for BitRate {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let mut units = BIT_RATE_UNITS.iter();
+        let fitting = units.find(|(_, factor)| self.0 > 0 && self.0.is_multiple_of(*factor));
+        let (unit, factor) = fitting.unwrap_or(&("", 1));
+        write!(formatter, "{}{unit}", self.0 / factor)
+    }
+}
+
+#[derive(Deserialize)]
+#[serde(untagged)]
+enum BitRateText {
+    Number(u64),
+    Text(String),
+}
+
+impl TryFrom<BitRateText> for BitRate {
+    type Error = String;
+
+    fn try_from(text: BitRateText) -> Result<Self, String> {
+        match text {
+            BitRateText::Number(number) => Ok(Self(number)),
+            BitRateText::Text(text) => text.parse(),
+        }
+    }
+}
+
+impl From<BitRate> for String {
+    fn from(rate: BitRate) -> Self {
+        rate.to_string()
+    }
+}
+
 /// A limit on a wait, written as `500ms`, `30s` or `2m`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
@@ -78,6 +149,11 @@ impl TimeLimit {
     /// A limit of whole seconds.
     pub const fn from_secs(seconds: u64) -> Self {
         Self(Duration::from_secs(seconds))
+    }
+
+    /// A limit of whole milliseconds.
+    pub const fn from_millis(milliseconds: u64) -> Self {
+        Self(Duration::from_millis(milliseconds))
     }
 
     /// The limit as a duration.
@@ -208,9 +284,31 @@ mod tests {
         assert_eq!("2m".parse::<TimeLimit>(), Ok(TimeLimit::from_secs(120)));
     }
 
+    #[test]
+    fn bit_rates_are_decimal() {
+        for (text, bits) in [
+            ("64k", 64_000),
+            ("100M", 100_000_000),
+            ("10G", 10_000_000_000),
+        ] {
+            assert_eq!(text.parse(), Ok(BitRate(bits)));
+            assert_eq!(BitRate(bits).to_string(), text);
+        }
+        for wrong in ["100m", "1Mi", "1.5G", "G", "", "-1k", "1 M"] {
+            let error = wrong.parse::<BitRate>().unwrap_err();
+            assert!(error.contains("100M"), "{wrong}: {error}");
+        }
+    }
+
     proptest! {
         #[test]
-        fn written_values_are_read_back(mib in 0..1_u64 << 30, ms in 0..1_u64 << 40, octets: [u8; 6]) {
+        fn written_values_are_read_back(
+            mib in 0..1_u64 << 30,
+            ms in 0..1_u64 << 40,
+            octets: [u8; 6],
+            bits: u64,
+        ) {
+            prop_assert_eq!(BitRate(bits).to_string().parse(), Ok(BitRate(bits)));
             let size = MemorySize(mib * MIB);
             prop_assert_eq!(size.to_string().parse(), Ok(size));
             let limit = TimeLimit(Duration::from_millis(ms));
@@ -223,6 +321,7 @@ mod tests {
         fn any_text_is_read_or_refused(text in ".{0,40}") {
             let _ = text.parse::<MemorySize>();
             let _ = text.parse::<TimeLimit>();
+            let _ = text.parse::<BitRate>();
             let _ = text.parse::<MacAddress>();
         }
     }

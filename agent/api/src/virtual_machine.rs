@@ -10,6 +10,7 @@ use serde::{Deserialize, Serialize};
 use crate::FieldError;
 use crate::metadata::{Condition, ObjectMeta, validate_name};
 use crate::object::absolute_path;
+use crate::rate_limit::InterfaceLimits;
 use crate::units::{MacAddress, MemorySize, TimeLimit};
 
 /// The most vCPUs a guest may have.
@@ -135,6 +136,9 @@ pub struct Interface {
     /// ask for reaches it.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub security_groups: Vec<String>,
+    /// How much may pass per second.
+    #[serde(default, skip_serializing_if = "InterfaceLimits::is_unlimited")]
+    pub limits: InterfaceLimits,
 }
 
 /// Whether a guest should run.
@@ -241,6 +245,8 @@ impl VirtualMachineSpec {
                     errors.push(FieldError::new(field, format!("{mac} is given twice")));
                 }
             }
+            let field = format!("spec.interfaces[{index}].limits");
+            interface.limits.validate(&field, errors);
             for (position, group) in interface.security_groups.iter().enumerate() {
                 if let Err(message) = validate_name(group) {
                     errors.push(FieldError::new(

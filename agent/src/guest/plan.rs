@@ -88,6 +88,7 @@ impl Plan {
                 mac: interface.mac.ok_or_else(unassigned)?,
                 address: interface.address.ok_or_else(unassigned)?,
                 address_v6: interface.address_v6,
+                limits: interface.limits,
                 rules,
             });
         }

@@ -5,7 +5,7 @@ use std::fmt;
 use std::net::{Ipv4Addr, Ipv6Addr};
 use std::sync::{Arc, Mutex, PoisonError};
 
-use keelson_api::{MacAddress, NetworkSpec};
+use keelson_api::{BitRate, InterfaceLimits, MacAddress, NetworkSpec, RateLimit};
 use keelson_ebpf::{
     Datapath, DatapathConfig, DatapathError, EgressPolicy, Flow, FlowUse, HookChoice,
     InterfaceCounters, InterfacePolicy, PacketEvent,
@@ -63,6 +63,8 @@ pub struct GuestPort {
     pub address: Ipv4Addr,
     /// The interface's IPv6 address.
     pub address_v6: Option<Ipv6Addr>,
+    /// How much may pass.
+    pub limits: InterfaceLimits,
     /// What may reach it, and what it may reach.
     pub rules: Rules,
 }
@@ -88,6 +90,10 @@ impl GuestPort {
             network: hash_number(&self.network).max(1),
             isolated: self.network_spec.isolated,
             mtu: self.network_spec.mtu,
+            limits: keelson_ebpf::InterfaceLimits {
+                from_guest: rate_limit(&self.limits.from_guest),
+                to_guest: rate_limit(&self.limits.to_guest),
+            },
             ingress,
             egress,
         })
@@ -249,6 +255,14 @@ impl fmt::Debug for HostNetwork {
         formatter
             .debug_struct("HostNetwork")
             .finish_non_exhaustive()
+    }
+}
+
+fn rate_limit(limit: &RateLimit) -> keelson_ebpf::RateLimit {
+    keelson_ebpf::RateLimit {
+        bits_per_second: limit.bits_per_second.map(BitRate::bits_per_second),
+        packets_per_second: limit.packets_per_second,
+        burst: limit.burst.duration(),
     }
 }
 

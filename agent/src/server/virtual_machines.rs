@@ -9,9 +9,9 @@ use keelson_api::proto::virtual_machines_server::VirtualMachines;
 use keelson_api::proto::{
     ConsoleInput, ConsoleOutput, CountersRequest, CountersResponse, DirectionCounters, DropCounter,
     FlowsRequest, FlowsResponse, InterfaceCounters, LogsChunk, LogsRequest, Object, PacketCounter,
-    PacketEvent, PacketsRequest, RuleCounter, StartRequest, StopRequest,
+    PacketEvent, PacketsRequest, RateLimit, RuleCounter, StartRequest, StopRequest,
 };
-use keelson_api::{PowerState, SecurityGroup, VirtualMachine};
+use keelson_api::{BitRate, PowerState, SecurityGroup, VirtualMachine};
 use keelson_ebpf::{Direction, Tally};
 use tokio::fs::File;
 use tokio::io::{AsyncReadExt, AsyncSeekExt};
@@ -155,8 +155,11 @@ impl VirtualMachines for VirtualMachinesService {
             match self.agent.network.counters(&name, &interface.name).await {
                 Ok((device, counters)) => {
                     let groups = self.groups(&interface.security_groups).await?;
-                    let from_guest = direction(&counters.from_guest, &groups, Direction::FromGuest);
-                    let to_guest = direction(&counters.to_guest, &groups, Direction::ToGuest);
+                    let mut from_guest =
+                        direction(&counters.from_guest, &groups, Direction::FromGuest);
+                    let mut to_guest = direction(&counters.to_guest, &groups, Direction::ToGuest);
+                    from_guest.limit = rate_limit(&interface.limits.from_guest);
+                    to_guest.limit = rate_limit(&interface.limits.to_guest);
                     interfaces.push(InterfaceCounters {
                         name: interface.name.clone(),
                         device,
@@ -261,5 +264,16 @@ fn direction(
                 })
             })
             .collect(),
+        limit: None,
     }
+}
+
+fn rate_limit(limit: &keelson_api::RateLimit) -> Option<RateLimit> {
+    let burst = limit.burst.duration().as_millis();
+    let bits = limit.bits_per_second.map(BitRate::bits_per_second);
+    (!limit.is_unlimited()).then(|| RateLimit {
+        bits_per_second: bits.unwrap_or(0),
+        packets_per_second: limit.packets_per_second.unwrap_or(0),
+        burst_milliseconds: u64::try_from(burst).unwrap_or(u64::MAX),
+    })
 }

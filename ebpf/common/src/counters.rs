@@ -99,11 +99,13 @@ pub enum DropReason {
     Oversized = 16,
     /// An IPv4 header with options.
     IpOptions = 17,
+    /// More than the interface's limits allow.
+    RateLimited = 18,
 }
 
 impl DropReason {
     /// All reasons, in order of their numbers.
-    pub const ALL: [Self; 18] = [
+    pub const ALL: [Self; 19] = [
         Self::NoPolicy,
         Self::Malformed,
         Self::Vlan,
@@ -122,6 +124,7 @@ impl DropReason {
         Self::ExtensionHeaders,
         Self::Oversized,
         Self::IpOptions,
+        Self::RateLimited,
     ];
 
     /// The slot in [`DirectionTallies::dropped`].
@@ -150,6 +153,7 @@ impl DropReason {
             Self::ExtensionHeaders => "extension-headers",
             Self::Oversized => "oversized",
             Self::IpOptions => "ip-options",
+            Self::RateLimited => "rate-limited",
         }
     }
 
@@ -178,6 +182,7 @@ impl DropReason {
             }
             Self::Oversized => "The packet is larger than the network's MTU.",
             Self::IpOptions => "The IPv4 header has options.",
+            Self::RateLimited => "More is sent than the interface's limits allow.",
         }
     }
 }

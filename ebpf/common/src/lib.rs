@@ -10,6 +10,7 @@ mod address;
 mod counters;
 mod event;
 mod flow;
+mod limit;
 #[cfg(feature = "host")]
 mod pod;
 mod policy;
@@ -21,11 +22,12 @@ pub use counters::{
 };
 pub use event::{EVENTS_BYTES, Event, happening};
 pub use flow::{FlowKey, FlowState, FragmentKey, FragmentState, local, phase, timeout};
+pub use limit::{BYTE_COST_BITS, Bucket, HORIZON, Limit, TICKS_PER_NS};
 pub use policy::{NAME_LENGTH, Neighbour, NeighbourKey, PolicyEntry, StationKey, flag};
 pub use rules::{ALLOW_ALL, PeerKey, PortKey, RuleKey, UNCOUNTED, port_prefix_length};
 
 /// Version of the pinned maps' layout. The host refuses pinned maps of another version.
-pub const LAYOUT_VERSION: u64 = 3;
+pub const LAYOUT_VERSION: u64 = 4;
 
 /// Guest interfaces that one host can have, plus one: slot zero is nobody's.
 pub const SLOTS: u32 = 4096;
@@ -54,6 +56,10 @@ pub mod map_name {
     pub const DROPPED: &str = "DROPPED";
     /// [`RuleKey`](crate::RuleKey) → [`Tally`](crate::Tally) of what the rule allowed, per CPU.
     pub const ALLOWED: &str = "ALLOWED";
+    /// Slot and direction → [`Limit`](crate::Limit).
+    pub const LIMITS: &str = "LIMITS";
+    /// Slot and direction → [`Bucket`](crate::Bucket).
+    pub const BUCKETS: &str = "BUCKETS";
     /// Ring buffer of [`Event`](crate::Event).
     pub const EVENTS: &str = "EVENTS";
     /// One element: which kinds of events someone waits for.

@@ -3,8 +3,8 @@
 use aya::Pod;
 
 use crate::{
-    CounterKey, DirectionTallies, Event, FlowKey, FlowState, FragmentKey, FragmentState, Neighbour,
-    NeighbourKey, PeerKey, PolicyEntry, PortKey, RuleKey, StationKey, Tally,
+    Bucket, CounterKey, DirectionTallies, Event, FlowKey, FlowState, FragmentKey, FragmentState,
+    Limit, Neighbour, NeighbourKey, PeerKey, PolicyEntry, PortKey, RuleKey, StationKey, Tally,
 };
 
 /// Each type is `repr(C)`, made of integers only, without padding, as the sizes prove.
@@ -19,6 +19,7 @@ macro_rules! pod {
 }
 
 pod! {
+    Bucket = 64,
     CounterKey = 8,
     DirectionTallies = 512,
     Event = 64,
@@ -26,6 +27,7 @@ pod! {
     FlowState = 16,
     FragmentKey = 24,
     FragmentState = 16,
+    Limit = 24,
     Neighbour = 8,
     NeighbourKey = 20,
     PeerKey = 20,

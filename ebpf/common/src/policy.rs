@@ -45,6 +45,10 @@ pub struct PolicyEntry {
 pub mod flag {
     /// Guests of the network don't reach each other.
     pub const ISOLATED: u8 = 1;
+    /// What the guest sends is limited.
+    pub const LIMITED_FROM_GUEST: u8 = 2;
+    /// What is sent to the guest is limited.
+    pub const LIMITED_TO_GUEST: u8 = 4;
 }
 
 /// A guest's place in a network, by its MAC address.

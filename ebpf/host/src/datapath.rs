@@ -16,7 +16,7 @@ use crate::pin_root::PinRoot;
 use crate::policy::{EgressPolicy, InterfacePolicy, Rule};
 use crate::rule_counters::RuleCounters;
 use crate::rule_tables::{RuleTables, ignore_missing};
-use crate::{grace_period, interface, slots, stations};
+use crate::{grace_period, interface, limits, slots, stations};
 
 /// How a [`Datapath`] is opened.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -246,6 +246,7 @@ impl Datapath {
         slots::fill(&mut self.object, slot, self.max_flows)?;
         let entry = self.install(policy, slot, self.mode)?;
         let attach = |datapath: &mut Self| {
+            limits::write(&mut datapath.object, slot, policy)?;
             datapath
                 .rule_counters
                 .add(&mut datapath.object, slot, policy)?;
@@ -274,6 +275,10 @@ impl Datapath {
         if self.applied.get(&ifindex) == Some(policy) {
             return Ok(attached(ifindex, old));
         }
+        limits::write(&mut self.object, old.slot, policy)?;
+        if self.only_limits_differ(ifindex, policy) {
+            return self.set_flags(ifindex, old, policy);
+        }
         let entry = self.install(policy, old.slot, HookMode::from_byte(old.hook))?;
         let counted = self.rule_counters.add(&mut self.object, old.slot, policy);
         if let Err(error) = counted.and_then(|()| self.write_entry(ifindex, entry)) {
@@ -287,6 +292,30 @@ impl Datapath {
             .remove_others(&mut self.object, old.slot, Some(policy))?;
         self.remove_tables(old)?;
         Ok(attached(ifindex, &entry))
+    }
+
+    fn only_limits_differ(&self, ifindex: u32, policy: &InterfacePolicy) -> bool {
+        self.applied.get(&ifindex).is_some_and(|applied| {
+            InterfacePolicy {
+                limits: policy.limits,
+                ..applied.clone()
+            } == *policy
+        })
+    }
+
+    /// Puts a policy in force that is the old one but for its limits, which are written.
+    fn set_flags(
+        &mut self,
+        ifindex: u32,
+        old: &PolicyEntry,
+        policy: &InterfacePolicy,
+    ) -> Result<Attached, DatapathError> {
+        let flags = flags(policy);
+        if flags != old.flags {
+            self.write_entry(ifindex, PolicyEntry { flags, ..*old })?;
+        }
+        self.applied.insert(ifindex, policy.clone());
+        Ok(attached(ifindex, old))
     }
 
     /// Writes the policy's rules to new tables, and gives the entry that refers to them.
@@ -336,7 +365,7 @@ impl Datapath {
             mac: policy.mac.0,
             mtu: policy.mtu,
             hook: mode.to_byte(),
-            flags: if policy.isolated { flag::ISOLATED } else { 0 },
+            flags: flags(policy),
             reserved: [0; 6],
             name: interface::to_bytes(&policy.name),
         })
@@ -376,6 +405,7 @@ impl Datapath {
         self.applied.remove(&ifindex);
         self.rule_counters
             .remove_others(&mut self.object, entry.slot, None)?;
+        limits::write(&mut self.object, entry.slot, &InterfacePolicy::default())?;
         slots::empty(&mut self.object, entry.slot)?;
         self.remove_tables(entry)
     }
@@ -406,6 +436,11 @@ pub(crate) fn entries(object: &Object) -> Result<BTreeMap<u32, PolicyEntry>, Dat
         .iter()
         .collect::<Result<_, _>>()
         .map_err(DatapathError::map("read", map_name::POLICIES))
+}
+
+fn flags(policy: &InterfacePolicy) -> u8 {
+    let isolated = if policy.isolated { flag::ISOLATED } else { 0 };
+    isolated | policy.limits.flags()
 }
 
 fn target<'a>(name: &'a str, ifindex: u32, entry: &PolicyEntry) -> Target<'a> {

@@ -84,11 +84,7 @@ impl Datapath {
         let count = |outer, name| {
             let (inner, max) = open_flows(outer, entry.slot, name)?;
             // One that is pushed out while they are counted ends nothing.
-            let count = inner
-                .keys()
-                .filter(Result::is_ok)
-                .take(max as usize)
-                .count();
+            let count = inner.keys().flatten().take(max as usize).count();
             Ok((u32::try_from(count).unwrap_or(max), max))
         };
         let (established, max_established) = count(&self.object.flows, map_name::FLOWS)?;

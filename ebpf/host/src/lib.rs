@@ -19,6 +19,7 @@ mod hook;
 mod inner_map;
 mod interface;
 mod kernel;
+mod limits;
 mod object;
 mod pin_root;
 mod policy;
@@ -36,6 +37,7 @@ pub use events::{EventReader, Happening, Observed, PacketEvent};
 pub use flow_list::{Flow, FlowPhase, FlowUse};
 pub use hook::{HookChoice, HookMode};
 pub use keelson_ebpf_common::{Direction, DropReason, Tally};
+pub use limits::{InterfaceLimits, RateLimit};
 pub use policy::{
     EgressPolicy, InterfacePolicy, MAX_COUNTERS, MAX_RULES, Protocol, Rule, UnknownProtocol,
 };

@@ -10,8 +10,8 @@ use aya::programs::{ProgramError, SchedClassifier};
 use aya::util::KernelVersion;
 use aya::{Ebpf, EbpfError, EbpfLoader};
 use keelson_ebpf_common::{
-    CounterKey, DirectionTallies, Neighbour, NeighbourKey, PeerKey, PolicyEntry, PortKey, RuleKey,
-    StationKey, Tally, map_name, program_name,
+    Bucket, CounterKey, DirectionTallies, Limit, Neighbour, NeighbourKey, PeerKey, PolicyEntry,
+    PortKey, RuleKey, StationKey, Tally, map_name, program_name,
 };
 
 use crate::error::DatapathError;
@@ -41,6 +41,8 @@ pub struct Object {
     pub passed: PerCpuArray<MapData, Tally>,
     pub dropped: PerCpuHashMap<MapData, CounterKey, DirectionTallies>,
     pub allowed: PerCpuHashMap<MapData, RuleKey, Tally>,
+    pub limits: Array<MapData, Limit>,
+    pub buckets: Array<MapData, Bucket>,
     pub observed: Array<MapData, u32>,
     /// Until someone takes it.
     pub events: Option<RingBuf<MapData>>,
@@ -63,6 +65,8 @@ impl Object {
             map_name::PASSED,
             map_name::DROPPED,
             map_name::ALLOWED,
+            map_name::LIMITS,
+            map_name::BUCKETS,
             map_name::EVENTS,
             map_name::OBSERVED,
         ] {
@@ -88,6 +92,8 @@ impl Object {
             passed: take(&mut ebpf, map_name::PASSED)?,
             dropped: take(&mut ebpf, map_name::DROPPED)?,
             allowed: take(&mut ebpf, map_name::ALLOWED)?,
+            limits: take(&mut ebpf, map_name::LIMITS)?,
+            buckets: take(&mut ebpf, map_name::BUCKETS)?,
             observed: take(&mut ebpf, map_name::OBSERVED)?,
             events: Some(take(&mut ebpf, map_name::EVENTS)?),
             ebpf,

@@ -10,6 +10,7 @@ use keelson_ebpf_common::UNCOUNTED;
 
 use crate::address::{IpPrefix, MacAddress};
 use crate::error::DatapathError;
+use crate::limits::InterfaceLimits;
 
 /// Rules that one interface may have per direction.
 pub const MAX_RULES: usize = 1 << 17;
@@ -35,6 +36,8 @@ pub struct InterfacePolicy {
     pub isolated: bool,
     /// The largest IP packet that the guest may send, in bytes.
     pub mtu: u16,
+    /// How much may pass per second.
+    pub limits: InterfaceLimits,
     /// What may reach the guest besides replies to what it opened itself, ARP and neighbour discovery.
     pub ingress: Vec<Rule>,
     /// What the guest may send besides replies to what `ingress` let in, ARP and neighbour discovery.
@@ -52,6 +55,7 @@ impl Default for InterfacePolicy {
             network: 0,
             isolated: false,
             mtu: 1500,
+            limits: InterfaceLimits::default(),
             ingress: Vec::new(),
             egress: EgressPolicy::AllowAll,
         }
@@ -204,6 +208,14 @@ impl InterfacePolicy {
         }
         if self.mtu < 576 {
             return Err(self.invalid("mtu", format!("{} is less than 576", self.mtu)));
+        }
+        for (direction, limit) in [
+            ("from_guest", &self.limits.from_guest),
+            ("to_guest", &self.limits.to_guest),
+        ] {
+            limit.check().map_err(|(field, problem)| {
+                self.invalid(format!("limits.{direction}.{field}"), problem)
+            })?;
         }
         self.validate_rules("ingress", &self.ingress)?;
         match &self.egress {

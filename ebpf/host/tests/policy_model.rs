@@ -31,7 +31,7 @@ fn programs_say(
         .evaluate(interface, direction, frame)
         .expect("the kernel takes the frame");
     let after = of_direction(datapath.counters(interface).expect("attached"));
-    let counted: Vec<DropReason> = after
+    let reasons: Vec<DropReason> = after
         .dropped
         .iter()
         .filter(|(reason, tally)| before.dropped.get(reason) != Some(tally))
@@ -43,7 +43,7 @@ fn programs_say(
         .filter(|(counter, tally)| before.allowed.get(counter) != Some(tally))
         .map(|(counter, _)| *counter)
         .collect();
-    match (verdict, counted.as_slice(), allowed.as_slice()) {
+    match (verdict, reasons.as_slice(), allowed.as_slice()) {
         (Verdict::Pass, [], []) => Ok(None),
         (Verdict::Pass, [], [counter]) => Ok(Some(*counter)),
         (Verdict::Drop, [reason], []) => Err(*reason),

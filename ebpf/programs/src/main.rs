@@ -5,6 +5,7 @@
 //! expressly allowed is dropped, a packet of an interface without a policy first of all.
 #![no_std]
 #![no_main]
+#![feature(asm_experimental_arch)]
 
 mod counters;
 mod events;
@@ -13,6 +14,7 @@ mod fragments;
 mod frame;
 mod from_guest;
 mod ip;
+mod limits;
 mod maps;
 mod neighbour_discovery;
 mod rules;
@@ -65,7 +67,11 @@ fn enforce(
         return TC_ACT_SHOT;
     };
     let length = packet.len();
-    match decide(packet, policy) {
+    let decided = decide(packet, policy).and_then(|passed| {
+        limits::charge(packet, policy, direction)?;
+        Ok(passed)
+    });
+    match decided {
         Ok(passed) => {
             counters::count_passed(policy.slot, direction, length);
             match passed {

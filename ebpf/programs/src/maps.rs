@@ -5,8 +5,9 @@ use aya_ebpf::btf_maps::{self, ArrayOfMaps};
 use aya_ebpf::macros::{btf_map, map};
 use aya_ebpf::maps::{Array, HashMap, LpmTrie, PerCpuArray, PerCpuHashMap, RingBuf};
 use keelson_ebpf_common::{
-    CounterKey, DirectionTallies, EVENTS_BYTES, FlowKey, FlowState, FragmentKey, FragmentState,
-    Neighbour, NeighbourKey, PeerKey, PolicyEntry, PortKey, RuleKey, SLOTS, StationKey, Tally,
+    Bucket, CounterKey, DirectionTallies, EVENTS_BYTES, FlowKey, FlowState, FragmentKey,
+    FragmentState, Limit, Neighbour, NeighbourKey, PeerKey, PolicyEntry, PortKey, RuleKey, SLOTS,
+    StationKey, Tally,
 };
 
 /// Interface index → what the programs enforce there.
@@ -65,6 +66,14 @@ pub static DROPPED: PerCpuHashMap<CounterKey, DirectionTallies> =
 #[map]
 pub static ALLOWED: PerCpuHashMap<RuleKey, Tally> =
     PerCpuHashMap::with_max_entries(1 << 18, BPF_F_NO_PREALLOC);
+
+/// Slot and direction → what may pass.
+#[map]
+pub static LIMITS: Array<Limit> = Array::with_max_entries(2 * SLOTS, 0);
+
+/// Slot and direction → what was used of that.
+#[map]
+pub static BUCKETS: Array<Bucket> = Array::with_max_entries(2 * SLOTS, 0);
 
 /// What happened to packets, for whoever waits for it.
 #[map]

@@ -4,6 +4,7 @@ use std::io::{Read, Write};
 use std::net::TcpStream;
 
 use keelson_agent_tests::{Guest, Host, network, security_group};
+use keelson_vmm_tests::wait_until;
 
 fn server(groups: &str) -> String {
     Guest::new("server", "net-serve:address=10.90.0.2,ms=600000")
@@ -228,7 +229,51 @@ fn rules_interfaces_and_flows_are_counted_for_prometheus() {
     ] {
         assert!(page.contains(&line), "{line:?} is served:\n{page}");
     }
-    let dropped = format!("keelson_network_dropped_packets_total{{{to_server},reason=");
-    let not_allowed = page.lines().any(|line| line.starts_with(&dropped));
-    assert!(!not_allowed, "nothing was dropped:\n{page}");
+    let not_allowed = format!("{to_server},reason=\"not-allowed\"");
+    assert!(!page.contains(&not_allowed), "pings are allowed:\n{page}");
+}
+
+#[test]
+fn limits_are_shown_and_change_under_a_running_guest() {
+    let host = Host::new();
+    host.apply(&format!("{}{}", base(), server("pings"))).done();
+    host.wait_for_console("server", "payload: net-serve ready");
+    let process = host.wait_for_phase("server", "Running")["processId"].clone();
+    let limited = |limits: &str| {
+        server("pings").replace(
+            "securityGroups:",
+            &format!("limits: {limits}, securityGroups:"),
+        )
+    };
+    let refused = host.apply(&limited(
+        "{toGuest: {bitsPerSecond: 1k, packetsPerSecond: 0}}",
+    ));
+    refused.refused(
+        4,
+        &[
+            "spec.interfaces[0].limits.toGuest.bitsPerSecond: is 1000; give 8000 to",
+            "spec.interfaces[0].limits.toGuest.packetsPerSecond: is 0; give 1 to",
+        ],
+    );
+    // What a ping needs costs minutes.
+    let nearly_nothing = "{toGuest: {bitsPerSecond: 8k, packetsPerSecond: 1, burst: 1ms}}";
+    host.apply(&limited(nearly_nothing)).done();
+    wait_until("limit in force", || {
+        let guest = host.object("vm", "server");
+        let generation = &guest["metadata"]["generation"];
+        (guest["status"]["observedGeneration"] == *generation).then_some(())
+    });
+    let shown = host.keelson(&["net", "counters", "server"]).done();
+    for part in ["limit, burst 1ms", "1/s", "8kbit/s"] {
+        assert!(shown.contains(part), "{part:?} is shown:\n{shown}");
+    }
+    host.apply(&client()).done();
+    wait_until("drop for the limit", || {
+        (host.dropped("server", "toGuest", "rate-limited") > 0).then_some(())
+    });
+    host.apply(&server("pings")).done();
+    host.keelson(&["stop", "client", "--force"]).done();
+    host.keelson(&["start", "client"]).done();
+    host.wait_for_console("client", "payload: net-ping ok");
+    assert_eq!(host.object("vm", "server")["status"]["processId"], process);
 }

@@ -1,7 +1,8 @@
 //! `keelson net counters`
 
 use clap::Args;
-use keelson_api::proto::{CountersRequest, DirectionCounters};
+use keelson_api::BitRate;
+use keelson_api::proto::{CountersRequest, DirectionCounters, RateLimit};
 use serde_json::{Value, json};
 
 use crate::client::Client;
@@ -11,7 +12,7 @@ use crate::output::{Format, print_lines, print_value, table};
 /// Packets and bytes by interface, direction and reason.
 ///
 /// Of each rule it shows the packets that it let open a flow, or that belong to none; what follows in
-/// a flow is in `passed` only.
+/// a flow is in `passed` only. A direction that is limited shows its limit.
 #[derive(Args)]
 pub struct Counters {
     /// The guest.
@@ -59,20 +60,41 @@ impl Counters {
                 ("to guest", &interface.to_guest),
             ];
             for (direction, counters) in directions {
-                for (verdict, packets, bytes) in counters.iter().flat_map(verdicts) {
+                let limits = counters
+                    .iter()
+                    .filter_map(|counters| counters.limit.as_ref());
+                let verdicts = counters.iter().flat_map(verdicts);
+                let verdicts = verdicts.map(|(verdict, packets, bytes)| {
+                    (verdict, packets.to_string(), bytes.to_string())
+                });
+                for (verdict, packets, bytes) in verdicts.chain(limits.map(limit_row)) {
                     rows.add_row([
                         interface.name.clone(),
                         interface.device.clone(),
                         direction.into(),
                         verdict,
-                        packets.to_string(),
-                        bytes.to_string(),
+                        packets,
+                        bytes,
                     ]);
                 }
             }
         }
         print_lines(&rows)
     }
+}
+
+/// A limit in the columns of what passed.
+fn limit_row(limit: &RateLimit) -> (String, String, String) {
+    let rate = |rate: u64, text: String| if rate == 0 { String::new() } else { text };
+    let bits = BitRate::new(limit.bits_per_second);
+    (
+        format!("limit, burst {}ms", limit.burst_milliseconds),
+        rate(
+            limit.packets_per_second,
+            format!("{}/s", limit.packets_per_second),
+        ),
+        rate(limit.bits_per_second, format!("{bits}bit/s")),
+    )
 }
 
 fn verdicts(counters: &DirectionCounters) -> Vec<(String, u64, u64)> {
@@ -122,5 +144,10 @@ fn to_json(counters: &DirectionCounters) -> Value {
         "passed": { "packets": passed.packets, "bytes": passed.bytes },
         "dropped": dropped,
         "rules": rules,
+        "limit": counters.limit.as_ref().map(|limit| json!({
+            "bitsPerSecond": (limit.bits_per_second > 0).then_some(limit.bits_per_second),
+            "packetsPerSecond": (limit.packets_per_second > 0).then_some(limit.packets_per_second),
+            "burst": format!("{}ms", limit.burst_milliseconds),
+        })),
     })
 }

@@ -159,7 +159,10 @@ impl VirtioBlock {
     /// The configuration space now.
     pub(crate) fn config_space(&self) -> [u8; CONFIG_SPACE_SIZE] {
         let queues = u16::try_from(self.vrings.len()).unwrap_or(u16::MAX);
-        config_space::config_space(&self.disk, queues, self.max_queue_size, self.writeback)
+        // Virtio 1.2, 5.2.5.2: with CONFIG_WCE and without FLUSH the cache is off.
+        let flush = self.acked_features & VIRTIO_BLK_F_FLUSH != 0;
+        let writeback = self.writeback && (flush || !self.cache_is_switchable());
+        config_space::config_space(&self.disk, queues, self.max_queue_size, writeback)
     }
 
     /// Whether the driver may switch the write cache.

@@ -8,6 +8,7 @@
 mod harness;
 
 use harness::driver::{Driver, FLUSH, USUAL};
+use harness::loop_device::flushes;
 use harness::{Backend, Scene, pattern};
 
 const BLOCK: usize = 4096;
@@ -73,16 +74,6 @@ fn write_unfinished(driver: &mut Driver, version: &mut u64, maybe: &mut [u64]) {
 }
 
 // How many cache flushes a loop device has completed (Documentation/block/stat.rst).
-fn device_flushes(device: &str) -> u64 {
-    let name = device.trim_start_matches("/dev/");
-    let stat = std::fs::read_to_string(format!("/sys/block/{name}/stat")).unwrap();
-    let field = stat.split_whitespace().nth(15);
-    field
-        .expect("a kernel that counts flushes")
-        .parse()
-        .unwrap()
-}
-
 #[test]
 fn without_flush_each_write_is_durable_and_with_it_flushes_are() {
     let scene = Scene::new(16 << 20);
@@ -93,19 +84,19 @@ fn without_flush_each_write_is_durable_and_with_it_flushes_are() {
     let _backend = Backend::start(command);
 
     let mut driver = Driver::connect(scene.socket_path(), USUAL & !FLUSH, 1, 1 << 20);
-    let before = device_flushes(device.path());
+    let before = flushes(device.path());
     for block in 0..10 {
         assert_eq!(driver.write(block * 4096, &[1; 4096]), 0);
     }
-    assert!(device_flushes(device.path()) >= before + 10);
+    assert!(flushes(device.path()) >= before + 10);
     drop(driver);
 
     let mut driver = Driver::connect(scene.socket_path(), USUAL, 1, 1 << 20);
-    let before = device_flushes(device.path());
+    let before = flushes(device.path());
     for block in 0..10 {
         assert_eq!(driver.write(block * 4096, &[2; 4096]), 0);
     }
-    assert_eq!(device_flushes(device.path()), before);
+    assert_eq!(flushes(device.path()), before);
     assert_eq!(driver.flush(), 0);
-    assert_eq!(device_flushes(device.path()), before + 1);
+    assert_eq!(flushes(device.path()), before + 1);
 }

@@ -164,7 +164,7 @@ fn data_outside_guest_memory_fails_the_request_only() {
 }
 
 #[test]
-fn header_and_status_may_be_framed_in_any_way() {
+fn clause_2_7_4_1_header_and_status_may_be_framed_in_any_way() {
     let scene = Scene::new(1 << 20);
     scene.fill(1024, &pattern(2, 1024));
     let _backend = scene.start(&[]);
@@ -193,7 +193,7 @@ fn header_and_status_may_be_framed_in_any_way() {
 }
 
 #[test]
-fn the_serial_number_fills_what_room_there_is() {
+fn clause_5_2_6_the_serial_number_fills_what_room_there_is() {
     let scene = Scene::new(1 << 20);
     let _backend = scene.start(&["--serial", "disk-of-web"]);
     let mut guest = RawGuest::connect(&scene.socket, 0);
@@ -208,7 +208,7 @@ fn the_serial_number_fills_what_room_there_is() {
 }
 
 #[test]
-fn flush_and_unknown_types_are_answered() {
+fn clause_5_2_6_flush_and_unknown_types_are_answered() {
     let scene = Scene::new(1 << 20);
     let _backend = scene.start(&[]);
     let mut guest = RawGuest::connect(&scene.socket, 0);
@@ -222,7 +222,7 @@ fn flush_and_unknown_types_are_answered() {
 }
 
 #[test]
-fn the_write_cache_can_be_switched_in_the_configuration() {
+fn clause_5_2_4_the_write_cache_can_be_switched_in_the_configuration() {
     const CONFIG_WCE: u64 = 1 << 11;
     let scene = Scene::new(1 << 20);
     let _backend = scene.start(&[]);

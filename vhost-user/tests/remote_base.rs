@@ -15,6 +15,7 @@ use std::process::{Command, Output};
 use std::time::{Duration, Instant};
 
 use harness::driver::{Driver, USUAL};
+use harness::loop_device::SmallFileSystem;
 use harness::{Backend, PATIENCE, pattern};
 use http_server::{Fault, HttpServer};
 use keelson_blk::remote::Manifest;
@@ -493,6 +494,37 @@ fn chunks_of_zeroes_are_not_fetched_at_all() {
     assert_eq!(scene.server.take_ranges(), [(0, CHUNK as u64 - 1)]);
     let _backend = scene.start(&[]);
     scene.assert_whole(&mut scene.connect(), &scene.disk());
+}
+
+#[test]
+fn what_there_is_no_room_for_is_an_error_until_there_is() {
+    let scene = Scene::new();
+    let Some(small) = SmallFileSystem::mount(scene.folder.path(), 3 << 20) else {
+        return;
+    };
+    let path = small.path().join("web.img");
+    let output = scene.try_create(&path, &[]);
+    assert!(output.status.success(), "{}", said(&output));
+    let hog = small.path().join("hog");
+    std::fs::write(&hog, vec![0; 2 << 20]).unwrap();
+    let mut command = harness::command(&path, &scene.path("blk.sock"));
+    command.args(["--format", "overlay"]);
+    let backend = Backend::start(command);
+    let mut driver = scene.connect();
+    let read = |driver: &mut Driver, chunk: usize| {
+        let place = chunk * CHUNK;
+        let read = driver.read(place as u64, 4096);
+        read.map(|read| assert!(read == scene.content[place..place + 4096]))
+    };
+    let full = (0..8).find(|chunk| read(&mut driver, *chunk) == Err(-libc::EIO));
+    let full = full.expect("1 MiB to hold less than 2");
+    assert!(full > 0);
+    assert_eq!(read(&mut driver, 0), Ok(()));
+    std::fs::remove_file(&hog).unwrap();
+    assert_eq!(read(&mut driver, full), Ok(()));
+    assert_eq!(driver.flush(), 0);
+    drop(driver);
+    assert!(backend.terminate().success());
 }
 
 #[test]

@@ -53,6 +53,17 @@ impl Drop for LoopDevice {
     }
 }
 
+/// Flushes that a block device was asked for.
+pub fn flushes(device: &str) -> u64 {
+    let name = device.trim_start_matches("/dev/");
+    let stat = std::fs::read_to_string(format!("/sys/block/{name}/stat")).unwrap();
+    let field = stat.split_whitespace().nth(15);
+    field
+        .expect("a kernel that counts flushes")
+        .parse()
+        .unwrap()
+}
+
 /// A tmpfs of limited size, unmounted at the end.
 pub struct SmallFileSystem(PathBuf);
 

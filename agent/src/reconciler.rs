@@ -200,12 +200,13 @@ impl Reconciler {
                         let image = std::fs::metadata(&disk.spec.path);
                         // An overlay that was never used is created when it is.
                         let found = match (&disk.spec.base, image) {
-                            (Some(base), Err(_)) => {
-                                let path = base.path.clone();
-                                std::fs::metadata(&path)
+                            (Some(base), Err(_)) => match &base.path {
+                                Some(path) => std::fs::metadata(path)
                                     .map(drop)
-                                    .map_err(|error| (path, error))
-                            }
+                                    .map_err(|error| (path.clone(), error)),
+                                // Its server is asked then, too.
+                                None => Ok(()),
+                            },
                             (_, image) => image
                                 .map(drop)
                                 .map_err(|error| (disk.spec.path.clone(), error)),

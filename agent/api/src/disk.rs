@@ -74,11 +74,91 @@ pub enum DiskFormat {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct DiskBase {
-    /// Its path on the host, absolute.
-    pub path: PathBuf,
+    /// Its path on the host, absolute. Either this or `url`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub path: Option<PathBuf>,
+    /// The address of a raw image on an HTTP or HTTPS server, of which is fetched what guests read.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub url: Option<String>,
     /// How its bytes are to be understood.
     #[serde(default)]
     pub format: DiskFormat,
+    /// With `url`: the SHA-256 of the manifest beside the image, in lowercase hexadecimal digits.
+    /// Without it, the manifest is taken as the server has it when the disk is first used.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub manifest_sha256: Option<String>,
+    /// With `url`: what the server sends is taken without checksums.
+    #[serde(default, skip_serializing_if = "is_false")]
+    pub without_checksums: bool,
+    /// With `url`: certificates (PEM) to trust instead of the system's, a file on the host.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub ca_file: Option<PathBuf>,
+    /// With `url`: what guests have not asked for is fetched as well, at this many bytes a second.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub fill_bytes_per_second: Option<MemorySize>,
+}
+
+impl DiskBase {
+    /// Whether an overlay of the one is an overlay of the other.
+    pub fn is_same_image(&self, other: &Self) -> bool {
+        let image = |base: &Self| (base.path.clone(), base.url.clone(), base.format);
+        image(self) == image(other)
+    }
+
+    fn validate(&self, disk: &std::path::Path, errors: &mut Vec<FieldError>) {
+        let mut refuse = |field: &str, message: &str| {
+            errors.push(FieldError::new(format!("spec.base{field}"), message));
+        };
+        let of_servers = [
+            (".manifestSha256", self.manifest_sha256.is_some()),
+            (".withoutChecksums", self.without_checksums),
+            (".caFile", self.ca_file.is_some()),
+            (".fillBytesPerSecond", self.fill_bytes_per_second.is_some()),
+        ];
+        match (&self.path, &self.url) {
+            (Some(path), None) => {
+                if path == disk {
+                    refuse(".path", "is the disk itself");
+                }
+                for (field, _) in of_servers.iter().filter(|(_, given)| *given) {
+                    refuse(field, "goes with a url only");
+                }
+                absolute_path("spec.base.path", path, errors);
+                return;
+            }
+            (None, Some(url)) if url.starts_with("https://") || url.starts_with("http://") => {}
+            (None, Some(_)) => refuse(".url", "has to start with https:// or http://"),
+            _ => refuse("", "takes either a path or a url"),
+        }
+        if self.format != DiskFormat::Raw {
+            refuse(".format", "is not raw, but images on servers have to be");
+        }
+        let digest = self.manifest_sha256.as_deref();
+        let digits = |text: &str| {
+            text.len() == 64 && text.bytes().all(|byte| b"0123456789abcdef".contains(&byte))
+        };
+        if digest.is_some_and(|text| !digits(text)) {
+            refuse(
+                ".manifestSha256",
+                "is no SHA-256: 64 lowercase hexadecimal digits",
+            );
+        }
+        if digest.is_some() && self.without_checksums {
+            refuse(".withoutChecksums", "goes without a manifestSha256");
+        }
+        if self
+            .fill_bytes_per_second
+            .is_some_and(|rate| rate.bytes() == 0)
+        {
+            refuse(
+                ".fillBytesPerSecond",
+                "is 0; leave it out to fetch only what is read",
+            );
+        }
+        if let Some(file) = &self.ca_file {
+            absolute_path("spec.base.caFile", file, errors);
+        }
+    }
 }
 
 /// Averages that a disk keeps to; a tenth of a second's worth may be taken at once after idle time.
@@ -109,6 +189,11 @@ pub struct DiskEncryption {
     pub key_file: PathBuf,
 }
 
+#[allow(clippy::trivially_copy_pass_by_ref, reason = "as serde calls it")]
+fn is_false(value: &bool) -> bool {
+    !value
+}
+
 fn one() -> u16 {
     1
 }
@@ -122,10 +207,7 @@ impl DiskSpec {
     pub(crate) fn validate(&self, errors: &mut Vec<FieldError>) {
         absolute_path("spec.path", &self.path, errors);
         if let Some(base) = &self.base {
-            absolute_path("spec.base.path", &base.path, errors);
-            if base.path == self.path {
-                errors.push(FieldError::new("spec.base.path", "is the disk itself"));
-            }
+            base.validate(&self.path, errors);
             if self.format == Some(DiskFormat::Raw) {
                 let message = "is raw, but a disk with a base is an overlay; leave the format out";
                 errors.push(FieldError::new("spec.format", message));

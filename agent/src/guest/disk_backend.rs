@@ -57,6 +57,13 @@ pub async fn start(
     if spec.is_overlay() {
         arguments.extend(["--format".into(), "overlay".into()]);
     }
+    let base = spec.base.as_ref();
+    if let Some(file) = base.and_then(|base| base.ca_file.clone()) {
+        arguments.extend(["--base-ca-file".into(), file.into()]);
+    }
+    if let Some(rate) = base.and_then(|base| base.fill_bytes_per_second) {
+        arguments.extend(["--base-fill".into(), rate.bytes().to_string().into()]);
+    }
     if let Some(key) = &key {
         arguments.push("--key-fd".into());
         arguments.push(key.as_raw_fd().to_string().into());

@@ -6,9 +6,12 @@ use std::io::{Seek, SeekFrom};
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
-use keelson_api::{DiskFormat, DiskSpec};
+use keelson_api::{DiskBase, DiskFormat, DiskSpec};
 use keelson_blk::image::DirectMode;
 use keelson_blk::overlay::files::{self, CreateOptions, Format, NewBase};
+use keelson_blk::remote::files::Checksums;
+use keelson_blk::remote::manifest::decode;
+use keelson_blk::remote::{self, FetchOptions};
 use keelson_blk::sector_cipher::SectorCipher;
 
 use crate::{AgentError, error::Result};
@@ -39,13 +42,9 @@ pub fn key(spec: &DiskSpec) -> Result<Option<Arc<OwnedFd>>> {
 
 fn prepare_blocking(spec: &DiskSpec) -> Result<()> {
     if let Some(base) = spec.base.as_ref().filter(|_| !spec.path.exists()) {
-        let format = match base.format {
-            DiskFormat::Raw => Format::Raw,
-            DiskFormat::Overlay => Format::Overlay,
-        };
         files::create(&CreateOptions {
             path: spec.path.clone(),
-            base: NewBase::Image(base.path.clone(), format),
+            base: new_base(spec, base)?,
             bytes: None,
             stripe_bytes: None,
             cipher: cipher(spec)?,
@@ -56,6 +55,28 @@ fn prepare_blocking(spec: &DiskSpec) -> Result<()> {
         Some(size) if !spec.read_only => grow(spec, size.bytes()),
         _ => Ok(()),
     }
+}
+
+fn new_base(spec: &DiskSpec, base: &DiskBase) -> Result<NewBase> {
+    let format = match base.format {
+        DiskFormat::Raw => Format::Raw,
+        DiskFormat::Overlay => Format::Overlay,
+    };
+    let Some(url) = &base.url else {
+        let path = base.path.clone().unwrap_or_default();
+        return Ok(NewBase::Image(path, format));
+    };
+    let pinned = base.manifest_sha256.as_deref().and_then(decode);
+    let checksums = match pinned {
+        Some(digest) => Checksums::Pinned(digest),
+        None if base.without_checksums => Checksums::None,
+        None => Checksums::Manifest,
+    };
+    let mut options = FetchOptions::default();
+    options.client.ca_file.clone_from(&base.ca_file);
+    let folder = remote::files::folder_of(&spec.path);
+    let described = remote::files::describe(url, checksums, &options, &folder);
+    described.map_err(|error| unusable(error.to_string()))
 }
 
 fn grow(spec: &DiskSpec, bytes: u64) -> Result<()> {

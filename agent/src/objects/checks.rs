@@ -16,8 +16,15 @@ pub(super) fn disk(disk: &Disk, before: Option<&Disk>, report: &mut impl FnMut(&
         unchanged(&before.spec, spec, report);
     }
     if let Some(base) = &spec.base {
-        image("spec.base.path", &base.path, report);
-        if spec.read_only && !spec.path.exists() {
+        if let Some(path) = &base.path {
+            image("spec.base.path", path, report);
+        }
+        if let Some(file) = &base.ca_file
+            && let Err(error) = fs::File::open(file)
+        {
+            report("spec.base.caFile", format!("{}: {error}", file.display()));
+        }
+        if spec.read_only && base.path.is_some() && !spec.path.exists() {
             let message = "an overlay that guests can't write to shows its base; use that instead";
             report("spec.readOnly", message.into());
         }
@@ -46,7 +53,11 @@ pub(super) fn disk(disk: &Disk, before: Option<&Disk>, report: &mut impl FnMut(&
 fn unchanged(before: &DiskSpec, spec: &DiskSpec, report: &mut impl FnMut(&str, String)) {
     let message = "can't be changed; delete the disk, and create another one at another path";
     let same_image = before.path == spec.path;
-    if same_image && before.base.is_some() && before.base != spec.base {
+    let same_base = match (&before.base, &spec.base) {
+        (Some(before), Some(base)) => before.is_same_image(base),
+        (before, base) => before.is_none() || base.is_some(),
+    };
+    if same_image && !same_base {
         report("spec.base", message.into());
     }
     if same_image && before.is_overlay() != spec.is_overlay() {

@@ -2,10 +2,16 @@
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
+use std::process::Command;
 use std::thread;
 use std::time::{Duration, Instant};
 
+use axum::Router;
+use axum::http::{HeaderMap, StatusCode, header};
+use axum::routing::get;
 use keelson_agent_tests::{Guest, Host};
+use keelson_vmm_tests::binary;
+use tokio::runtime::Runtime;
 
 const MIB: usize = 1 << 20;
 
@@ -67,6 +73,79 @@ fn an_overlay_is_created_when_it_is_first_used_and_leaves_its_base_alone() {
         .refused(5, &["spec.base", "can't be changed"]);
     host.apply(&spec(", size: 8Mi"))
         .refused(5, &["spec.size", "only grow"]);
+}
+
+// The image at `/debian.raw` in parts, and its manifest beside it, for as long as the runtime lives.
+fn publish(image: Vec<u8>, manifest: Vec<u8>) -> (Runtime, String) {
+    let runtime = Runtime::new().expect("a runtime");
+    let listener = runtime.block_on(tokio::net::TcpListener::bind("127.0.0.1:0"));
+    let listener = listener.expect("a free port");
+    let url = format!(
+        "http://{}/debian.raw",
+        listener.local_addr().expect("bound")
+    );
+    let app = Router::new()
+        .route("/debian.raw.manifest", get(move || async move { manifest }))
+        .route(
+            "/debian.raw",
+            get(async move |headers: HeaderMap| {
+                let range = headers[header::RANGE].to_str().expect("a range");
+                let range = range.trim_start_matches("bytes=").split_once('-');
+                let (first, last) = range.expect("a range");
+                let first: usize = first.parse().expect("a number");
+                let last = last
+                    .parse::<usize>()
+                    .expect("a number")
+                    .min(image.len() - 1);
+                let what = format!("bytes {first}-{last}/{}", image.len());
+                let part = image[first..=last].to_vec();
+                (
+                    StatusCode::PARTIAL_CONTENT,
+                    [(header::CONTENT_RANGE, what)],
+                    part,
+                )
+            }),
+        );
+    drop(runtime.spawn(async { axum::serve(listener, app).await }));
+    (runtime, url)
+}
+
+#[test]
+fn a_disk_may_stand_on_an_image_on_a_server() {
+    let host = Host::new();
+    let (image, overlay) = (host.path("published.raw"), host.path("overlay.img"));
+    let content = vec![7; 4 * MIB];
+    fs::write(&image, &content).expect("an image can be written");
+    let made = Command::new(binary("keelson-blk"))
+        .args(["image", "manifest"])
+        .arg(&image)
+        .status();
+    assert!(made.expect("keelson-blk runs").success());
+    let manifest = fs::read(host.path("published.raw.manifest")).expect("it is there");
+    let (_server, url) = publish(content, manifest);
+    let path = overlay.display();
+    host.apply(&disk(&format!(
+        "path: {path}, base: {{url: {url:?}, path: /somewhere}}"
+    )))
+    .refused(4, &["Disk/data", "spec.base", "either a path or a url"]);
+    let spec = disk(&format!(
+        "path: {path}, base: {{url: {url:?}, fillBytesPerSecond: 64Mi}}"
+    ));
+    let steps = "blk-write:sectors=256,seed=1 blk-verify:sectors=256,seed=1 hang";
+    host.apply(&format!("{spec}{}", guest(steps))).done();
+    host.wait_for_console("web", "payload: blk-verify ok");
+    let deadline = Instant::now() + Duration::from_mins(1);
+    loop {
+        let source = host.served_disk("web", "data")["source"].clone();
+        assert_eq!(source["url"], url);
+        assert_eq!(source["failed_attempts"], 0);
+        // All but what the guest has written.
+        if source["fetched_bytes"].as_u64() >= Some(3 << 20) {
+            break;
+        }
+        assert!(Instant::now() < deadline, "{source}");
+        thread::sleep(Duration::from_millis(50));
+    }
 }
 
 #[test]

@@ -13,6 +13,7 @@ use keelson_blk::disk::Disk;
 use keelson_blk::image::{DirectMode, Image, ImageOptions};
 use keelson_blk::layer::file::FileDevice;
 use keelson_blk::metrics::QueueMetrics;
+use keelson_blk::protocol_extension::{self, Outcome};
 use keelson_blk::worker::{WorkerOptions, WorkerPool};
 use libfuzzer_sys::fuzz_target;
 use rustix::event::{EventfdFlags, eventfd};
@@ -90,6 +91,9 @@ fuzz_target!(|input: &[u8]| {
     let Ok((frontend, backend)) = UnixStream::pair() else {
         return;
     };
+    let Ok(connection) = backend.try_clone() else {
+        return;
+    };
     let metrics = [
         Arc::<QueueMetrics>::default(),
         Arc::<QueueMetrics>::default(),
@@ -101,8 +105,21 @@ fuzz_target!(|input: &[u8]| {
     let mut rest = Some(input);
     for _ in 0..MESSAGES {
         rest = rest.and_then(|rest| send(&frontend, rest));
-        if rest.is_none() || handler.handle_request().is_err() {
+        if rest.is_none() {
             break;
+        }
+        // As the server does.
+        let outcome = {
+            let mut backend = device.lock().expect("no panic before");
+            protocol_extension::handle(&connection, &mut backend)
+        };
+        match outcome {
+            Ok(Outcome::NotMine) if handler.handle_request().is_err() => break,
+            Ok(Outcome::Notices(notices)) => {
+                let _ = notices.config_changed();
+            }
+            Ok(_) => {}
+            Err(_) => break,
         }
     }
     drop(handler);

@@ -1,6 +1,7 @@
 //! What the agent does on its host: processes, control groups, network devices.
 
 mod bridge;
+mod captures;
 mod cgroup;
 mod inventory;
 mod launch;

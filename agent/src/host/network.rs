@@ -13,6 +13,7 @@ use keelson_ebpf::{
 use sha2::{Digest, Sha256};
 use tokio::sync::broadcast;
 
+use super::captures::{Capture, Captures};
 use super::link::Links;
 use super::packet_events::PacketEvents;
 use super::rules::{Rules, expand};
@@ -29,6 +30,7 @@ pub struct HostNetwork {
     links: Links,
     datapath: SharedDatapath,
     packets: PacketEvents,
+    captures: Captures,
 }
 
 /// The datapath, whose calls block.
@@ -117,14 +119,18 @@ impl HostNetwork {
         };
         let mut datapath = blocking(move || Datapath::open(&datapath_config)).await?;
         let reader = datapath.take_event_reader();
+        let capture_reader = datapath.take_capture_reader();
         let datapath = SharedDatapath(Arc::new(Mutex::new(datapath)));
-        let reader = reader.ok_or_else(|| AgentError::Process {
-            reason: "NoEvents",
-            message: "the eBPF network's events are read by another".into(),
-        })?;
+        let (Some(reader), Some(capture_reader)) = (reader, capture_reader) else {
+            return Err(AgentError::Process {
+                reason: "NoEvents",
+                message: "the eBPF network's events are read by another".into(),
+            });
+        };
         Ok(Self {
             links: Links::connect()?,
             packets: PacketEvents::start(reader, datapath.clone()),
+            captures: Captures::start(capture_reader, datapath.clone()),
             datapath,
         })
     }
@@ -162,6 +168,7 @@ impl HostNetwork {
         self.datapath
             .with(move |datapath| datapath.attach(&policy))
             .await?;
+        self.captures.resume(&device).await?;
         self.links
             .bring_up(&device, port.network_spec.mtu, Some(bridge))
             .await
@@ -244,6 +251,11 @@ impl HostNetwork {
         self.packets.subscribe()
     }
 
+    /// Captures the packets of a device from now on.
+    pub async fn capture(&self, device: String) -> Result<Capture> {
+        self.captures.capture(device).await
+    }
+
     /// The name of the device of a guest's interface.
     pub fn device_of(guest: &str, interface: &str) -> String {
         device_name(TAP_PREFIX, &format!("{guest}/{interface}"))
@@ -263,6 +275,14 @@ fn rate_limit(limit: &RateLimit) -> keelson_ebpf::RateLimit {
         bits_per_second: limit.bits_per_second.map(BitRate::bits_per_second),
         packets_per_second: limit.packets_per_second,
         burst: limit.burst.duration(),
+    }
+}
+
+impl fmt::Debug for SharedDatapath {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        formatter
+            .debug_struct("SharedDatapath")
+            .finish_non_exhaustive()
     }
 }
 

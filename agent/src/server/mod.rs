@@ -1,5 +1,6 @@
 //! The agent's gRPC interface on its Unix socket.
 
+mod capture;
 mod console;
 mod events;
 mod host;

@@ -125,7 +125,7 @@ fn message(event: &Arc<keelson_ebpf::PacketEvent>, guest: &str, interface: &str)
 }
 
 /// A time of the monotonic clock as one since the Unix epoch.
-fn unix_nanoseconds(monotonic: u64) -> i64 {
+pub fn unix_nanoseconds(monotonic: u64) -> i64 {
     let now = clock_gettime(ClockId::Monotonic);
     let now = i128::from(now.tv_sec) * 1_000_000_000 + i128::from(now.tv_nsec);
     let age = now - i128::from(monotonic);

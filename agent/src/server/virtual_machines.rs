@@ -7,9 +7,10 @@ use std::time::Duration;
 use futures::{Stream, StreamExt};
 use keelson_api::proto::virtual_machines_server::VirtualMachines;
 use keelson_api::proto::{
-    ConsoleInput, ConsoleOutput, CountersRequest, CountersResponse, DirectionCounters, DropCounter,
-    FlowsRequest, FlowsResponse, InterfaceCounters, LogsChunk, LogsRequest, Object, PacketCounter,
-    PacketEvent, PacketsRequest, RateLimit, RuleCounter, StartRequest, StopRequest,
+    CaptureRequest, CapturedPacket, ConsoleInput, ConsoleOutput, CountersRequest, CountersResponse,
+    DirectionCounters, DropCounter, FlowsRequest, FlowsResponse, InterfaceCounters, LogsChunk,
+    LogsRequest, Object, PacketCounter, PacketEvent, PacketsRequest, RateLimit, RuleCounter,
+    StartRequest, StopRequest,
 };
 use keelson_api::{BitRate, PowerState, SecurityGroup, VirtualMachine};
 use keelson_ebpf::{Direction, Tally};
@@ -17,7 +18,7 @@ use tokio::fs::File;
 use tokio::io::{AsyncReadExt, AsyncSeekExt};
 use tonic::{Request, Response, Status, Streaming};
 
-use super::{console, packets, status, to_proto};
+use super::{capture, console, packets, status, to_proto};
 use crate::guest::{GuestPaths, Machine, rule_counters};
 use crate::objects::set_power_state;
 use crate::{Agent, AgentError};
@@ -205,6 +206,18 @@ impl VirtualMachines for VirtualMachinesService {
             self.guest(&request.name).await?;
         }
         Ok(Response::new(packets::follow(&self.agent, request).boxed()))
+    }
+
+    type CaptureStream = Pin<Box<dyn Stream<Item = Result<CapturedPacket, Status>> + Send>>;
+
+    async fn capture(
+        &self,
+        request: Request<CaptureRequest>,
+    ) -> Result<Response<Self::CaptureStream>, Status> {
+        let request = request.into_inner();
+        let guest = self.guest(&request.name).await?;
+        let packets = capture::follow(&self.agent, &guest, request).await?;
+        Ok(Response::new(packets.boxed()))
     }
 }
 

@@ -7,6 +7,7 @@
 #![no_std]
 
 mod address;
+mod capture;
 mod counters;
 mod event;
 mod flow;
@@ -17,6 +18,7 @@ mod policy;
 mod rules;
 
 pub use address::{Address, IPV4_PREFIX_BITS, NO_ADDRESS, from_ipv4};
+pub use capture::{CAPTURED_BYTES, CaptureHeader, CaptureRecord, NOT_DROPPED, SNAP_LIMIT};
 pub use counters::{
     CounterKey, Direction, DirectionTallies, DropReason, REASON_SLOTS, Tally, passed_index,
 };
@@ -27,7 +29,7 @@ pub use policy::{NAME_LENGTH, Neighbour, NeighbourKey, PolicyEntry, StationKey, 
 pub use rules::{ALLOW_ALL, PeerKey, PortKey, RuleKey, UNCOUNTED, port_prefix_length};
 
 /// Version of the pinned maps' layout. The host refuses pinned maps of another version.
-pub const LAYOUT_VERSION: u64 = 4;
+pub const LAYOUT_VERSION: u64 = 5;
 
 /// Guest interfaces that one host can have, plus one: slot zero is nobody's.
 pub const SLOTS: u32 = 4096;
@@ -60,6 +62,10 @@ pub mod map_name {
     pub const LIMITS: &str = "LIMITS";
     /// Slot and direction → [`Bucket`](crate::Bucket).
     pub const BUCKETS: &str = "BUCKETS";
+    /// One element: the packet that a CPU is capturing, per CPU.
+    pub const CAPTURING: &str = "CAPTURING";
+    /// Ring buffer of [`CaptureHeader`](crate::CaptureHeader) and a packet's bytes.
+    pub const CAPTURED: &str = "CAPTURED";
     /// Ring buffer of [`Event`](crate::Event).
     pub const EVENTS: &str = "EVENTS";
     /// One element: which kinds of events someone waits for.

@@ -49,6 +49,8 @@ pub mod flag {
     pub const LIMITED_FROM_GUEST: u8 = 2;
     /// What is sent to the guest is limited.
     pub const LIMITED_TO_GUEST: u8 = 4;
+    /// Packets are captured.
+    pub const CAPTURED: u8 = 8;
 }
 
 /// A guest's place in a network, by its MAC address.

@@ -108,6 +108,7 @@ impl Datapath {
             tracing::info!(interfaces = ?gone, "removed the policies of interfaces that are gone");
         }
         datapath.remove_stray_links()?;
+        datapath.end_captures()?;
         Ok(datapath)
     }
 
@@ -279,7 +280,8 @@ impl Datapath {
         if self.only_limits_differ(ifindex, policy) {
             return self.set_flags(ifindex, old, policy);
         }
-        let entry = self.install(policy, old.slot, HookMode::from_byte(old.hook))?;
+        let mut entry = self.install(policy, old.slot, HookMode::from_byte(old.hook))?;
+        entry.flags |= old.flags & flag::CAPTURED;
         let counted = self.rule_counters.add(&mut self.object, old.slot, policy);
         if let Err(error) = counted.and_then(|()| self.write_entry(ifindex, entry)) {
             self.remove_tables(&entry)?;
@@ -310,7 +312,7 @@ impl Datapath {
         old: &PolicyEntry,
         policy: &InterfacePolicy,
     ) -> Result<Attached, DatapathError> {
-        let flags = flags(policy);
+        let flags = flags(policy) | old.flags & flag::CAPTURED;
         if flags != old.flags {
             self.write_entry(ifindex, PolicyEntry { flags, ..*old })?;
         }
@@ -373,7 +375,11 @@ impl Datapath {
 
     /// Replaces an entry as a whole and waits until no program sees the old one: its memory and its
     /// tables may be used again when this returns.
-    fn write_entry(&mut self, ifindex: u32, entry: PolicyEntry) -> Result<(), DatapathError> {
+    pub(crate) fn write_entry(
+        &mut self,
+        ifindex: u32,
+        entry: PolicyEntry,
+    ) -> Result<(), DatapathError> {
         self.object
             .policies
             .insert(ifindex, entry, 0)

@@ -8,6 +8,7 @@
 //! a blocking thread. Interface names are those of the calling thread's network namespace.
 
 mod address;
+mod capture;
 mod compile;
 mod counters;
 mod datapath;
@@ -30,6 +31,7 @@ mod stations;
 mod trial;
 
 pub use address::{AddressError, IpPrefix, MacAddress};
+pub use capture::{CaptureReader, CapturedPacket, MAX_SNAP_LENGTH};
 pub use counters::{DirectionCounters, InterfaceCounters};
 pub use datapath::{Attached, Datapath, DatapathConfig};
 pub use error::DatapathError;

@@ -45,6 +45,8 @@ pub struct Object {
     pub buckets: Array<MapData, Bucket>,
     pub observed: Array<MapData, u32>,
     /// Until someone takes it.
+    pub captured: Option<RingBuf<MapData>>,
+    /// Until someone takes it.
     pub events: Option<RingBuf<MapData>>,
 }
 
@@ -67,6 +69,8 @@ impl Object {
             map_name::ALLOWED,
             map_name::LIMITS,
             map_name::BUCKETS,
+            map_name::CAPTURING,
+            map_name::CAPTURED,
             map_name::EVENTS,
             map_name::OBSERVED,
         ] {
@@ -95,6 +99,7 @@ impl Object {
             limits: take(&mut ebpf, map_name::LIMITS)?,
             buckets: take(&mut ebpf, map_name::BUCKETS)?,
             observed: take(&mut ebpf, map_name::OBSERVED)?,
+            captured: Some(take(&mut ebpf, map_name::CAPTURED)?),
             events: Some(take(&mut ebpf, map_name::EVENTS)?),
             ebpf,
         })

@@ -3,7 +3,7 @@
 use std::os::fd::OwnedFd;
 use std::time::Duration;
 
-use aya::programs::{TestRun as _, TestRunOptions, TestRunResult};
+use aya::programs::{ProgramInfo, TestRun as _, TestRunOptions, TestRunResult};
 use keelson_ebpf_common::{Direction, program_name};
 
 use crate::datapath::Datapath;
@@ -83,19 +83,35 @@ impl Datapath {
     /// # Errors
     /// [`DatapathError::Load`] where the kernel does not say.
     pub fn run_cost(&mut self, direction: Direction) -> Result<RunCost, DatapathError> {
+        let info = self.program_info(direction)?;
+        Ok(RunCost {
+            runs: info.run_count(),
+            time: info.run_time(),
+        })
+    }
+
+    /// How many instructions the kernel's verifier went through to check the program of a direction; it
+    /// gives up after a million. `None` where the kernel doesn't say.
+    ///
+    /// # Errors
+    /// [`DatapathError::Load`] if the kernel refuses to tell about the program.
+    pub fn verified_instructions(
+        &mut self,
+        direction: Direction,
+    ) -> Result<Option<u32>, DatapathError> {
+        let info = self.program_info(direction)?;
+        Ok(info.verified_instruction_count())
+    }
+
+    fn program_info(&mut self, direction: Direction) -> Result<ProgramInfo, DatapathError> {
         let name = name_of(direction);
-        let info = self
-            .object
+        self.object
             .program(name)?
             .info()
             .map_err(|error| DatapathError::Load {
                 what: format!("what the kernel knows of the program {name}"),
                 problem: chain(&error),
-            })?;
-        Ok(RunCost {
-            runs: info.run_count(),
-            time: info.run_time(),
-        })
+            })
     }
 
     fn try_frame(

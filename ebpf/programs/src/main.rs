@@ -7,6 +7,7 @@
 #![no_main]
 #![feature(asm_experimental_arch)]
 
+mod capture;
 mod counters;
 mod events;
 mod flows;
@@ -26,7 +27,7 @@ use aya_ebpf::bindings::{TC_ACT_SHOT, TC_ACT_UNSPEC};
 use aya_ebpf::helpers::generated::bpf_redirect;
 use aya_ebpf::macros::classifier;
 use aya_ebpf::programs::TcContext;
-use keelson_ebpf_common::{Direction, DropReason, PolicyEntry, happening};
+use keelson_ebpf_common::{Direction, DropReason, NOT_DROPPED, PolicyEntry, happening};
 
 /// Where a packet that passed goes.
 pub enum Passed {
@@ -67,6 +68,7 @@ fn enforce(
         return TC_ACT_SHOT;
     };
     let length = packet.len();
+    capture::begin(packet, policy);
     let decided = decide(packet, policy).and_then(|passed| {
         limits::charge(packet, policy, direction)?;
         Ok(passed)
@@ -74,6 +76,7 @@ fn enforce(
     match decided {
         Ok(passed) => {
             counters::count_passed(policy.slot, direction, length);
+            capture::end(packet, policy, direction, length, NOT_DROPPED);
             match passed {
                 Passed::On => TC_ACT_UNSPEC,
                 // SAFETY: the helper takes two numbers; an index that is gone drops the packet.
@@ -83,6 +86,7 @@ fn enforce(
         Err(reason) => {
             counters::count_dropped(ifindex, direction, length, reason);
             events::report_if_observed(packet, direction, happening::DROPPED, reason as u8);
+            capture::end(packet, policy, direction, length, reason as u8);
             TC_ACT_SHOT
         }
     }

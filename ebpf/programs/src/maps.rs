@@ -5,9 +5,9 @@ use aya_ebpf::btf_maps::{self, ArrayOfMaps};
 use aya_ebpf::macros::{btf_map, map};
 use aya_ebpf::maps::{Array, HashMap, LpmTrie, PerCpuArray, PerCpuHashMap, RingBuf};
 use keelson_ebpf_common::{
-    Bucket, CounterKey, DirectionTallies, EVENTS_BYTES, FlowKey, FlowState, FragmentKey,
-    FragmentState, Limit, Neighbour, NeighbourKey, PeerKey, PolicyEntry, PortKey, RuleKey, SLOTS,
-    StationKey, Tally,
+    Bucket, CAPTURED_BYTES, CaptureRecord, CounterKey, DirectionTallies, EVENTS_BYTES, FlowKey,
+    FlowState, FragmentKey, FragmentState, Limit, Neighbour, NeighbourKey, PeerKey, PolicyEntry,
+    PortKey, RuleKey, SLOTS, StationKey, Tally,
 };
 
 /// Interface index → what the programs enforce there.
@@ -74,6 +74,14 @@ pub static LIMITS: Array<Limit> = Array::with_max_entries(2 * SLOTS, 0);
 /// Slot and direction → what was used of that.
 #[map]
 pub static BUCKETS: Array<Bucket> = Array::with_max_entries(2 * SLOTS, 0);
+
+/// The packet that a CPU is capturing.
+#[map]
+pub static CAPTURING: PerCpuArray<CaptureRecord> = PerCpuArray::with_max_entries(1, 0);
+
+/// Captured packets, for whoever reads them.
+#[map]
+pub static CAPTURED: RingBuf = RingBuf::with_byte_size(CAPTURED_BYTES, 0);
 
 /// What happened to packets, for whoever waits for it.
 #[map]

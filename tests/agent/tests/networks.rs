@@ -2,9 +2,11 @@
 
 use std::io::{Read, Write};
 use std::net::TcpStream;
+use std::process::{Command, Stdio};
 
 use keelson_agent_tests::{Guest, Host, network, security_group};
-use keelson_vmm_tests::wait_until;
+use keelson_vmm_tests::{binary, wait_until};
+use rustix::process::{Pid, Signal, kill_process};
 
 fn server(groups: &str) -> String {
     Guest::new("server", "net-serve:address=10.90.0.2,ms=600000")
@@ -276,4 +278,63 @@ fn limits_are_shown_and_change_under_a_running_guest() {
     host.keelson(&["start", "client"]).done();
     host.wait_for_console("client", "payload: net-ping ok");
     assert_eq!(host.object("vm", "server")["status"]["processId"], process);
+}
+
+#[test]
+fn packets_are_captured_with_their_verdicts() {
+    let host = Host::new();
+    host.apply(&format!("{}{}", base(), server(""))).done();
+    host.wait_for_console("server", "payload: net-serve ready");
+    host.following(
+        &["net", "capture", "server", "--count", "1000"],
+        || drop(host.apply(&client()).done()),
+        &[
+            "to guest",
+            "dropped: not-allowed",
+            "icmp type 8 10.90.0.3 -> 10.90.0.2",
+            "98 bytes",
+        ],
+    );
+    host.keelson(&["net", "capture", "server/eth1"])
+        .refused(3, &["no interface \"eth1\""]);
+    host.keelson(&["stop", "client", "--force"]).done();
+
+    // The guest starts anew under a capture, and its first packets are in it.
+    let path = host.path("packets.pcapng");
+    let mut capture = Command::new(binary("keelson"))
+        .env("KEELSON_SOCKET", host.path("run/keelsond.sock"))
+        .args(["net", "capture", "client/eth0", "--write"])
+        .arg(&path)
+        .stdin(Stdio::null())
+        .stderr(Stdio::null())
+        .spawn()
+        .expect("keelson runs");
+    wait_until("file of the capture", || path.exists().then_some(()));
+    host.apply(&server("pings")).done();
+    host.keelson(&["start", "client"]).done();
+    host.wait_for_console("client", "payload: net-ping ok");
+    let read = || {
+        let read = Command::new("tcpdump")
+            .args(["-Z", "root", "-n", "-r"])
+            .arg(&path)
+            .output()
+            .expect("setup/debian-packages installs tcpdump");
+        String::from_utf8_lossy(&read.stdout).into_owned()
+    };
+    wait_until("both directions of three pings in the file", || {
+        let said = read();
+        let requests = said
+            .matches("10.90.0.3 > 10.90.0.2: ICMP echo request")
+            .count();
+        let replies = said
+            .matches("10.90.0.2 > 10.90.0.3: ICMP echo reply")
+            .count();
+        (requests == 3 && replies == 3).then_some(())
+    });
+    let id = i32::try_from(capture.id()).expect("small");
+    let id = Pid::from_raw(id).expect("not zero");
+    kill_process(id, Signal::INT).expect("it runs");
+    assert!(capture.wait().expect("it ends").success());
+    let file = std::fs::read(&path).expect("the file is there");
+    assert!(file.windows(6).any(|part| part == b"passed"));
 }

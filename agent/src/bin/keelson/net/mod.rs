@@ -1,5 +1,6 @@
 //! `keelson net`
 
+mod capture;
 mod counters;
 mod packets;
 mod trace;
@@ -18,6 +19,8 @@ pub enum Net {
     Flows(packets::Flows),
     /// Each packet that is dropped from now on, and why.
     Drops(packets::Drops),
+    /// Capture the packets of a guest's interface.
+    Capture(capture::Capture),
     /// Say which rule decides about a new connection, and why.
     Trace(trace::Trace),
 }
@@ -29,6 +32,7 @@ impl Net {
             Self::Counters(command) => command.run(client).await,
             Self::Flows(command) => command.run(client).await,
             Self::Drops(command) => command.run(client).await,
+            Self::Capture(command) => command.run(client).await,
             Self::Trace(command) => command.run(client).await,
         }
     }

@@ -145,7 +145,7 @@ fn is_icmp(packet: &PacketEvent) -> bool {
 }
 
 /// An address with its port, if there is one.
-fn end(address: &str, port: u32) -> String {
+pub fn end(address: &str, port: u32) -> String {
     match (port, address.contains(':')) {
         (0, _) => address.to_owned(),
         (port, true) => format!("[{address}]:{port}"),

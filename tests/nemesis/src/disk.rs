@@ -99,6 +99,10 @@ impl Drop for Disk {
     fn drop(&mut self) {
         // What fails here is tried once more from outside, at the end.
         let _ = self.thaw();
-        let _ = run("umount", &["--lazy", &self.mount.display().to_string()]);
+        let mount = self.mount.display().to_string();
+        // What is written back afterwards would be in the way of the next run.
+        if run("umount", &[&mount]).is_err() {
+            let _ = run("umount", &["--lazy", &mount]);
+        }
     }
 }

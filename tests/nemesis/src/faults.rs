@@ -8,7 +8,7 @@ use crate::cluster::{Cluster, name};
 use crate::network::{CLIENTS, Link};
 
 /// What can be done to a cluster.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Serialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, ValueEnum, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Kind {
     /// A member is killed (SIGKILL).

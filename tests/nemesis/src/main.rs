@@ -12,18 +12,19 @@ mod record;
 mod rows;
 mod run;
 mod sandbox;
+mod soak;
 mod workload;
 
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use anyhow::Context as _;
 use clap::{Parser, Subcommand, ValueEnum as _};
 use keelson_checker::{History, Limits, check};
 
 use crate::program::Program;
-use crate::rows::RowFlags;
+use crate::rows::{Files, RowFlags, Table};
 use crate::run::RunFlags;
 use crate::sandbox::Side;
 
@@ -54,20 +55,24 @@ enum Command {
         name: rows::Name,
         #[command(flatten)]
         flags: RowFlags,
-        /// Where to write it as JSON.
-        #[arg(long)]
-        json: Option<PathBuf>,
+        #[command(flatten)]
+        files: Files,
     },
-    /// Makes all rows, for both programs.
+    /// Makes all rows. One that can't be made is reported, and the next one is made.
     Rows {
-        /// Those of both programs; or --program alone.
+        /// Those of both programs, one after the other; or --program alone.
         #[arg(long)]
         all: bool,
         #[command(flatten)]
         flags: RowFlags,
-        /// Where to write them as JSON.
-        #[arg(long)]
-        json: Option<PathBuf>,
+        #[command(flatten)]
+        files: Files,
+    },
+    /// Prints rows that were written as JSON as a table in Markdown.
+    Table {
+        /// Of `row` or `rows`; of several, later ones come in place of the same earlier ones.
+        #[arg(required = true)]
+        files: Vec<PathBuf>,
     },
     /// Checks a history that was kept.
     Check {
@@ -88,12 +93,23 @@ fn main() -> ExitCode {
 }
 
 fn start(options: &Options) -> anyhow::Result<ExitCode> {
-    if let Command::Check { file } = &options.command {
-        let file = std::io::BufReader::new(std::fs::File::open(file)?);
-        let history: History = serde_json::from_reader(file).context("read the history")?;
-        let report = check(&history, &Limits::default());
-        print!("{report}");
-        return Ok(code(report.holds()));
+    match &options.command {
+        Command::Check { file } => {
+            let file = std::io::BufReader::new(std::fs::File::open(file)?);
+            let history: History = serde_json::from_reader(file).context("read the history")?;
+            let report = check(&history, &Limits::default());
+            print!("{report}");
+            return Ok(code(report.holds()));
+        }
+        Command::Table { files } => {
+            let mut table = Table::default();
+            for file in files {
+                table.read(file)?;
+            }
+            print!("{}", table.markdown());
+            return Ok(ExitCode::SUCCESS);
+        }
+        _ => {}
     }
     let folder = match sandbox::enter()? {
         Side::Inside(folder) => folder,
@@ -106,20 +122,23 @@ fn start(options: &Options) -> anyhow::Result<ExitCode> {
     let holds = runtime.block_on(async {
         match &options.command {
             Command::Run(flags) => once(&folder, flags).await,
-            Command::Soak { minutes, run } => soak(&folder, run, *minutes).await,
-            Command::Row { name, flags, json } => {
-                make_rows(&folder, &[*name], &[flags.program], flags, json.as_deref()).await
+            Command::Soak { minutes, run } => {
+                soak::soak(&folder, run, Duration::from_secs(60 * minutes)).await
             }
-            Command::Rows { all, flags, json } => {
+            Command::Row { name, flags, files } => {
+                let made = rows::Plan::of(&[*name], &[flags.program], flags);
+                made.make(&folder, files).await
+            }
+            Command::Rows { all, flags, files } => {
                 let programs = if *all {
                     Program::value_variants()
                 } else {
                     &[flags.program]
                 };
-                let names = rows::Name::value_variants();
-                make_rows(&folder, names, programs, flags, json.as_deref()).await
+                let made = rows::Plan::of(rows::Name::value_variants(), programs, flags);
+                made.make(&folder, files).await
             }
-            Command::Check { .. } => Ok(false),
+            Command::Check { .. } | Command::Table { .. } => Ok(false),
         }
     })?;
     Ok(code(holds))
@@ -130,71 +149,6 @@ async fn once(folder: &Path, flags: &RunFlags) -> anyhow::Result<bool> {
     print!("{}", outcome.report);
     println!("{}", outcome.summary);
     Ok(outcome.report.holds())
-}
-
-async fn soak(folder: &Path, flags: &RunFlags, minutes: u64) -> anyhow::Result<bool> {
-    let begin = Instant::now();
-    let mut failed = Vec::new();
-    let mut flags = flags.clone();
-    let mut runs = 0;
-    while begin.elapsed() < Duration::from_secs(60 * minutes) {
-        let scratch = tempfile::tempdir_in(folder)?;
-        let outcome = run::run(scratch.path(), &flags).await;
-        runs += 1;
-        match &outcome {
-            Ok(outcome) => {
-                let word = if outcome.report.holds() {
-                    "holds"
-                } else {
-                    "BROKEN"
-                };
-                println!("{word}: {}", outcome.summary);
-                for (rule, verdict) in &outcome.report.verdicts {
-                    if *verdict != keelson_checker::Verdict::Holds {
-                        println!("  {rule}: {verdict}");
-                    }
-                }
-            }
-            Err(error) => println!("FAILED: seed {}: {error:#}", flags.seed),
-        }
-        if !outcome.is_ok_and(|outcome| outcome.report.holds()) {
-            failed.push(flags.seed);
-        }
-        flags.seed += 1;
-    }
-    println!("{runs} runs in {:.0?}; failed: {failed:?}", begin.elapsed());
-    Ok(failed.is_empty())
-}
-
-/// True if each could be made; what they show is for people to judge.
-async fn make_rows(
-    folder: &Path,
-    names: &[rows::Name],
-    programs: &[Program],
-    flags: &RowFlags,
-    json: Option<&Path>,
-) -> anyhow::Result<bool> {
-    let mut made = Vec::new();
-    let mut all = true;
-    for name in names {
-        for program in programs {
-            let mut flags = flags.clone();
-            flags.program = *program;
-            match rows::make(folder, *name, &flags).await {
-                Ok(row) => made.push(row),
-                Err(error) => {
-                    println!("  it could not be made: {error:#}");
-                    all = false;
-                }
-            }
-        }
-    }
-    if let Some(json) = json {
-        let file =
-            std::fs::File::create(json).with_context(|| format!("write {}", json.display()))?;
-        serde_json::to_writer_pretty(file, &made)?;
-    }
-    Ok(all)
 }
 
 fn code(holds: bool) -> ExitCode {

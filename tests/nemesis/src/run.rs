@@ -1,5 +1,6 @@
 //! A run: clients at work on a cluster, one fault after the other, then the verdict.
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -49,6 +50,14 @@ pub struct Outcome {
     pub report: Report,
     /// In a line.
     pub summary: String,
+    /// How many operations were done, were refused, failed, and are unknown.
+    pub operations: [usize; 4],
+    /// Watches and leases that were checked.
+    pub watches_and_leases: [usize; 2],
+    /// How often there was which fault.
+    pub faults: BTreeMap<Kind, usize>,
+    /// The longest time in which no write was acknowledged.
+    pub longest_gap: Duration,
 }
 
 /// Runs, prints what happens, and says whether all went well.
@@ -96,33 +105,42 @@ async fn break_and_check(
     let began = Instant::now();
     let mut report = check(&history, &Limits::default());
     report.verdicts.push(("members agree", agreement));
-    let [done, refused, failed, unknown] = record.counts();
+    let operations = record.counts();
+    let [done, refused, failed, unknown] = operations;
     let summary = format!(
-        "{} seed {}: {faults} faults; {done} operations done, {refused} refused, {failed} failed, \
+        "{} seed {}: {} faults; {done} operations done, {refused} refused, {failed} failed, \
          {unknown} unknown; {} watches, {} leases; longest time without a write {gap:.1?}; checked in {:.1?}",
         flags.program.name(),
         flags.seed,
+        faults.values().sum::<usize>(),
         history.watches.len(),
         history.leases.len(),
         began.elapsed(),
     );
-    Ok(Outcome { report, summary })
+    Ok(Outcome {
+        report,
+        summary,
+        operations,
+        watches_and_leases: [history.watches.len(), history.leases.len()],
+        faults,
+        longest_gap: gap,
+    })
 }
 
-/// One fault after the other: how many.
+/// One fault after the other: how often there was which.
 async fn break_until(
     cluster: &mut Cluster,
     flags: &RunFlags,
     record: &Record,
     end: Instant,
-) -> anyhow::Result<usize> {
+) -> anyhow::Result<BTreeMap<Kind, usize>> {
     let mut random = fastrand::Rng::with_seed(flags.seed ^ 0xfau64);
     let kinds = if flags.faults.is_empty() {
         Kind::value_variants()
     } else {
         &flags.faults
     };
-    let mut count = 0;
+    let mut faults = BTreeMap::new();
     let say = |what: &str| {
         println!(
             "{:6.1} s  {what}",
@@ -139,12 +157,12 @@ async fn break_until(
             say(&fault.to_string());
             fault.begin(cluster).await?;
             watch_over(cluster, fault.time, &say).await?;
-            count += 1;
+            *faults.entry(fault.kind).or_default() += 1;
         }
         cluster.heal()?;
         watch_over(cluster, Duration::from_millis(random.u64(500..3000)), &say).await?;
     }
-    Ok(count)
+    Ok(faults)
 }
 
 async fn watch_over(

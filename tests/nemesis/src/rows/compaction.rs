@@ -5,9 +5,9 @@ use keelson_etcd_api::etcdserverpb as pb;
 use pb::kv_client::KvClient;
 use tokio::time::sleep;
 
+use super::Notes;
 use super::data::Data;
 use super::prober::{Probe, Prober};
-use super::{Notes, RowFlags};
 use crate::admin;
 use crate::cluster::{Cluster, Setup};
 
@@ -16,10 +16,10 @@ const VERSIONS: usize = 10;
 
 /// 200,000 versions of 1 KiB in a cluster of three, all but the last of each key compacted while
 /// clients write and read.
-pub async fn make(folder: &Path, flags: &RowFlags, notes: &mut Notes) -> anyhow::Result<()> {
+pub async fn make(folder: &Path, setup: Setup, notes: &mut Notes) -> anyhow::Result<()> {
     let setup = Setup {
         disk_mib: 3000,
-        ..Setup::of(flags.program, flags.seed)
+        ..setup
     };
     let cluster = Cluster::start(folder, setup).await?;
     let urls = cluster.client_urls();

@@ -6,7 +6,7 @@ use std::os::unix::fs::FileExt as _;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use anyhow::Context as _;
+use anyhow::{Context as _, bail};
 use serde::Serialize;
 use tokio::time::sleep;
 
@@ -40,7 +40,7 @@ pub struct Damage {
 }
 
 /// What is done to a file.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone)]
 pub enum How {
     /// This bit of this byte is another.
     Flip(u64, u8),
@@ -48,8 +48,8 @@ pub enum How {
     Zero(u64, u64),
     /// It ends here.
     Cut(u64),
-    /// Here are so many bytes of a write that did not get done.
-    Garbage(u64, usize),
+    /// These bytes are here.
+    Write(u64, Vec<u8>),
 }
 
 /// How a member fared.
@@ -89,11 +89,15 @@ impl Bench {
         sleep(Duration::from_secs(3)).await;
         let pristine = folder.join("pristine");
         std::fs::create_dir(&pristine)?;
+        // What all of them would have if they were killed at once.
         for at in 0..cluster.count() {
-            cluster.kill(at)?;
+            cluster.pause(at)?;
         }
         for at in 0..cluster.count() {
             copy(&cluster.disk(at).data(), &pristine.join(name(at)))?;
+        }
+        for at in 0..cluster.count() {
+            cluster.resume(at)?;
         }
         Ok(Self {
             cluster,
@@ -124,6 +128,36 @@ impl Bench {
         Ok(files)
     }
 
+    /// What the next write adds to `file`, of which `content` is what it had before: the first half, up
+    /// to a sector's end, and where. Nobody is told of that write in the state that damages begin from,
+    /// so it is what a loss of power in the middle of it leaves. Must come before any damage.
+    pub async fn half_of_a_write(
+        &mut self,
+        file: &Path,
+        content: &[u8],
+    ) -> anyhow::Result<(u64, Vec<u8>)> {
+        const SECTOR: usize = 512;
+        let one_more = Data {
+            keys: 1,
+            bytes: 100_000,
+        };
+        one_more.load(&Cluster::client_url(MEMBER)).await?;
+        for at in 0..self.cluster.count() {
+            self.cluster.kill(at)?;
+        }
+        let after = std::fs::read(self.cluster.disk(MEMBER).data().join(file))?;
+        let differs = |at: usize| after.get(at) != content.get(at);
+        let (Some(from), Some(last)) = (
+            (0..after.len()).find(|at| differs(*at)),
+            (0..after.len()).rev().find(|at| differs(*at)),
+        ) else {
+            bail!("a write left {} as it was", file.display());
+        };
+        let end = from.midpoint(last) / SECTOR * SECTOR;
+        let half = after.get(from..end).context("a write of no length")?;
+        Ok((u64::try_from(from)?, half.to_vec()))
+    }
+
     /// Makes all members what they were before any damage: one alone would have forgotten what it
     /// promised to the others.
     async fn restore(&mut self) -> anyhow::Result<()> {
@@ -135,7 +169,7 @@ impl Bench {
             copy(&self.pristine.join(name(at)), &self.cluster.disk(at).data())?;
             self.cluster.run(at)?;
         }
-        self.cluster.wait_for_all(Duration::from_mins(1)).await
+        self.cluster.wait_for_all(Duration::from_mins(2)).await
     }
 
     /// Damages the member, and notes how it and the cluster fare.
@@ -240,22 +274,22 @@ impl Bench {
 }
 
 impl How {
-    fn apply(self, file: &Path) -> anyhow::Result<()> {
+    fn apply(&self, file: &Path) -> anyhow::Result<()> {
         let open = File::options().read(true).write(true).open(file);
         let open = open.with_context(|| format!("open {} to damage it", file.display()))?;
         match self {
             Self::Flip(at, bit) => {
                 let mut byte = [0];
-                open.read_exact_at(&mut byte, at)?;
+                open.read_exact_at(&mut byte, *at)?;
                 byte[0] ^= 1 << (bit % 8);
-                open.write_all_at(&byte, at)?;
+                open.write_all_at(&byte, *at)?;
             }
             Self::Zero(at, length) => {
-                let length = length.min(open.metadata()?.len().saturating_sub(at));
-                open.write_all_at(&vec![0; usize::try_from(length)?], at)?;
+                let length = open.metadata()?.len().saturating_sub(*at).min(*length);
+                open.write_all_at(&vec![0; usize::try_from(length)?], *at)?;
             }
-            Self::Cut(at) => open.set_len(at)?,
-            Self::Garbage(at, length) => open.write_all_at(&vec![0xa5; length], at)?,
+            Self::Cut(at) => open.set_len(*at)?,
+            Self::Write(at, bytes) => open.write_all_at(bytes, *at)?,
         }
         open.sync_all()?;
         Ok(())

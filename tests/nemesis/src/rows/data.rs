@@ -30,30 +30,43 @@ pub struct Found {
 }
 
 impl Data {
-    /// Puts all of it on the member at `url`, many values in each request.
+    /// Puts all of it on the member at `url`, many at a time.
     pub async fn load(self, url: &str) -> anyhow::Result<()> {
-        /// Bytes of one request.
-        const REQUEST: usize = 256 << 10;
-        let batch = (REQUEST / (self.bytes + 100)).clamp(1, 100) as u64;
-        self.load_by(batch, 16, url).await
+        self.load_with(url, 256 << 10, 16).await
     }
 
     /// Puts all of it on the member at `url`, one value in each request, as most clients do. (etcd keeps
     /// the last 100,000 requests in memory: large ones would be held against it.)
     pub async fn load_singly(self, url: &str) -> anyhow::Result<()> {
-        self.load_by(1, 64, url).await
+        self.load_with(url, 1, 128).await
     }
 
-    async fn load_by(self, batch: u64, at_once: usize, url: &str) -> anyhow::Result<()> {
-        let channel = admin::connect(url).await?;
-        let batches = (0..self.keys.div_ceil(batch)).map(|number| {
-            let kv = KvClient::new(channel.clone());
-            let keys = number * batch..self.keys.min((number + 1) * batch);
-            self.put(kv, keys)
-        });
+    /// So many bytes in one request, so many requests at once. Says how far it is.
+    async fn load_with(self, url: &str, bytes: usize, at_once: usize) -> anyhow::Result<()> {
+        const CHANNELS: u64 = 4;
+        const STEPS: u64 = 10;
+        let mut channels = Vec::new();
+        for _ in 0..CHANNELS {
+            channels.push(admin::connect(url).await?);
+        }
+        let batch = (bytes / (self.bytes + 100)).clamp(1, 100) as u64;
+        let count = self.keys.div_ceil(batch);
+        let batches = (0..count)
+            .zip(channels.iter().cycle())
+            .map(|(number, channel)| {
+                let kv = KvClient::new(channel.clone());
+                let keys = number * batch..self.keys.min((number + 1) * batch);
+                self.put(kv, keys)
+            });
         let mut done = futures::stream::iter(batches).buffer_unordered(at_once);
+        let mut loaded = 0;
         while let Some(done) = done.next().await {
             done?;
+            loaded += 1;
+            let step = (count / STEPS).max(1);
+            if self.keys * self.bytes as u64 > 500_000_000 && loaded % step == 0 {
+                println!("    {} % are loaded", 100 * loaded / count);
+            }
         }
         Ok(())
     }
@@ -88,11 +101,20 @@ impl Data {
 
     /// Reads all of it from the member at `url`, as that member has it.
     pub async fn look(self, url: &str) -> anyhow::Result<Found> {
+        self.look_at(url, 0).await
+    }
+
+    /// Reads the last `count` keys of it.
+    pub async fn look_at_some(self, url: &str, count: u64) -> anyhow::Result<Found> {
+        self.look_at(url, self.keys.saturating_sub(count)).await
+    }
+
+    async fn look_at(self, url: &str, from: u64) -> anyhow::Result<Found> {
         const PAGE: u64 = 500;
         let mut kv =
             KvClient::new(admin::connect(url).await?).max_decoding_message_size(usize::MAX);
         let mut found = Found::default();
-        let mut next = 0;
+        let mut next = from;
         while next < self.keys {
             let end = self.keys.min(next + PAGE);
             let request = pb::RangeRequest {

@@ -5,18 +5,18 @@ use keelson_etcd_api::etcdserverpb as pb;
 use pb::maintenance_client::MaintenanceClient;
 use tokio::time::sleep;
 
+use super::Notes;
 use super::data::Data;
 use super::prober::{Probe, Prober};
-use super::{Notes, RowFlags};
 use crate::admin;
 use crate::cluster::{Cluster, Setup};
 
 /// 300 MiB of data on one member, which is defragmented while clients write and read.
-pub async fn make(folder: &Path, flags: &RowFlags, notes: &mut Notes) -> anyhow::Result<()> {
+pub async fn make(folder: &Path, setup: Setup, notes: &mut Notes) -> anyhow::Result<()> {
     let setup = Setup {
         members: 1,
         disk_mib: 4000,
-        ..Setup::of(flags.program, flags.seed)
+        ..setup
     };
     let cluster = Cluster::start(folder, setup).await?;
     let urls = cluster.client_urls();

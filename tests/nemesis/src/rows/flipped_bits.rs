@@ -1,14 +1,14 @@
 use std::path::Path;
 
+use super::Notes;
 use super::damage::{Bench, Damage, How};
-use super::{Notes, RowFlags};
 use crate::cluster::Setup;
 
 /// Each file of a follower gets one flipped bit: in a value, where it holds one, and in two other
 /// places that are in use; while it is down, and in values while it runs as well.
-pub async fn make(folder: &Path, flags: &RowFlags, notes: &mut Notes) -> anyhow::Result<()> {
-    let mut random = fastrand::Rng::with_seed(flags.seed);
-    let mut bench = Bench::new(folder, Setup::of(flags.program, flags.seed)).await?;
+pub async fn make(folder: &Path, setup: Setup, notes: &mut Notes) -> anyhow::Result<()> {
+    let mut random = fastrand::Rng::with_seed(setup.seed);
+    let mut bench = Bench::new(folder, setup).await?;
     for (file, content) in bench.files()? {
         let mut damages = Vec::new();
         if let Some(at) = in_a_value(&content, &mut random) {

@@ -5,9 +5,9 @@ use keelson_etcd_api::etcdserverpb as pb;
 use pb::kv_client::KvClient;
 use tokio::time::{sleep, timeout};
 
+use super::Notes;
 use super::data::Data;
 use super::prober::{Probe, Probed, Prober};
-use super::{Notes, RowFlags};
 use crate::admin;
 use crate::cluster::{Cluster, Setup};
 
@@ -16,8 +16,8 @@ const FULL: Duration = Duration::from_secs(12);
 
 /// The leader's disk is full for some time, then the disks of all; writers go on, and fill what is
 /// left. Members that end are started again, as systemd would.
-pub async fn make(folder: &Path, flags: &RowFlags, notes: &mut Notes) -> anyhow::Result<()> {
-    let mut cluster = Cluster::start(folder, Setup::of(flags.program, flags.seed)).await?;
+pub async fn make(folder: &Path, setup: Setup, notes: &mut Notes) -> anyhow::Result<()> {
+    let mut cluster = Cluster::start(folder, setup).await?;
     let urls = cluster.client_urls();
     let data = Data {
         keys: 2000,

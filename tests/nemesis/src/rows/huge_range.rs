@@ -5,10 +5,10 @@ use keelson_etcd_api::etcdserverpb as pb;
 use pb::kv_client::KvClient;
 use tokio::time::{sleep, timeout};
 
+use super::Notes;
 use super::data::Data;
 use super::prober::{Probe, Prober};
 use super::process::{Peak, resident};
-use super::{Notes, RowFlags};
 use crate::admin;
 use crate::cluster::{Cluster, Setup};
 
@@ -16,11 +16,11 @@ use crate::cluster::{Cluster, Setup};
 const CLIENTS: usize = 8;
 
 /// 200 MiB of data, and clients that ask for all of it in one request, without a limit.
-pub async fn make(folder: &Path, flags: &RowFlags, notes: &mut Notes) -> anyhow::Result<()> {
+pub async fn make(folder: &Path, setup: Setup, notes: &mut Notes) -> anyhow::Result<()> {
     let setup = Setup {
         members: 1,
         disk_mib: 3000,
-        ..Setup::of(flags.program, flags.seed)
+        ..setup
     };
     let cluster = Cluster::start(folder, setup).await?;
     let urls = cluster.client_urls();

@@ -6,14 +6,14 @@ use pb::kv_client::KvClient;
 use pb::lease_client::LeaseClient;
 use tokio::time::sleep;
 
-use super::{Notes, RowFlags};
+use super::Notes;
 use crate::admin;
 use crate::cluster::{Cluster, Setup};
 
 /// A lease of 12 s is never kept alive, and the leader dies after 4 s and again after 8 s.
-pub async fn make(folder: &Path, flags: &RowFlags, notes: &mut Notes) -> anyhow::Result<()> {
+pub async fn make(folder: &Path, setup: Setup, notes: &mut Notes) -> anyhow::Result<()> {
     const TTL: u64 = 12;
-    let mut cluster = Cluster::start(folder, Setup::of(flags.program, flags.seed)).await?;
+    let mut cluster = Cluster::start(folder, setup).await?;
     let urls = cluster.client_urls();
     let leader = admin::wait_for_leader(&urls, Duration::from_secs(10)).await?;
     let channel = admin::connect(&urls[leader]).await?;

@@ -6,8 +6,17 @@ use std::time::Duration;
 
 /// Bytes of memory that a process has; 0 if it is gone.
 pub fn resident(process: u32) -> u64 {
+    status(process, "VmRSS:")
+}
+
+/// Those of them that are not a mapped file's, which the kernel may take back.
+pub fn own(process: u32) -> u64 {
+    status(process, "RssAnon:")
+}
+
+fn status(process: u32, field: &str) -> u64 {
     let status = std::fs::read_to_string(format!("/proc/{process}/status")).unwrap_or_default();
-    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"));
+    let line = status.lines().find_map(|line| line.strip_prefix(field));
     let kib = line.and_then(|line| line.split_whitespace().next()?.parse::<u64>().ok());
     kib.unwrap_or(0) * 1024
 }

@@ -7,10 +7,10 @@ use pb::watch_request::RequestUnion;
 use tokio::time::{sleep, timeout};
 use tonic::Streaming;
 
+use super::Notes;
 use super::data::Data;
 use super::prober::{Probe, Prober};
 use super::process::{Peak, resident};
-use super::{Notes, RowFlags};
 use crate::admin;
 use crate::cluster::{Cluster, Setup};
 
@@ -18,11 +18,11 @@ use crate::cluster::{Cluster, Setup};
 const SLOW: usize = 50;
 
 /// 100 MiB are written while 50 watches do not read; then one of them reads on.
-pub async fn make(folder: &Path, flags: &RowFlags, notes: &mut Notes) -> anyhow::Result<()> {
+pub async fn make(folder: &Path, setup: Setup, notes: &mut Notes) -> anyhow::Result<()> {
     let setup = Setup {
         members: 1,
         disk_mib: 3000,
-        ..Setup::of(flags.program, flags.seed)
+        ..setup
     };
     let cluster = Cluster::start(folder, setup).await?;
     let urls = cluster.client_urls();

@@ -7,8 +7,8 @@ use pb::lease_client::LeaseClient;
 use tokio::task::JoinSet;
 use tokio::time::{sleep, timeout};
 
+use super::Notes;
 use super::prober::{Probe, Prober};
-use super::{Notes, RowFlags};
 use crate::admin;
 use crate::cluster::{Cluster, Setup};
 
@@ -21,8 +21,8 @@ const STALL: Duration = Duration::from_secs(15);
 /// The leader's disk stops answering writes and syncs, and goes on later. (By freezing its file
 /// system: a suspended device-mapper target would stop reads of what is not cached as well, but not
 /// every kernel has device-mapper.)
-pub async fn make(folder: &Path, flags: &RowFlags, notes: &mut Notes) -> anyhow::Result<()> {
-    let mut cluster = Cluster::start(folder, Setup::of(flags.program, flags.seed)).await?;
+pub async fn make(folder: &Path, setup: Setup, notes: &mut Notes) -> anyhow::Result<()> {
+    let mut cluster = Cluster::start(folder, setup).await?;
     let urls = cluster.client_urls();
     let leader = admin::wait_for_leader(&urls, Duration::from_secs(10)).await?;
     let mut kept = JoinSet::new();

@@ -1,22 +1,25 @@
 use std::path::Path;
 
+use super::Notes;
 use super::damage::{Bench, Damage, How, is_log};
-use super::{Notes, RowFlags};
 use crate::cluster::Setup;
 
-/// The log of a member that is down ends with half of a write, as after a crash; or something is
-/// missing of what was acknowledged, at its end or in its middle, which no crash does.
-pub async fn make(folder: &Path, flags: &RowFlags, notes: &mut Notes) -> anyhow::Result<()> {
-    let mut bench = Bench::new(folder, Setup::of(flags.program, flags.seed)).await?;
+/// The log of a member that is down ends with half of a write that nobody was told of, as after a loss
+/// of power; or something is missing of what was acknowledged, at its end or in its middle, which no
+/// such loss does.
+pub async fn make(folder: &Path, setup: Setup, notes: &mut Notes) -> anyhow::Result<()> {
+    let program = setup.program;
+    let mut bench = Bench::new(folder, setup).await?;
     let mut logs = bench.files()?;
-    logs.retain(|(file, _)| is_log(flags.program, file));
+    logs.retain(|(file, _)| is_log(program, file));
     // The one in which the last entries are; the names of both are in order of age.
     let Some((file, content)) = logs.pop() else {
         anyhow::bail!("the member has no log");
     };
+    let (at, half) = bench.half_of_a_write(&file, &content).await?;
     let used = content.iter().rposition(|byte| *byte != 0).unwrap_or(0) as u64 + 1;
     let cases = [
-        ("half of a write at the end", How::Garbage(used, 300)),
+        ("half of a write at the end", How::Write(at, half)),
         (
             "the last 100 bytes are cut off",
             How::Cut(used.saturating_sub(100)),

@@ -78,6 +78,20 @@ pub enum Operation {
 }
 
 impl Operation {
+    /// Whether it is a client's change of what the store holds: what is refused while CORRUPT is raised,
+    /// as in etcd.
+    pub fn changes_keys(&self) -> bool {
+        matches!(
+            self,
+            Self::Put(_)
+                | Self::DeleteRange(_)
+                | Self::Txn(_)
+                | Self::Compact(_)
+                | Self::LeaseGrant(_)
+                | Self::LeaseRevoke(_)
+        )
+    }
+
     /// Whether it needs more room than there was before: what is refused while NOSPACE is raised.
     pub fn grows(&self) -> bool {
         match self {

@@ -9,10 +9,6 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use keelson_etcd_api::etcdserverpb as pb;
-use keelson_member::Limits;
-use keelson_member::command::{Command, Operation};
-use keelson_member::disk::Folder;
-use keelson_member::keyspace::Keyspace;
 use keelson_state_tests::{Cluster, Program, Random};
 use pb::kv_client::KvClient;
 use pb::maintenance_client::MaintenanceClient;
@@ -109,51 +105,6 @@ async fn damage_is_found_while_serving() {
         }
     }
     check(&cluster, count).await;
-}
-
-/// A member whose keyspace is another one, though every checksum is right: the others tell it.
-#[tokio::test]
-async fn a_divergent_member_is_rebuilt() {
-    let mut cluster = Cluster::start(Program::KeelsonState, 3, &[]).await;
-    fill(&cluster, 0..10).await;
-    settle(&mut cluster).await;
-    cluster.kill(VICTIM);
-    diverge(&cluster.data(VICTIM));
-    let before = cluster.log_of(VICTIM).len();
-    cluster.run(VICTIM);
-    let deadline = Instant::now() + PATIENCE;
-    loop {
-        let log = cluster.log_of(VICTIM).split_off(before);
-        if log.contains("this member is whole again") {
-            assert!(log.contains("differs from that of most members"), "{log}");
-            break;
-        }
-        assert!(Instant::now() < deadline, "it is not found:\n{log}");
-        tokio::time::sleep(Duration::from_millis(50)).await;
-    }
-    check(&cluster, 10).await;
-}
-
-/// Changes a key of a member that is not running.
-fn diverge(folder: &Path) {
-    let disk = Folder::open(folder).unwrap();
-    let keyspace = Keyspace::open(&disk, 1 << 20, None, Limits::default()).unwrap();
-    let metadata = keyspace.metadata();
-    let mut batch = keyspace.batch();
-    let put = pb::PutRequest {
-        key: key(3).into(),
-        value: "another value".into(),
-        ..pb::PutRequest::default()
-    };
-    let command = Command {
-        operation: Some(Operation::Put(put)),
-        ..Command::default()
-    };
-    batch.apply(command).unwrap().unwrap();
-    batch.applied(metadata.applied_index, metadata.applied_term);
-    batch.finish();
-    let flush = keyspace.begin_flush().unwrap();
-    keyspace.flush(flush).unwrap().unwrap();
 }
 
 /// A single member has nobody to be repaired from: it says so, and serves nothing wrong.

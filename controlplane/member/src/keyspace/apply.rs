@@ -70,6 +70,15 @@ impl<'a> Applier<'a> {
         {
             return Err(RequestError::NoSpace.into());
         }
+        if !self.state.metadata.alarms.is_empty()
+            && command
+                .operation
+                .as_ref()
+                .is_some_and(Operation::changes_keys)
+            && self.state.metadata.is_corrupt()
+        {
+            return Err(RequestError::Corrupt.into());
+        }
         let response = match command.operation {
             Some(Operation::Put(put)) => {
                 // Of two mistakes, etcd tells the lease first here, and the key first in a

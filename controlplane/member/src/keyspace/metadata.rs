@@ -110,6 +110,12 @@ pub struct Alarm {
 }
 
 impl Metadata {
+    /// Whether CORRUPT is raised: members differ, and nobody knows which of them are right.
+    pub fn is_corrupt(&self) -> bool {
+        let corrupt = pb::AlarmType::Corrupt as i32;
+        self.alarms.iter().any(|alarm| alarm.kind == corrupt)
+    }
+
     /// Users and roles.
     pub fn auth(&self) -> &Auth {
         self.auth.as_ref().unwrap_or(&NO_AUTH)

@@ -65,6 +65,8 @@ pub struct Keyspace {
     auth_enabled: AtomicBool,
     /// As well.
     refuses_growth: AtomicBool,
+    /// As well.
+    is_corrupt: AtomicBool,
     limits: Limits,
 }
 
@@ -131,6 +133,7 @@ impl Keyspace {
         Ok(Self {
             auth_enabled: AtomicBool::new(state.metadata.auth().enabled),
             refuses_growth: AtomicBool::new(state.metadata.refuses_growth()),
+            is_corrupt: AtomicBool::new(state.metadata.is_corrupt()),
             state: RwLock::new(state),
             blocks: RwLock::new(Arc::clone(engine.blocks())),
             engine: Mutex::new(engine),
@@ -281,6 +284,11 @@ impl Keyspace {
         self.refuses_growth.load(Ordering::Acquire)
     }
 
+    /// Whether members differ, and nobody knows which of them are right: what is read may be wrong.
+    pub fn is_corrupt(&self) -> bool {
+        self.is_corrupt.load(Ordering::Acquire)
+    }
+
     /// Whether an alarm is raised.
     pub fn has_alarm(&self, alarm: Alarm) -> bool {
         self.state.read().metadata.alarms.contains(&alarm)
@@ -305,6 +313,8 @@ impl Keyspace {
         self.auth_enabled.store(enabled, Ordering::Release);
         let refuses = !metadata.alarms.is_empty() && metadata.refuses_growth();
         self.refuses_growth.store(refuses, Ordering::Release);
+        self.is_corrupt
+            .store(metadata.is_corrupt(), Ordering::Release);
     }
 
     /// Whether requests need a user.

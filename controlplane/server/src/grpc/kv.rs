@@ -22,7 +22,7 @@ impl Kv for Services {
         let request = request.into_inner();
         check::range(&request).map_err(|error| refused(&error))?;
         if !request.serializable {
-            self.linearize().await?;
+            self.linearize_keys().await?;
         }
         let authority = self
             .authority(&credentials)
@@ -46,7 +46,7 @@ impl Kv for Services {
         let request = request.into_inner();
         check::range(&request).map_err(|error| refused(&error))?;
         if !request.serializable {
-            self.linearize().await?;
+            self.linearize_keys().await?;
         }
         let authority = self
             .authority(&credentials)
@@ -99,7 +99,7 @@ impl Kv for Services {
         check::txn(&request, self.limits.txn_operations).map_err(|error| refused(&error))?;
         let mut response = if check::is_read_only(&request) {
             if !check::is_serializable(&request) {
-                self.linearize().await?;
+                self.linearize_keys().await?;
             }
             let authority = self
                 .authority(&credentials)
@@ -138,6 +138,15 @@ impl Kv for Services {
 }
 
 impl Services {
+    /// Waits until a read of keys is current; one that may be wrong is refused. (etcd answers it.)
+    async fn linearize_keys(&self) -> Result<(), Status> {
+        self.linearize().await?;
+        if self.node.keyspace().is_corrupt() {
+            return Err(refused(&RequestError::Corrupt));
+        }
+        Ok(())
+    }
+
     /// Replicates an operation, if it is not too large.
     pub(super) async fn write(
         &self,

@@ -1,5 +1,7 @@
 //! Data whose every value can be told from its key.
 
+use std::time::{Duration, Instant};
+
 use anyhow::Context as _;
 use futures::StreamExt as _;
 use keelson_etcd_api::etcdserverpb as pb;
@@ -17,6 +19,9 @@ pub struct Data {
     /// Bytes of a value.
     pub bytes: usize,
 }
+
+/// How long one request is tried: a disk may be slower than what is loaded comes.
+const PATIENCE: Duration = Duration::from_mins(3);
 
 /// What a member has of it.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
@@ -87,15 +92,14 @@ impl Data {
             success: puts.collect(),
             ..pb::TxnRequest::default()
         };
-        let mut tries = 0;
+        let begin = Instant::now();
         loop {
             match kv.txn(txn.clone()).await {
                 Ok(_) => return Ok(()),
-                Err(error) if tries >= 50 => return Err(error).context("load data"),
+                Err(error) if begin.elapsed() > PATIENCE => return Err(error).context("load data"),
                 // Too many requests at once, or a new leader.
-                Err(_) => tokio::time::sleep(std::time::Duration::from_millis(200)).await,
+                Err(_) => tokio::time::sleep(Duration::from_millis(200)).await,
             }
-            tries += 1;
         }
     }
 
@@ -123,7 +127,7 @@ impl Data {
                 serializable: true,
                 ..pb::RangeRequest::default()
             };
-            let limit = std::time::Duration::from_secs(10);
+            let limit = Duration::from_secs(10);
             let answer = tokio::time::timeout(limit, kv.range(request))
                 .await??
                 .into_inner();

@@ -100,11 +100,17 @@ fn check_proposals(entries: &[Entry]) -> Result<(), Refusal> {
     Ok(())
 }
 
-/// Refuses what contradicts what this member knows. The form was checked.
-pub fn check<T: Storage>(raft: &Raft<T>, message: &Message) -> Result<(), Refusal> {
-    if message.term > raft.term.saturating_add(MAX_TERM_AHEAD) {
+/// Refuses a term that no election can have led to, in the term `own`. Who sends it is to be cut off.
+pub fn check_term(message: &Message, own: u64) -> Result<(), Refusal> {
+    if message.term > own.saturating_add(MAX_TERM_AHEAD) {
         return Err("its term is not plausible");
     }
+    Ok(())
+}
+
+/// Refuses what contradicts what this member knows. The form was checked.
+pub fn check<T: Storage>(raft: &Raft<T>, message: &Message) -> Result<(), Refusal> {
+    check_term(message, raft.term)?;
     let same_term = message.term == raft.term;
     let log = &raft.raft_log;
     match message.msg_type() {

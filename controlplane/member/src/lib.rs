@@ -21,7 +21,7 @@ pub mod watch;
 pub use raft::eraftpb::Message as PeerMessage;
 
 pub use self::error::{Damage, Failure, MemberError, RequestError};
-pub use self::guard::{Refusal, check_form};
+pub use self::guard::{Refusal, check_form, check_term};
 pub use self::identity::Identity;
 pub use self::limits::Limits;
 pub use self::recover::recover;

@@ -78,7 +78,7 @@ pub fn begin(disk: &dyn Disk, reason: &str) -> Result<(), MemberError> {
 }
 
 /// Why the member has to be rebuilt, if it has to.
-fn reason(disk: &dyn Disk) -> Result<Option<String>, MemberError> {
+pub fn reason(disk: &dyn Disk) -> Result<Option<String>, MemberError> {
     let what = || MemberError::disk(format!("read {MARKER}"));
     let file = match disk.open(MARKER, false) {
         Ok(file) => file,

@@ -1,5 +1,6 @@
 //! `keelson-state`: a member of a replicated state store that speaks etcd v3's API.
 
+mod again;
 mod check;
 mod compactor;
 mod disk;

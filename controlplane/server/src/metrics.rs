@@ -34,6 +34,24 @@ pub struct Metrics {
     pub proposals_failed: IntCounter,
     /// Proposals whose outcome is awaited.
     pub proposals_pending: IntGauge,
+    /// What there is of damaged members.
+    pub rebuilds: Rebuilds,
+}
+
+/// Members that are damaged, and are rebuilt. A process that finds itself damaged starts anew: what it
+/// counted begins at 0 then, and the rebuild is counted by the new one.
+#[derive(Debug, Clone)]
+pub struct Rebuilds {
+    /// Times that this member was found damaged, or without its data, since the process began.
+    pub damage_found: IntCounter,
+    /// Attempts to rebuild it that failed.
+    pub failures: IntCounter,
+    /// Seconds that rebuilds took, from finding the damage on.
+    pub durations: Histogram,
+    /// Other members that were rebuilt from this one.
+    pub served: IntCounter,
+    /// Other members that this one, the leader, found to hold something else than most.
+    pub divergent: IntCounter,
 }
 
 impl Metrics {
@@ -71,8 +89,9 @@ impl Metrics {
                 "etcd_server_proposals_pending",
                 "Proposals whose outcome is awaited.",
             )?,
+            rebuilds: Rebuilds::new()?,
         };
-        let collectors: [Box<dyn Collector>; 8] = [
+        let collectors: [Box<dyn Collector>; 13] = [
             Box::new(metrics.started.clone()),
             Box::new(metrics.handled.clone()),
             Box::new(metrics.log_syncs.clone()),
@@ -80,6 +99,11 @@ impl Metrics {
             Box::new(metrics.leader_changes.clone()),
             Box::new(metrics.proposals_failed.clone()),
             Box::new(metrics.proposals_pending.clone()),
+            Box::new(metrics.rebuilds.damage_found.clone()),
+            Box::new(metrics.rebuilds.failures.clone()),
+            Box::new(metrics.rebuilds.durations.clone()),
+            Box::new(metrics.rebuilds.served.clone()),
+            Box::new(metrics.rebuilds.divergent.clone()),
             Box::new(ProcessCollector::for_self()),
         ];
         for collector in collectors {
@@ -140,6 +164,37 @@ impl Metrics {
         TextEncoder::new()
             .encode_to_string(&families)
             .unwrap_or_else(|error| format!("# {error}\n"))
+    }
+}
+
+impl Rebuilds {
+    fn new() -> prometheus::Result<Self> {
+        Ok(Self {
+            damage_found: IntCounter::new(
+                "keelson_state_damage_found_total",
+                "Times that this member was found damaged, or without its data, and had to be rebuilt.",
+            )?,
+            failures: IntCounter::new(
+                "keelson_state_rebuild_failures_total",
+                "Attempts to rebuild this member from others that failed.",
+            )?,
+            durations: Histogram::with_opts(
+                HistogramOpts::new(
+                    "keelson_state_rebuild_duration_seconds",
+                    "Time of rebuilds of this member, from finding the damage on.",
+                )
+                // From 0.1 s to an hour.
+                .buckets(exponential_buckets(0.1, 2.0, 16)?),
+            )?,
+            served: IntCounter::new(
+                "keelson_state_rebuilds_served_total",
+                "Other members that were rebuilt from this one.",
+            )?,
+            divergent: IntCounter::new(
+                "keelson_state_divergent_members_total",
+                "Members that this one, as the leader, found to differ from most.",
+            )?,
+        })
     }
 }
 

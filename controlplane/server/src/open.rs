@@ -5,11 +5,12 @@ use std::time::Duration;
 
 use anyhow::Context as _;
 use keelson_member::disk::{Disk, Folder};
+use keelson_member::keyspace::Member as MemberInfo;
 use keelson_member::rebuild::Opening;
 use keelson_member::{Identity, Limits, Member, MemberOptions, Start, rebuild};
 
 use crate::disk::{ServerDisk, Waiting};
-use crate::metrics::Metrics;
+use crate::metrics::{Metrics, Rebuilds};
 use crate::node::Node;
 use crate::options::{ClusterState, Options};
 use crate::peers::rebuild::Damaged;
@@ -63,6 +64,7 @@ pub async fn open(
     disk: Arc<dyn Disk>,
     connector: &Connector,
     lobby: &Lobby,
+    metrics: &Rebuilds,
 ) -> anyhow::Result<Opened> {
     let folder = options.member.folder();
     let here = || format!("in {}", folder.display());
@@ -94,10 +96,12 @@ pub async fn open(
             identity: &identity,
             urls: &urls,
             connector,
+            metrics,
         };
         damaged.rebuild(&reason).await.with_context(here)?;
         start = Start::Continue;
     };
+    check_owner(options, &identity, &member.keyspace().metadata().members)?;
     if !matches!(start, Start::Continue) {
         identity.store(&*disk)?;
     }
@@ -106,6 +110,36 @@ pub async fn open(
         disk,
         identity,
     })
+}
+
+/// Refuses the folder of another member, one that has this one's name and URLs: it would be there
+/// twice, and both would vote.
+fn check_owner(
+    options: &Options,
+    identity: &Identity,
+    members: &[MemberInfo],
+) -> anyhow::Result<()> {
+    let flags = &options.member;
+    let is_started_as = |member: &MemberInfo| {
+        let urls = &flags.initial_advertise_peer_urls;
+        member.name == flags.name && member.peer_urls.iter().all(|url| urls.contains(url))
+    };
+    let own = |member: &&MemberInfo| member.id == identity.member_id;
+    let other = members
+        .iter()
+        .find(|member| !own(member) && is_started_as(member));
+    if let (Some(own), Some(other)) = (members.iter().find(own), other) {
+        anyhow::bail!(
+            "{} is the data of member {:?} ({:x}), and this is started as {:?} ({:x}): start each member \
+             on its own folder, and never on a copy of another one's",
+            flags.folder().display(),
+            own.name,
+            own.id,
+            other.name,
+            other.id
+        );
+    }
+    Ok(())
 }
 
 /// Where the other members may be.

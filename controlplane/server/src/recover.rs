@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use anyhow::Context as _;
 use keelson_member::disk::{Disk, Folder};
-use keelson_member::{Identity, Limits, MemberError, MemberOptions, Start, recover};
+use keelson_member::{Identity, Limits, MemberError, MemberOptions, Start, rebuild, recover};
 
 use crate::options::{Founders, MemberFlags};
 
@@ -25,6 +25,13 @@ pub fn run(from: &Path, flags: &MemberFlags, bump_revision: i64) -> anyhow::Resu
     );
     let old = Identity::load(&*disk)?
         .with_context(|| format!("{} is not the folder of a member", from.display()))?;
+    if let Some(reason) = rebuild::reason(&*disk)? {
+        anyhow::bail!(
+            "{} is damaged, and was not rebuilt yet ({reason}): recover from another member's folder, or \
+             restore a backup (keelson-state snapshot restore)",
+            from.display()
+        );
+    }
     anyhow::ensure!(
         old.cluster_id != founders.cluster_id,
         "the new cluster would have the id of the old one: give another --initial-cluster-token"
@@ -90,6 +97,13 @@ pub fn ensure_empty(folder: &Path) -> anyhow::Result<()> {
     Ok(())
 }
 
+/// Whether a file is what something that was broken off has left, or is prepared for later.
+fn is_left_over(name: &std::ffi::OsStr) -> bool {
+    let left = ["next-", "spare-", "incoming-", "damaged-"];
+    let name = name.to_string_lossy();
+    left.iter().any(|prefix| name.starts_with(prefix))
+}
+
 fn copy(from: &Path, to: &Path) -> anyhow::Result<()> {
     // Locked, so that no member writes to it meanwhile.
     let lock = Folder::open(from);
@@ -98,7 +112,7 @@ fn copy(from: &Path, to: &Path) -> anyhow::Result<()> {
     for entry in std::fs::read_dir(from).with_context(|| format!("read {}", from.display()))? {
         let entry = entry?;
         let name = entry.file_name();
-        if !entry.file_type()?.is_file() || name == "lock" {
+        if !entry.file_type()?.is_file() || name == "lock" || is_left_over(&name) {
             continue;
         }
         std::fs::copy(entry.path(), to.join(&name))

@@ -1,7 +1,7 @@
 //! Opens the member and serves it until the process is told to end.
 
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
 use keelson_member::command::Operation;
@@ -12,6 +12,7 @@ use tonic::service::Routes;
 use tonic_health::ServingStatus;
 use tonic_health::server::HealthReporter;
 
+use crate::again;
 use crate::compactor;
 use crate::disk::Waiting;
 use crate::ending::{self, Ending};
@@ -32,21 +33,23 @@ pub fn run(options: &Options) -> anyhow::Result<()> {
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .enable_all()
         .build()?;
+    let begin = Instant::now();
     match runtime.block_on(serve(options))? {
         End::Stopped => Ok(()),
-        End::Damaged => Err(restart()),
+        End::Damaged => Err(restart(begin.elapsed())),
     }
 }
 
 /// Runs this program anew in this process: of what a damaged member has in memory, nothing is to be
 /// relied on. Returns only if that fails.
-fn restart() -> anyhow::Error {
+fn restart(served: Duration) -> anyhow::Error {
     use std::os::unix::process::CommandExt as _;
     let mut arguments = std::env::args_os();
     let name = arguments.next().unwrap_or_default();
     let error = std::process::Command::new("/proc/self/exe")
         .arg0(name)
         .args(arguments)
+        .env(again::IN_A_ROW, again::next(served).to_string())
         .exec();
     anyhow::Error::new(error).context("cannot start anew: start this member again")
 }
@@ -87,7 +90,7 @@ async fn serve(options: &Options) -> anyhow::Result<End> {
             .await?,
         );
     }
-    let opened = open::open(options, disk, &connector, &lobby).await?;
+    let opened = open::open(options, disk, &connector, &lobby, &metrics.rebuilds).await?;
     for listener in listeners {
         listener.abort();
         let _ = listener.await;
@@ -139,6 +142,7 @@ async fn serve(options: &Options) -> anyhow::Result<End> {
             Arc::clone(&disk),
             identity.cluster_id,
             identity.member_id,
+            metrics.rebuilds.served.clone(),
         );
         let routes = Routes::new(service).add_service(lobby.service());
         // Other members go on talking to this one until the process is gone.
@@ -178,7 +182,11 @@ async fn serve(options: &Options) -> anyhow::Result<End> {
     if let Some(retention) = options.retention()? {
         tokio::spawn(compactor::run(node.clone(), retention));
     }
-    tokio::spawn(peers::digests::compare(Arc::clone(&peers), node.clone()));
+    tokio::spawn(peers::digests::compare(
+        Arc::clone(&peers),
+        node.clone(),
+        metrics.rebuilds.divergent.clone(),
+    ));
     tokio::spawn(introduce(
         node.clone(),
         peers,

@@ -48,8 +48,28 @@ async fn a_cluster_is_recovered_from_one_folder() {
     let occupied = keelson(&arguments(&cluster.data(0)));
     assert!(text(&occupied).contains("is not empty"), "{occupied:?}");
     fs::remove_dir_all(&to).unwrap_or_default();
+    // What was broken off is not taken along.
+    let left = ["incoming-0000000000000001", "damaged-keyspace.redb"];
+    for name in left {
+        fs::write(from.join(name), "half of something").unwrap();
+    }
     let done = keelson(&arguments(&to));
     assert!(done.status.success(), "{done:?}");
+    for name in left {
+        assert!(!to.join(name).exists(), "{name}");
+    }
+    // One that waits to be rebuilt has nothing to begin from.
+    let marked = cluster.folder().join("marked");
+    fs::create_dir(&marked).unwrap();
+    for entry in fs::read_dir(cluster.data(0)).unwrap() {
+        let path = entry.unwrap().path();
+        fs::copy(&path, marked.join(path.file_name().unwrap())).unwrap();
+    }
+    fs::write(marked.join("damaged"), "it fell").unwrap();
+    let mut of_marked = arguments(&cluster.folder().join("never"));
+    of_marked[1] = marked.into_os_string();
+    let refused = keelson(&of_marked);
+    assert!(text(&refused).contains("(it fell)"), "{refused:?}");
 
     fs::rename(&from, cluster.folder().join("old")).unwrap();
     fs::rename(&to, cluster.data(1)).unwrap();

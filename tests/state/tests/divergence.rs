@@ -3,6 +3,8 @@
 
 #![allow(clippy::unwrap_used)] // A test that can't go on panics.
 
+use std::io::{Read as _, Write as _};
+use std::net::TcpStream;
 use std::path::Path;
 use std::process::Command as Process;
 use std::time::{Duration, Instant};
@@ -157,7 +159,32 @@ async fn rebuilt(cluster: &Cluster, at: usize) -> String {
     let mut client = MaintenanceClient::new(cluster.connect(at).await);
     let alarms = client.alarm(pb::AlarmRequest::default()).await.unwrap();
     assert!(alarms.into_inner().alarms.is_empty());
+    // By the process that started anew.
+    for (metric, value) in [
+        ("keelson_state_damage_found_total", "1"),
+        ("keelson_state_rebuild_duration_seconds_count", "1"),
+    ] {
+        assert_eq!(metric_of(cluster, at, metric), value, "{metric}");
+    }
+    let others = (0..3).filter(|other| *other != at);
+    let served =
+        others.map(|other| metric_of(cluster, other, "keelson_state_rebuilds_served_total"));
+    assert!(served.into_iter().any(|count| count == "1"));
     cluster.log_of(at)
+}
+
+fn metric_of(cluster: &Cluster, at: usize, name: &str) -> String {
+    let address = cluster.client_url(at).trim_start_matches("http://");
+    let mut stream = TcpStream::connect(address).unwrap();
+    let request = format!("GET /metrics HTTP/1.1\r\nHost: {address}\r\nConnection: close\r\n\r\n");
+    stream.write_all(request.as_bytes()).unwrap();
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer).unwrap();
+    let mut lines = answer.lines();
+    let found = lines.find_map(|line| line.strip_prefix(name)?.strip_prefix(' '));
+    found
+        .unwrap_or_else(|| panic!("{name} in {answer}"))
+        .to_owned()
 }
 
 async fn until_alarm(cluster: &Cluster, at: usize) -> pb::AlarmType {

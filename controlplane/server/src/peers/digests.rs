@@ -9,6 +9,7 @@ use keelson_member::MemberError;
 use keelson_member::command::{AlarmChange, Operation};
 use keelson_member::keyspace::{Alarm, DIGEST_VERSION};
 use keelson_member::replica::Input;
+use prometheus::IntCounter;
 
 use super::{Peers, proto};
 use crate::node::Node;
@@ -27,7 +28,7 @@ enum Verdict {
 }
 
 /// Compares for as long as the node runs.
-pub async fn compare(peers: Arc<Peers>, node: Node) {
+pub async fn compare(peers: Arc<Peers>, node: Node, found: IntCounter) {
     let mut ticks = tokio::time::interval(INTERVAL);
     ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     loop {
@@ -36,12 +37,12 @@ pub async fn compare(peers: Arc<Peers>, node: Node) {
             continue;
         }
         for (index, digest) in node.keyspace().digests() {
-            compare_at(&peers, &node, index, digest).await;
+            compare_at(&peers, &node, index, digest, &found).await;
         }
     }
 }
 
-async fn compare_at(peers: &Peers, node: &Node, index: u64, digest: u64) {
+async fn compare_at(peers: &Peers, node: &Node, index: u64, digest: u64, found: &IntCounter) {
     let members = node.keyspace().metadata().members;
     let mut known = vec![(peers.member_id, digest)];
     for member in members.iter().filter(|other| other.id != peers.member_id) {
@@ -53,6 +54,7 @@ async fn compare_at(peers: &Peers, node: &Node, index: u64, digest: u64) {
         Verdict::Same => {}
         Verdict::Divergent(divergent) => {
             for id in divergent {
+                found.inc();
                 tracing::error!(member = %format_args!("{id:x}"), index, "a member differs from the others");
                 let right = known.iter().find(|(other, _)| *other != id);
                 tell(

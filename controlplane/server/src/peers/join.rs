@@ -47,7 +47,11 @@ pub async fn ask(flags: &MemberFlags, connector: &Connector) -> anyhow::Result<J
         !failures.is_empty(),
         "--initial-cluster names no other member to ask: give all members of the cluster"
     );
-    anyhow::bail!("no member of the cluster answers: {}", failures.join("; "))
+    anyhow::bail!(
+        "no member of the cluster answers ({}): see that they run and that this host reaches their peer \
+         URLs, and start this member again (under a supervisor, it goes on by itself when they answer)",
+        failures.join("; ")
+    )
 }
 
 /// Has the cluster put this member in the place of `gone`. A member that does not lead refuses, and

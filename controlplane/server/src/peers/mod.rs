@@ -320,5 +320,6 @@ fn check_cluster(own: u64, other: u64) -> Result<(), Status> {
 }
 
 fn garbage() -> Status {
+    tracing::warn!("cut off a member: it speaks garbage");
     Status::invalid_argument("a message that is not one of consensus")
 }

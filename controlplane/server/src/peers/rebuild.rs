@@ -7,17 +7,25 @@ use anyhow::Context as _;
 use keelson_member::command::{Operation, Rebuild};
 use keelson_member::disk::Disk;
 use keelson_member::{Identity, Limits, MemberError, rebuild};
+use prometheus::IntCounter;
 use tokio::sync::{OwnedSemaphorePermit, mpsc};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Code, Status};
 
 use super::snapshot::{PIECE_TIMEOUT, PIECES, load};
 use super::{Connector, LARGEST_PIECE, proto};
+use crate::again;
 use crate::grpc::refused;
 use crate::maintenance;
+use crate::metrics::Rebuilds;
 use crate::node::Node;
 
+/// Between attempts, at first. It doubles.
 const RETRY: Duration = Duration::from_millis(500);
+/// At most, where nobody could send anything: to go on soon when they can.
+const LONGEST_RETRY: Duration = Duration::from_secs(2);
+/// At most, where something was sent and was of no use: that costs the others a copy of everything.
+const LONGEST_RETRY_OF_COPIES: Duration = Duration::from_mins(1);
 /// How often it is said that the others can't help.
 const COMPLAINT: Duration = Duration::from_secs(10);
 
@@ -28,26 +36,46 @@ pub struct Damaged<'a> {
     /// Where the other members may be.
     pub urls: &'a [String],
     pub connector: &'a Connector,
+    pub metrics: &'a Rebuilds,
 }
 
 impl Damaged<'_> {
     /// Asks the others until one has sent what is needed, however long that takes.
     pub async fn rebuild(&self, reason: &str) -> anyhow::Result<()> {
+        let begin = Instant::now();
+        self.metrics.damage_found.inc();
+        let pause = again::wait();
+        if !pause.is_zero() {
+            tracing::error!(
+                reason,
+                ?pause,
+                "this member was found damaged again soon after it was rebuilt: it waits. Its memory or \
+                 its disk may be at fault: replace it"
+            );
+            tokio::time::sleep(pause).await;
+        }
         tracing::warn!(reason, "this member is rebuilt from the others");
         rebuild::prepare(&**self.disk)?;
         let mut complained: Option<Instant> = None;
+        let mut retry = RETRY;
         loop {
             let mut failures = Vec::new();
+            let mut received = false;
             for url in self.urls {
-                match self.rebuild_from(url).await {
+                match self.rebuild_from(url, &mut received).await {
                     Ok(()) => {
-                        tracing::info!(url, "this member is whole again");
+                        let took = begin.elapsed();
+                        self.metrics.durations.observe(took.as_secs_f64());
+                        tracing::info!(url, ?took, "this member is whole again");
                         return Ok(());
                     }
                     Err(error) if is_removed(&error) => {
                         return Err(MemberError::Removed.into());
                     }
-                    Err(error) => failures.push(format!("{url}: {error:#}")),
+                    Err(error) => {
+                        self.metrics.failures.inc();
+                        failures.push(format!("{url}: {error:#}"));
+                    }
                 }
             }
             if complained.is_none_or(|since| since.elapsed() > COMPLAINT) {
@@ -58,11 +86,17 @@ impl Damaged<'_> {
                     failures.join("; ")
                 );
             }
-            tokio::time::sleep(RETRY).await;
+            tokio::time::sleep(retry).await;
+            retry = (2 * retry).min(if received {
+                LONGEST_RETRY_OF_COPIES
+            } else {
+                LONGEST_RETRY
+            });
         }
     }
 
-    async fn rebuild_from(&self, url: &str) -> anyhow::Result<()> {
+    /// Notes whether anything was received.
+    async fn rebuild_from(&self, url: &str, received_any: &mut bool) -> anyhow::Result<()> {
         let channel = self.connector.endpoint(url)?.connect().await?;
         let mut client =
             proto::peer_client::PeerClient::new(channel).max_decoding_message_size(LARGEST_PIECE);
@@ -82,7 +116,10 @@ impl Damaged<'_> {
                 Ok(Err(status)) => break Err(status.into()),
                 Ok(Ok(None)) => break Ok(()),
                 // A loader that has ended says why.
-                Ok(Ok(Some(piece))) => drop(chunks.send(piece.chunk).await),
+                Ok(Ok(Some(piece))) => {
+                    *received_any = true;
+                    drop(chunks.send(piece.chunk).await);
+                }
             }
         };
         drop(chunks);
@@ -110,10 +147,18 @@ pub(super) async fn serve(
     node: Node,
     permit: OwnedSemaphorePermit,
     request: proto::RebuildRequest,
+    served: IntCounter,
 ) -> Result<ReceiverStream<Result<proto::RebuildPiece, Status>>, Status> {
     let metadata = node.keyspace().metadata();
     if metadata.removed_members.contains(&request.member_id) {
         return Err(Status::permission_denied("the member was removed"));
+    }
+    if !metadata
+        .members
+        .iter()
+        .any(|member| member.id == request.member_id)
+    {
+        return Err(Status::not_found("there is no such member"));
     }
     let rebuild = Rebuild {
         member_id: request.member_id,
@@ -126,9 +171,12 @@ pub(super) async fn serve(
     let (pieces, streamed) = mpsc::channel(PIECES);
     tokio::task::spawn_blocking(move || {
         let _permit = permit;
-        if let Err(error) = send(&node, &pieces) {
-            tracing::warn!(%error, "cannot send what a member is rebuilt from");
-            let _ = pieces.blocking_send(Err(Status::internal(error.to_string())));
+        match send(&node, &pieces) {
+            Ok(()) => served.inc(),
+            Err(error) => {
+                tracing::warn!(%error, "cannot send what a member is rebuilt from");
+                let _ = pieces.blocking_send(Err(Status::internal(error.to_string())));
+            }
         }
     });
     Ok(ReceiverStream::new(streamed))

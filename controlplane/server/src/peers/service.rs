@@ -6,7 +6,8 @@ use futures::StreamExt as _;
 use keelson_member::disk::Disk;
 use keelson_member::keyspace::DIGEST_VERSION;
 use keelson_member::replica::Input;
-use keelson_member::{check_form, decode_message};
+use keelson_member::{check_form, check_term, decode_message};
+use prometheus::IntCounter;
 use tokio::sync::Semaphore;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming};
@@ -29,6 +30,7 @@ pub struct PeerService {
     receiving: Semaphore,
     /// One member at a time.
     rebuilding: Arc<Semaphore>,
+    rebuilt: IntCounter,
 }
 
 /// The service with its limits.
@@ -38,6 +40,7 @@ pub fn service(
     disk: Arc<dyn Disk>,
     cluster_id: u64,
     member_id: u64,
+    rebuilt: IntCounter,
 ) -> PeerServer<PeerService> {
     PeerServer::new(PeerService {
         node,
@@ -47,6 +50,7 @@ pub fn service(
         member_id,
         receiving: Semaphore::new(1),
         rebuilding: Arc::new(Semaphore::new(1)),
+        rebuilt,
     })
     .max_decoding_message_size(LARGEST_PIECE)
 }
@@ -66,7 +70,7 @@ impl Peer for PeerService {
                 "another member is being rebuilt from this one",
             ));
         };
-        rebuild::serve(self.node.clone(), permit, request)
+        rebuild::serve(self.node.clone(), permit, request, self.rebuilt.clone())
             .await
             .map(Response::new)
     }
@@ -92,10 +96,13 @@ impl Peer for PeerService {
             }
             for message in piece.messages {
                 let message = decode_message(&message).ok_or_else(garbage)?;
-                check_form(&message, piece.from, self.member_id).map_err(|refusal| {
-                    tracing::warn!(from = %format_args!("{:x}", piece.from), refusal, "cut off a member");
-                    Status::invalid_argument(format!("a message makes no sense: {refusal}"))
-                })?;
+                check_form(&message, piece.from, self.member_id)
+                    .and_then(|()| check_term(&message, self.node.term()))
+                    .map_err(|refusal| {
+                        let from = format_args!("{:x}", piece.from);
+                        tracing::warn!(%from, refusal, "cut off a member");
+                        Status::invalid_argument(format!("a message makes no sense: {refusal}"))
+                    })?;
                 self.node.tell(Input::Message(message));
             }
         }

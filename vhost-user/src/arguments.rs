@@ -8,6 +8,8 @@ use clap::{Parser, Subcommand, ValueEnum};
 use keelson_blk::catalog::{BaseSpec, Contents, DiskSpec};
 use keelson_blk::disk::SERIAL_SIZE;
 use keelson_blk::image::DirectMode;
+use keelson_blk::isolation::{AllowedPaths, Mode};
+use keelson_blk::overlay::session;
 use keelson_blk::rate_limit::{Limits, Rate};
 use keelson_blk::worker::WorkerOptions;
 
@@ -78,6 +80,14 @@ pub struct Arguments {
     /// Unix socket to take control requests on
     #[arg(long)]
     pub control: Option<PathBuf>,
+    /// Folder or file that disks which are added later, and their sockets, may be in. All others
+    /// are out of the process's reach
+    #[arg(long, value_name = "PATH", requires = "control")]
+    allow_path: Vec<PathBuf>,
+    /// Whether threads are kept from system calls that they have no need for (seccomp), and from
+    /// files other than the disks' (Landlock)
+    #[arg(long, value_enum, default_value_t = Mode::Enforce)]
+    pub sandbox: Mode,
     /// Instead of an image: nothing, of this many bytes (K, M, G, T), to measure everything else
     #[arg(long, value_name = "SIZE", value_parser = parse_size, conflicts_with = "image")]
     null: Option<u64>,
@@ -193,6 +203,42 @@ impl Arguments {
             disks.push(disk.map_err(|reason| format!("--disk {text}: {reason}"))?);
         }
         Ok(disks)
+    }
+
+    /// What the process may reach after it has opened these disks: places to add others, and where
+    /// snapshots of overlays and their sessions are made. Sockets are removed at the end.
+    pub fn allowed_paths(&self, disks: &[DiskArguments]) -> Result<AllowedPaths, String> {
+        let mut paths = AllowedPaths::default();
+        for disk in disks {
+            paths.allow_removal(&disk.spec.socket);
+            if let Contents::Overlay(image) = &disk.spec.contents {
+                if let Some(folder) = session::folder() {
+                    paths.allow(&folder);
+                }
+                if self.control.is_some() {
+                    paths.allow_folder_of(image);
+                }
+            }
+        }
+        if let Some(control) = &self.control {
+            paths.allow_removal(control);
+            if let Some(folder) = session::folder().filter(|_| !self.allow_path.is_empty()) {
+                paths.allow(&folder);
+            }
+        }
+        for path in &self.allow_path {
+            // Landlock knows what is there, not names.
+            if !path.exists() {
+                return Err(format!("--allow-path {}: there is nothing", path.display()));
+            }
+            paths.allow(path);
+        }
+        if disks.is_empty() && self.allow_path.is_empty() && self.sandbox == Mode::Enforce {
+            return Err(
+                "with no disk yet, say where disks may be added: --allow-path FOLDER".into(),
+            );
+        }
+        Ok(paths)
     }
 
     /// The groups with limits, or what is wrong with one.

@@ -295,8 +295,7 @@ impl Catalog {
             if disk.spec.read_only {
                 return Err(refuse(id, "it is read-only"));
             }
-            let name = name.to_owned();
-            disk.server.while_paused(move || overlay.snapshot(&name))?
+            disk.server.while_paused(|| overlay.snapshot(name))?
         })
     }
 

@@ -16,6 +16,7 @@
 //! * [`layer`] is what a disk's contents are made of; its channels own everything the kernel may
 //!   still touch until it has completed.
 //! * [`inflight_region`] notes what is in flight in memory that survives this process.
+//! * [`isolation`] leaves each thread the system calls and the files that it needs, and starts them.
 
 pub mod backend;
 pub mod bus_fault;
@@ -30,6 +31,7 @@ pub mod error;
 pub mod guest_memory;
 pub mod image;
 pub mod inflight_region;
+pub mod isolation;
 pub mod layer;
 pub mod metrics;
 pub mod overlay;

@@ -11,6 +11,7 @@ use clap::Parser;
 use clap::error::ErrorKind;
 use keelson_blk::catalog::{Catalog, DiskStatus};
 use keelson_blk::control::ControlServer;
+use keelson_blk::isolation::{self, AllowedPaths, Role};
 use keelson_blk::rate_limit::Limits;
 use keelson_blk::worker::WorkerPool;
 use keelson_blk::{Error, bus_fault, uring};
@@ -36,7 +37,9 @@ fn main() -> ExitCode {
             };
             let disks = arguments.disks().unwrap_or_else(|reason| wrong(reason));
             let groups = arguments.groups().unwrap_or_else(|reason| wrong(reason));
-            serve(&arguments, disks, &groups)
+            let paths = arguments.allowed_paths(&disks);
+            let paths = paths.unwrap_or_else(|reason| wrong(reason));
+            serve(&arguments, disks, &groups, paths)
         }
     };
     match outcome {
@@ -60,9 +63,16 @@ fn serve(
     arguments: &Arguments,
     disks: Vec<DiskArguments>,
     groups: &[(String, Limits)],
+    paths: AllowedPaths,
 ) -> Result<(), Error> {
     let (sender, events) = mpsc::channel();
-    take_signals(sender.clone())?;
+    let signals = block_signals()?;
+    let isolate = |source| Error::Io {
+        action: "can't isolate the process".into(),
+        source,
+    };
+    isolation::start(arguments.sandbox, paths).map_err(isolate)?;
+    take_signals(signals, sender.clone())?;
     bus_fault::install().map_err(|source| Error::Io {
         action: "can't handle SIGBUS".into(),
         source,
@@ -87,6 +97,8 @@ fn serve(
     let _control = control
         .map(|path| ControlServer::start(path, Arc::clone(&catalog)))
         .transpose()?;
+    // The disks of the command line are open. Later ones are opened by threads that are restricted.
+    isolation::enter(Role::Control).map_err(|error| isolate(error.into()))?;
     announce(described).map_err(|source| Error::Io {
         action: "can't print the ready line".into(),
         source,
@@ -123,16 +135,11 @@ fn announce(mut disks: Vec<serde_json::Value>) -> io::Result<()> {
     stdout.flush()
 }
 
-// Blocks the signals in this thread before any other starts, so that they all inherit it, and
-// waits for them in a thread of their own.
-fn take_signals(events: mpsc::Sender<Event>) -> Result<(), Error> {
-    let failed = |action: &str, source: io::Error| Error::Io {
-        action: action.into(),
-        source,
-    };
+// Blocks the signals in this thread before any other starts, so that they all inherit it.
+fn block_signals() -> Result<libc::sigset_t, Error> {
     // SAFETY: sigset_t is plain data, filled by sigemptyset before it is used, and all
     // pointers are to this frame.
-    let signals = unsafe {
+    unsafe {
         let mut signals: libc::sigset_t = std::mem::zeroed();
         libc::sigemptyset(&raw mut signals);
         for signal in [libc::SIGTERM, libc::SIGINT, libc::SIGHUP] {
@@ -141,17 +148,22 @@ fn take_signals(events: mpsc::Sender<Event>) -> Result<(), Error> {
         let error =
             libc::pthread_sigmask(libc::SIG_BLOCK, &raw const signals, std::ptr::null_mut());
         if error != 0 {
-            return Err(failed(
-                "can't block signals",
-                io::Error::from_raw_os_error(error),
-            ));
+            return Err(Error::Io {
+                action: "can't block signals".into(),
+                source: io::Error::from_raw_os_error(error),
+            });
         }
-        signals
-    };
-    let thread = std::thread::Builder::new()
-        .name("signals".into())
-        .stack_size(128 << 10);
+        Ok(signals)
+    }
+}
+
+// Waits for the signals in a thread of their own.
+fn take_signals(signals: libc::sigset_t, events: mpsc::Sender<Event>) -> Result<(), Error> {
     let wait = move || {
+        if let Err(error) = isolation::enter(Role::Signals) {
+            tracing::error!(%error, "no signals are heard");
+            return;
+        }
         let mut signal = 0;
         // SAFETY: both pointers are to this closure's own values.
         while unsafe { libc::sigwait(&raw const signals, &raw mut signal) } == 0 {
@@ -165,8 +177,9 @@ fn take_signals(events: mpsc::Sender<Event>) -> Result<(), Error> {
             }
         }
     };
-    thread
-        .spawn(wait)
-        .map(|_| ())
-        .map_err(|error| failed("can't start the signal thread", error))
+    let started = isolation::spawn("signals", 128 << 10, wait);
+    started.map(drop).map_err(|source| Error::Io {
+        action: "can't start the signal thread".into(),
+        source,
+    })
 }

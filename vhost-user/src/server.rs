@@ -7,7 +7,7 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
-use std::thread::{self, JoinHandle};
+use std::thread::JoinHandle;
 use std::time::Duration;
 
 use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
@@ -17,6 +17,7 @@ use crate::Error;
 use crate::backend::BlockBackend;
 use crate::device::VirtioBlock;
 use crate::disk::Disk;
+use crate::isolation::{self, Role};
 use crate::listener::listen_at;
 use crate::metrics::{QueueCounters, QueueMetrics};
 use crate::protocol_extension::{self, NoticeChannel, Outcome};
@@ -47,11 +48,20 @@ pub struct DiskServer {
     thread: Option<JoinHandle<Result<(), Error>>>,
 }
 
-struct Task(Box<dyn FnOnce() + Send>);
+/// Somebody who wants no request in flight for a while.
+#[derive(Debug)]
+struct Pause {
+    paused: mpsc::Sender<()>,
+    /// Ends when the queues may go on.
+    over: mpsc::Receiver<()>,
+}
 
-impl std::fmt::Debug for Task {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str("Task")
+impl Pause {
+    fn hold(self) {
+        // Fails if whoever asked has given up.
+        if self.paused.send(()).is_ok() {
+            let _ = self.over.recv();
+        }
     }
 }
 
@@ -64,8 +74,7 @@ struct Shared {
     event: OwnedFd,
     stopping: AtomicBool,
     resized: AtomicBool,
-    /// What to do while no request is in flight.
-    task: Mutex<Option<Task>>,
+    pause: Mutex<Option<Pause>>,
     connection: Mutex<Option<UnixStream>>,
 }
 
@@ -89,20 +98,19 @@ impl DiskServer {
             event,
             stopping: AtomicBool::new(false),
             resized: AtomicBool::new(false),
-            task: Mutex::new(None),
+            pause: Mutex::new(None),
             connection: Mutex::new(None),
         });
         let of_thread = Arc::clone(&shared);
-        let thread = thread::Builder::new()
-            .name("disk".into())
-            .stack_size(STACK_BYTES)
-            .spawn(move || {
-                let outcome = of_thread.run(&listener);
-                drop(listener);
-                let _ = fs::remove_file(&of_thread.options.socket);
-                ended();
-                outcome
-            })
+        let serve = move || {
+            let entered = isolation::enter(Role::Disk)
+                .map_err(|error| Error::io("can't isolate a disk's thread", error));
+            let outcome = entered.and_then(|_| of_thread.run(&listener));
+            drop(listener);
+            ended();
+            outcome
+        };
+        let thread = isolation::spawn("disk", STACK_BYTES, serve)
             .map_err(|error| Error::io("can't start a disk's thread", error))?;
         Ok(Self {
             shared,
@@ -138,16 +146,15 @@ impl DiskServer {
     }
 
     /// Does something while no request of the disk is in flight: its queues finish what they have,
-    /// and take up new requests afterwards. Waits for it.
-    pub fn while_paused<T: Send + 'static>(
-        &self,
-        act: impl FnOnce() -> T + Send + 'static,
-    ) -> Result<T, Error> {
-        let (sender, done) = mpsc::channel();
-        let task = Task(Box::new(move || {
-            let _ = sender.send(act());
-        }));
-        *lock(&self.shared.task) = Some(task);
+    /// and take up new requests afterwards.
+    pub fn while_paused<T>(&self, act: impl FnOnce() -> T) -> Result<T, Error> {
+        let (sender, paused) = mpsc::channel();
+        // The queues go on when it is dropped.
+        let (_hold, over) = mpsc::channel();
+        *lock(&self.shared.pause) = Some(Pause {
+            paused: sender,
+            over,
+        });
         self.shared.wake();
         let late = |_| {
             Error::io(
@@ -155,7 +162,8 @@ impl DiskServer {
                 io::Error::other("it doesn't answer"),
             )
         };
-        done.recv_timeout(PAUSE_PATIENCE).map_err(late)
+        paused.recv_timeout(PAUSE_PATIENCE).map_err(late)?;
+        Ok(act())
     }
 
     /// Begins to stop: finishes what is in flight, disconnects, makes everything durable.
@@ -178,10 +186,13 @@ impl DiskServer {
         let Some(thread) = self.thread.take() else {
             return Ok(());
         };
-        thread.join().unwrap_or_else(|_| {
+        let outcome = thread.join().unwrap_or_else(|_| {
             let panicked = io::Error::other("it panicked");
             Err(Error::io("a disk's thread failed", panicked))
-        })
+        });
+        // Not by the thread, which may touch no files.
+        let _ = fs::remove_file(self.socket());
+        outcome
     }
 }
 
@@ -201,7 +212,7 @@ enum Event {
     Readable,
     Stop,
     Resized,
-    Task(Task),
+    Pause(Pause),
 }
 
 impl Shared {
@@ -226,8 +237,8 @@ impl Shared {
                 Event::Stop => break,
                 // The next frontend reads the size as it is.
                 Event::Resized => continue,
-                Event::Task(Task(act)) => {
-                    act();
+                Event::Pause(pause) => {
+                    pause.hold();
                     continue;
                 }
                 Event::Readable => {}
@@ -284,8 +295,8 @@ impl Shared {
                     tracing::info!(?told, "the disk has another size");
                     continue;
                 }
-                Event::Task(Task(act)) => {
-                    if let Err(error) = lock(backend).while_paused(act) {
+                Event::Pause(pause) => {
+                    if let Err(error) = lock(backend).while_paused(|| pause.hold()) {
                         tracing::error!(%error, "the disk's queues can't go on");
                         return Ok(());
                     }
@@ -334,8 +345,8 @@ impl Shared {
             if !sources[1].revents().is_empty() {
                 let _ = rustix::io::read(&self.event, &mut [0; 8]);
             }
-            if let Some(task) = lock(&self.task).take() {
-                return Ok(Event::Task(task));
+            if let Some(pause) = lock(&self.pause).take() {
+                return Ok(Event::Pause(pause));
             }
             if self.resized.swap(false, Ordering::AcqRel) {
                 return Ok(Event::Resized);

@@ -87,6 +87,8 @@ impl Host {
         command
             .arg("--control")
             .arg(self.path("control"))
+            .arg("--allow-path")
+            .arg(self.folder.path())
             .args(arguments);
         Backend::start(command)
     }

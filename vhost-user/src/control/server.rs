@@ -14,6 +14,7 @@ use serde_json::{Value, json};
 use super::{ErrorBody, MAX_LINE, Request, Response, descriptor, prometheus};
 use crate::Error;
 use crate::catalog::Catalog;
+use crate::isolation::{self, Role};
 use crate::listener::listen_at;
 use crate::sector_cipher::SectorCipher;
 
@@ -22,6 +23,8 @@ const MAX_CLIENTS: usize = 16;
 /// How long a client may take to read an answer.
 const WRITE_PATIENCE: Duration = Duration::from_secs(30);
 const STACK_BYTES: usize = 512 << 10;
+/// `EACCES` in the message of a [`std::io::Error`].
+const PERMISSION_DENIED: &str = "(os error 13)";
 
 /// The control socket of the process.
 #[derive(Debug)]
@@ -34,10 +37,11 @@ impl ControlServer {
     pub fn start(path: &Path, catalog: Arc<Catalog>) -> Result<Self, Error> {
         let listener = listen_at(path)?;
         let clients = Arc::new(AtomicUsize::new(0));
-        thread::Builder::new()
-            .name("control".into())
-            .stack_size(STACK_BYTES)
-            .spawn(move || accept(&listener, &catalog, &clients))
+        let serve = move || match isolation::enter(Role::Control) {
+            Ok(_) => accept(&listener, &catalog, &clients),
+            Err(error) => tracing::error!(%error, "no control requests are taken"),
+        };
+        isolation::spawn("control", STACK_BYTES, serve)
             .map_err(|error| Error::io("can't start the control thread", error))?;
         Ok(Self { path: path.into() })
     }
@@ -68,14 +72,14 @@ fn accept(listener: &UnixListener, catalog: &Arc<Catalog>, clients: &Arc<AtomicU
             continue;
         }
         let (catalog, of_thread) = (Arc::clone(catalog), Arc::clone(clients));
-        let thread = thread::Builder::new().name("control client".into());
         let serve = move || {
-            if let Err(error) = serve(&stream, &catalog) {
+            let entered = isolation::enter(Role::Control).map_err(io::Error::from);
+            if let Err(error) = entered.and_then(|_| serve(&stream, &catalog)) {
                 tracing::debug!(%error, "a control client is gone");
             }
             of_thread.fetch_sub(1, Ordering::AcqRel);
         };
-        if let Err(error) = thread.stack_size(STACK_BYTES).spawn(serve) {
+        if let Err(error) = isolation::spawn("control client", STACK_BYTES, serve) {
             clients.fetch_sub(1, Ordering::AcqRel);
             tracing::warn!(%error, "can't serve a control client");
         }
@@ -124,7 +128,13 @@ fn refusal(kind: &str, message: String) -> Response {
 fn perform(request: Request, key: Option<OwnedFd>, catalog: &Arc<Catalog>) -> Response {
     match try_perform(request, key, catalog) {
         Ok(value) => Response::Ok(value),
-        Err(error) => Response::Error(error.into()),
+        Err(error) => {
+            let mut body = ErrorBody::from(error);
+            if isolation::restricts_files() && body.message.contains(PERMISSION_DENIED) {
+                body.message += "; this process reaches the paths of its --allow-path alone";
+            }
+            Response::Error(body)
+        }
     }
 }
 

@@ -17,11 +17,14 @@ use sha2::{Digest, Sha256};
 use super::client::{ClientOptions, Description, HttpImage, read_exact};
 use super::fetch_plan::{Failure, FetchPlan, Run};
 use super::{Manifest, RemoteError};
+use crate::isolation::{self, Role};
 use crate::overlay::Chain;
 use crate::overlay::chain::{Fetched, Source, SourceCounters};
 
 /// Threads, and so connections, of one disk.
 const THREADS: usize = 4;
+/// Bytes of their stacks, TLS included.
+const STACK_BYTES: usize = 2 << 20;
 /// After which a thread with nothing to do ends.
 const IDLE: Duration = Duration::from_secs(5);
 /// How long a run that nobody waits for may take.
@@ -131,8 +134,10 @@ impl Fetcher {
         });
         if let Some(rate) = options.fill {
             let shared = Arc::clone(&shared);
-            let thread = thread::Builder::new().name("fill".into());
-            thread.spawn(move || shared.fill(rate))?;
+            isolation::spawn("fill", STACK_BYTES, move || {
+                isolation::enter_or_end(Role::Fetch);
+                shared.fill(rate);
+            })?;
         }
         Ok(Self(shared))
     }
@@ -222,8 +227,11 @@ impl Shared {
             return;
         }
         let shared = Arc::clone(self);
-        let thread = thread::Builder::new().name("fetch".into());
-        match thread.spawn(move || shared.serve()) {
+        let serve = move || {
+            isolation::enter_or_end(Role::Fetch);
+            shared.serve();
+        };
+        match isolation::spawn("fetch", STACK_BYTES, serve) {
             Ok(_) => state.threads += 1,
             Err(error) if state.threads == 0 => {
                 tracing::error!(%error, "can't start a thread to fetch with");

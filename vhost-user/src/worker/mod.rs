@@ -23,6 +23,7 @@ use crate::bus_fault::Guard;
 use crate::dirty_log::DirtyLog;
 use crate::disk::Disk;
 use crate::inflight_region::InflightRegion;
+use crate::isolation::{self, Role};
 use crate::metrics::QueueMetrics;
 use crate::virtqueue::VirtqueueSetup;
 use crate::vring::CallNotifier;
@@ -213,21 +214,24 @@ impl WorkerPool {
         let (options, of_thread) = (self.options.clone(), Arc::clone(&mailbox));
         let (ready, started) = mpsc::channel();
         // The ring belongs to the thread that creates it (IORING_SETUP_SINGLE_ISSUER).
-        thread::Builder::new()
-            .name(format!("worker {number}"))
-            .stack_size(STACK_BYTES)
-            .spawn(move || {
-                pin(&options.cpus, number);
-                match EventLoop::new(&options, of_thread) {
-                    Ok(event_loop) => {
-                        let _ = ready.send(Ok(()));
-                        event_loop.run();
-                    }
-                    Err(error) => {
-                        let _ = ready.send(Err(error));
-                    }
+        isolation::spawn(format!("worker {number}"), STACK_BYTES, move || {
+            pin(&options.cpus, number);
+            let event_loop = EventLoop::new(&options, of_thread);
+            // With its ring, for it can't make another one.
+            let isolated = event_loop.and_then(|event_loop| {
+                isolation::enter(Role::Worker)?;
+                Ok(event_loop)
+            });
+            match isolated {
+                Ok(event_loop) => {
+                    let _ = ready.send(Ok(()));
+                    event_loop.run();
                 }
-            })?;
+                Err(error) => {
+                    let _ = ready.send(Err(error));
+                }
+            }
+        })?;
         let outcome = started.recv();
         outcome.unwrap_or_else(|_| Err(io::Error::other("the worker ended early")))?;
         Ok(mailbox)

@@ -275,8 +275,11 @@ impl OverlayChannel {
         let slot = job.slot;
         let copied = job.action.copied();
         let queued = self.pool.run(Box::new(move || {
+            let done = perform(&chain, job);
+            // The last one to hold it removes its session, which is not for this thread.
+            drop(chain);
             // Nobody is left to tell if the queue has gone.
-            let _ = results.send(Told::Done(perform(&chain, job)));
+            let _ = results.send(Told::Done(done));
             waker.wake();
         }));
         if let Err(error) = queued {

@@ -3,12 +3,14 @@
 use std::collections::VecDeque;
 use std::io;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
-use std::thread;
 
+use crate::isolation::{self, Role};
 use crate::overlay::Chain;
 
 /// Threads of a disk. They start when they are needed.
 const THREADS: usize = 4;
+/// Bytes of their stacks.
+const STACK_BYTES: usize = 512 << 10;
 
 /// What a thread has to do for a request of a slot.
 #[derive(Debug)]
@@ -118,8 +120,11 @@ impl Pool {
         let mut state = self.lock();
         if state.idle < state.work.len() + 1 && state.threads < THREADS {
             let pool = Arc::clone(self);
-            let thread = thread::Builder::new().name("overlay".into());
-            match thread.spawn(move || pool.serve()) {
+            let serve = move || {
+                isolation::enter_or_end(Role::Layer);
+                pool.serve();
+            };
+            match isolation::spawn("overlay", STACK_BYTES, serve) {
                 Ok(_) => state.threads += 1,
                 Err(error) if state.threads == 0 => return Err(error),
                 // The others will do it.

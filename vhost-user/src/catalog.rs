@@ -13,13 +13,14 @@ use serde::{Deserialize, Serialize};
 use crate::Error;
 use crate::disk::{Disk, SERIAL_SIZE};
 use crate::image::{DirectMode, Image, ImageOptions};
+use crate::latency::Latencies;
 use crate::layer::BlockDevice;
 use crate::layer::crypt::CryptDevice;
 use crate::layer::file::FileDevice;
 use crate::layer::limit::LimitDevice;
 use crate::layer::null::NullDevice;
 use crate::layer::overlay::OverlayDevice;
-use crate::metrics::QueueCounters;
+use crate::metrics::{OPERATIONS, QueueCounters};
 use crate::overlay::chain::SourceCounters;
 use crate::overlay::files::{self, OpenOptions};
 use crate::rate_limit::{Limiter, Limits};
@@ -142,6 +143,9 @@ pub struct DiskStatus {
     pub source: Option<SourceCounters>,
     /// The counters of each queue.
     pub counters: Vec<QueueCounters>,
+    /// How long requests took, in the order of [`OPERATIONS`].
+    #[serde(skip)]
+    pub latencies: [Latencies; OPERATIONS.len()],
 }
 
 /// All disks of the process.
@@ -372,6 +376,7 @@ impl ServedDisk {
                 .as_ref()
                 .and_then(|overlay| overlay.source_counters()),
             counters: self.server.metrics(),
+            latencies: self.server.latencies(),
         }
     }
 

@@ -32,6 +32,7 @@ pub mod guest_memory;
 pub mod image;
 pub mod inflight_region;
 pub mod isolation;
+pub mod latency;
 pub mod layer;
 pub mod metrics;
 pub mod overlay;

@@ -1,22 +1,32 @@
 //! What each queue did, counted without locks and read at any time.
 
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
 
 use serde::Serialize;
 
-/// Counters of one virtqueue. They only grow, and survive the frontend that caused them.
+use crate::latency::{Histogram, Latencies, bump};
+
+/// Counters of one virtqueue. They only grow, and survive the frontend that caused them. Only the
+/// worker that serves the queue writes them.
 #[derive(Debug, Default)]
 pub struct QueueMetrics {
     reads: AtomicU64,
     writes: AtomicU64,
     flushes: AtomicU64,
+    discards: AtomicU64,
+    write_zeroes: AtomicU64,
     other: AtomicU64,
     bytes_read: AtomicU64,
     bytes_written: AtomicU64,
     errors: AtomicU64,
     bounced: AtomicU64,
     notifications: AtomicU64,
+    latencies: [Histogram; OPERATIONS.len()],
 }
+
+/// Requests whose times are noted, in the order of [`QueueMetrics::latencies`].
+pub const OPERATIONS: [&str; 5] = ["read", "write", "flush", "discard", "write_zeroes"];
 
 /// The counters of one virtqueue at one moment.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
@@ -27,7 +37,12 @@ pub struct QueueCounters {
     pub writes: u64,
     /// Completed `VIRTIO_BLK_T_FLUSH` requests, failed ones included.
     pub flushes: u64,
-    /// Completed requests of any other type.
+    /// Completed `VIRTIO_BLK_T_DISCARD` requests that the disk was asked for, failed ones included.
+    pub discards: u64,
+    /// Completed `VIRTIO_BLK_T_WRITE_ZEROES` requests that the disk was asked for, failed ones
+    /// included.
+    pub write_zeroes: u64,
+    /// All other completed requests, those included that never got to the disk.
     pub other: u64,
     /// Bytes that reads brought to the guest.
     pub bytes_read: u64,
@@ -50,8 +65,26 @@ pub enum Completed {
     Write(u64),
     /// A flush.
     Flush,
+    /// A discard.
+    Discard,
+    /// Writing zeroes.
+    WriteZeroes,
     /// Anything else.
     Other,
+}
+
+impl Completed {
+    // Its place in `OPERATIONS`.
+    fn operation(self) -> Option<usize> {
+        match self {
+            Self::Read(_) => Some(0),
+            Self::Write(_) => Some(1),
+            Self::Flush => Some(2),
+            Self::Discard => Some(3),
+            Self::WriteZeroes => Some(4),
+            Self::Other => None,
+        }
+    }
 }
 
 impl QueueMetrics {
@@ -61,24 +94,39 @@ impl QueueMetrics {
             Completed::Read(bytes) => (&self.reads, Some((&self.bytes_read, bytes))),
             Completed::Write(bytes) => (&self.writes, Some((&self.bytes_written, bytes))),
             Completed::Flush => (&self.flushes, None),
+            Completed::Discard => (&self.discards, None),
+            Completed::WriteZeroes => (&self.write_zeroes, None),
             Completed::Other => (&self.other, None),
         };
-        requests.fetch_add(1, Ordering::Relaxed);
+        bump(requests, 1);
         if !succeeded {
-            self.errors.fetch_add(1, Ordering::Relaxed);
+            bump(&self.errors, 1);
         } else if let Some((counter, bytes)) = bytes {
-            counter.fetch_add(bytes, Ordering::Relaxed);
+            bump(counter, bytes);
         }
+    }
+
+    /// Notes how long a request took, from being taken out of the available ring.
+    pub fn time(&self, completed: Completed, time: Duration) {
+        let operation = completed.operation();
+        if let Some(histogram) = operation.and_then(|place| self.latencies.get(place)) {
+            histogram.add(time);
+        }
+    }
+
+    /// How long requests took, in the order of [`OPERATIONS`].
+    pub fn latencies(&self) -> [Latencies; OPERATIONS.len()] {
+        self.latencies.each_ref().map(Histogram::read)
     }
 
     /// Counts one transfer through a bounce buffer.
     pub fn count_bounce(&self) {
-        self.bounced.fetch_add(1, Ordering::Relaxed);
+        bump(&self.bounced, 1);
     }
 
     /// Counts one interrupt sent to the guest.
     pub fn count_notification(&self) {
-        self.notifications.fetch_add(1, Ordering::Relaxed);
+        bump(&self.notifications, 1);
     }
 
     /// The counters now. Each is exact; together they are only as consistent as a running
@@ -89,6 +137,8 @@ impl QueueMetrics {
             reads: load(&self.reads),
             writes: load(&self.writes),
             flushes: load(&self.flushes),
+            discards: load(&self.discards),
+            write_zeroes: load(&self.write_zeroes),
             other: load(&self.other),
             bytes_read: load(&self.bytes_read),
             bytes_written: load(&self.bytes_written),

@@ -63,6 +63,8 @@ struct Pending {
     head: u16,
     status: GuestAddress,
     completed: Completed,
+    /// When it was taken.
+    begun: Instant,
     /// Guest memory that a read writes to; only kept for the dirty log.
     written: Vec<Segment>,
     /// Parts of a request of several ranges that are still to be done.
@@ -91,6 +93,8 @@ pub struct RequestExecutor {
     pinned: PinnedMemory,
     queue: Virtqueue,
     lease: GuestLease,
+    /// The time as of the requests that are being taken: one reading of the clock for all of them.
+    now: Instant,
 }
 
 impl RequestExecutor {
@@ -127,6 +131,7 @@ impl RequestExecutor {
             spare_iovecs: Vec::new(),
             pinned: setup.pinned,
             lease: Rc::new(Arc::clone(queue.memory())),
+            now: Instant::now(),
             queue,
         }
     }
@@ -186,6 +191,7 @@ impl RequestExecutor {
             return Err(QueueError::MemoryLost);
         }
         self.queue.disable_kicks();
+        self.now = Instant::now();
         for _ in 0..self.pending.len() {
             if self.free.is_empty() {
                 // The next completion leads back here.
@@ -225,12 +231,12 @@ impl RequestExecutor {
 
     /// Answers the requests that the layers have completed. Returns whether there were any.
     pub fn answer_completed(&mut self) -> Result<bool, QueueError> {
-        let mut any = false;
+        let mut now = None;
         while let Some(completion) = self.channel.take_completion() {
-            any = true;
-            self.answer_completion(completion)?;
+            let now = *now.get_or_insert_with(Instant::now);
+            self.answer_completion(completion, now)?;
         }
-        Ok(any)
+        Ok(now.is_some())
     }
 
     // A chain is the device's from here on until it is handed back (virtio 1.2, 2.7.13).
@@ -394,7 +400,12 @@ impl RequestExecutor {
         if count == 0 {
             return self.finish(head, request.status, VIRTIO_BLK_S_OK, 0);
         }
-        let Some(slot) = self.insert(head, request.status, Completed::Other, count) else {
+        let completed = if request.operation == Operation::WriteZeroes {
+            Completed::WriteZeroes
+        } else {
+            Completed::Discard
+        };
+        let Some(slot) = self.insert(head, request.status, completed, count) else {
             return self.finish(head, request.status, VIRTIO_BLK_S_IOERR, 0);
         };
         for mut part in parts {
@@ -438,6 +449,7 @@ impl RequestExecutor {
             head,
             status,
             completed,
+            begun: self.now,
             written: Vec::new(),
             parts,
             failed: false,
@@ -445,7 +457,11 @@ impl RequestExecutor {
         Some(slot)
     }
 
-    fn answer_completion(&mut self, completion: IoCompletion) -> Result<(), QueueError> {
+    fn answer_completion(
+        &mut self,
+        completion: IoCompletion,
+        now: Instant,
+    ) -> Result<(), QueueError> {
         self.recycle(completion.buffers.into_iovecs());
         let slot = usize::try_from(completion.tag).unwrap_or(usize::MAX);
         let Some(entry) = self.pending.get_mut(slot) else {
@@ -467,6 +483,8 @@ impl RequestExecutor {
         };
         self.free.push(slot);
         self.metrics.count(pending.completed, !pending.failed);
+        let time = now.saturating_duration_since(pending.begun);
+        self.metrics.time(pending.completed, time);
         if let Some((log, _)) = &self.dirty_log {
             for segment in &pending.written {
                 log.mark(segment.address.raw_value(), u64::from(segment.len));

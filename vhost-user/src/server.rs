@@ -18,8 +18,9 @@ use crate::backend::BlockBackend;
 use crate::device::VirtioBlock;
 use crate::disk::Disk;
 use crate::isolation::{self, Role};
+use crate::latency::Latencies;
 use crate::listener::listen_at;
-use crate::metrics::{QueueCounters, QueueMetrics};
+use crate::metrics::{OPERATIONS, QueueCounters, QueueMetrics};
 use crate::protocol_extension::{self, NoticeChannel, Outcome};
 use crate::worker::WorkerPool;
 
@@ -131,6 +132,17 @@ impl DiskServer {
     /// The counters of each queue, since the start.
     pub fn metrics(&self) -> Vec<QueueCounters> {
         self.shared.counters()
+    }
+
+    /// How long the requests of all queues took, in the order of
+    /// [`OPERATIONS`](crate::metrics::OPERATIONS).
+    pub fn latencies(&self) -> [Latencies; OPERATIONS.len()] {
+        let queues = self.shared.metrics.iter();
+        let queues: Vec<_> = queues.map(|queue| queue.latencies()).collect();
+        std::array::from_fn(|operation| {
+            let of_queues = queues.iter().filter_map(|queue| queue.get(operation));
+            of_queues.copied().sum()
+        })
     }
 
     /// Measures the disk again and tells the guest if its size has changed. Returns whether it

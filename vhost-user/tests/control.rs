@@ -236,6 +236,16 @@ fn disks_come_and_go_while_others_are_served() {
         metrics.contains("keelson_blk_writes_total{disk=\"one\",queue=\"0\"} 2\n"),
         "{metrics}"
     );
+    let durations = "keelson_blk_request_duration_seconds";
+    let labels = "disk=\"one\",operation=\"write\"";
+    for line in [
+        format!("# TYPE {durations} histogram\n"),
+        format!("{durations}_bucket{{{labels},le=\"+Inf\"}} 2\n"),
+        format!("{durations}_bucket{{{labels},le=\"0.000001\"}} 0\n"),
+        format!("{durations}_count{{{labels}}} 2\n"),
+    ] {
+        assert!(metrics.contains(&line), "{line}{metrics}");
+    }
     drop(driver);
     host.done(&["remove", "one"]);
     assert!(backend.is_running());

@@ -3,12 +3,12 @@
 use std::fmt::Write;
 
 use crate::catalog::DiskStatus;
-use crate::metrics::QueueCounters;
+use crate::metrics::{OPERATIONS, QueueCounters};
 use crate::overlay::chain::SourceCounters;
 
 type Counter = (&'static str, &'static str, fn(&QueueCounters) -> u64);
 
-const COUNTERS: [Counter; 9] = [
+const COUNTERS: [Counter; 11] = [
     ("reads_total", "Read requests completed.", |queue| {
         queue.reads
     }),
@@ -18,6 +18,14 @@ const COUNTERS: [Counter; 9] = [
     ("flushes_total", "Flush requests completed.", |queue| {
         queue.flushes
     }),
+    ("discards_total", "Discard requests completed.", |queue| {
+        queue.discards
+    }),
+    (
+        "write_zeroes_total",
+        "Write zeroes requests completed.",
+        |queue| queue.write_zeroes,
+    ),
     (
         "other_requests_total",
         "Requests of other types completed.",
@@ -80,7 +88,31 @@ fn write_all(out: &mut String, disks: &[DiskStatus]) -> std::fmt::Result {
             }
         }
     }
+    write_latencies(out, disks)?;
     write_sources(out, disks)
+}
+
+fn write_latencies(out: &mut String, disks: &[DiskStatus]) -> std::fmt::Result {
+    let name = "keelson_blk_request_duration_seconds";
+    writeln!(
+        out,
+        "# HELP {name} Time from taking a request out of its virtqueue to answering it."
+    )?;
+    writeln!(out, "# TYPE {name} histogram")?;
+    for disk in disks {
+        let id = escape(&disk.spec.id);
+        for (operation, latencies) in OPERATIONS.iter().zip(&disk.latencies) {
+            let labels = format!("disk=\"{id}\",operation=\"{operation}\"");
+            for (limit, count) in latencies.cumulated() {
+                writeln!(out, "{name}_bucket{{{labels},le=\"{limit}\"}} {count}")?;
+            }
+            let (count, seconds) = (latencies.count(), latencies.seconds());
+            writeln!(out, "{name}_bucket{{{labels},le=\"+Inf\"}} {count}")?;
+            writeln!(out, "{name}_sum{{{labels}}} {seconds}")?;
+            writeln!(out, "{name}_count{{{labels}}} {count}")?;
+        }
+    }
+    Ok(())
 }
 
 type SourceCounter = (&'static str, &'static str, fn(&SourceCounters) -> u64);

@@ -7,7 +7,6 @@ mod nftables;
 mod packet_socket;
 
 use std::collections::BTreeMap;
-use std::path::PathBuf;
 use std::process::Command;
 use std::time::Duration;
 
@@ -17,12 +16,18 @@ use keelson_ebpf::Direction;
 
 use self::hosts::{Hosts, Peer};
 use self::load::Work;
+use crate::command::{Common, print_goals, rounded};
 use crate::report::{Goal, Report, Sample, Wanted};
 
 /// Rules toward the server's guest.
 const RULES: [u32; 4] = [0, 10, 1_000, 100_000];
 /// Runs of a program on one frame.
 const PROGRAM_RUNS: u32 = 500_000;
+/// The programs, as kinds of work in the report.
+const PROGRAMS: [(&str, Direction); 2] = [
+    ("program from guest", Direction::FromGuest),
+    ("program to guest", Direction::ToGuest),
+];
 /// Nanoseconds that a program may take for a packet of an established flow.
 const PROGRAM_GOAL_NS: f64 = 150.0;
 
@@ -30,21 +35,8 @@ const PROGRAM_GOAL_NS: f64 = 150.0;
 /// between two network namespaces that stand for guests, on this machine's kernel.
 #[derive(Debug, clap::Args)]
 pub struct Options {
-    /// Few rounds and short ones, in under a minute.
-    #[arg(long)]
-    quick: bool,
-    /// Write every sample here.
-    #[arg(long)]
-    json: Option<PathBuf>,
-    /// Write a page with plots here.
-    #[arg(long)]
-    html: Option<PathBuf>,
-    /// Rounds of each kind of work [default: 5, with --quick 2].
-    #[arg(long)]
-    rounds: Option<u32>,
-    /// Seconds of each measurement [default: 2, with --quick 0.2].
-    #[arg(long)]
-    seconds: Option<f64>,
+    #[command(flatten)]
+    common: Common,
 }
 
 /// Runs the comparison and reports it.
@@ -53,21 +45,18 @@ pub fn run(options: &Options) -> anyhow::Result<()> {
         rustix::process::geteuid().is_root(),
         "perf net makes network namespaces and loads eBPF programs: run it as root"
     );
-    let rounds = options.rounds.unwrap_or(if options.quick { 2 } else { 5 });
-    let seconds = options
-        .seconds
-        .unwrap_or(if options.quick { 0.2 } else { 2.0 });
-    let duration = Duration::try_from_secs_f64(seconds).context("--seconds")?;
+    let common = &options.common;
+    let (rounds, duration) = (common.rounds(), common.duration(0.2)?);
     let mut report = Report {
         area: "net",
         time: jiff::Timestamp::now().to_string(),
         machine: crate::state::machine(),
         versions: versions(),
-        method: method(rounds, seconds),
+        method: method(rounds, duration),
         samples: Vec::new(),
         goals: Vec::new(),
     };
-    for round in 0..rounds.max(1) {
+    for round in 0..rounds {
         for rules in RULES {
             let mut peers = Peer::ALL;
             if round % 2 == 1 {
@@ -78,7 +67,8 @@ pub fn run(options: &Options) -> anyhow::Result<()> {
                 if peer == Peer::Bridge && rules != 0 {
                     continue;
                 }
-                measure(&mut report, peer, rules, round, duration)
+                let plan = Plan::new(common, peer, rules);
+                measure(&mut report, &plan, round, duration)
                     .with_context(|| format!("{} with {rules} rules", peer.name()))?;
             }
         }
@@ -93,16 +83,35 @@ pub fn run(options: &Options) -> anyhow::Result<()> {
         ("connections_per_s", "Connections per second"),
         ("program_ns", "Program, ns per packet"),
     ];
-    if let Some(path) = &options.json {
-        report.write_json(path)?;
-    }
-    if let Some(path) = &options.html {
-        report.write_html(path, &Peer::ALL.map(Peer::name), &plots)?;
-    }
-    Ok(())
+    common.write(&report, &Peer::ALL.map(Peer::name), &plots)
 }
 
-fn method(rounds: u32, seconds: f64) -> String {
+/// What is measured of one peer with some number of rules.
+struct Plan {
+    peer: Peer,
+    rules: u32,
+    works: Vec<Work>,
+    programs: Vec<(&'static str, Direction)>,
+}
+
+impl Plan {
+    fn new(common: &Common, peer: Peer, rules: u32) -> Self {
+        let wants = |work| common.wants(&label(work, rules));
+        let mut works = Work::ALL.to_vec();
+        works.retain(|work| wants(work.name()));
+        let mut programs = PROGRAMS.to_vec();
+        programs.retain(|(name, _)| peer == Peer::Keelson && wants(name));
+        Self {
+            peer,
+            rules,
+            works,
+            programs,
+        }
+    }
+}
+
+fn method(rounds: u32, duration: Duration) -> String {
+    let seconds = duration.as_secs_f64();
     format!(
         "Rounds: {rounds}, {seconds} s of each work for each peer, alternating who is first. Two namespaces stand for \
          guests, a third for the host, joined by veth. All peers have the same bridge. With policy: stateful, the \
@@ -134,36 +143,26 @@ fn versions() -> BTreeMap<String, String> {
     ])
 }
 
-fn measure(
-    report: &mut Report,
-    peer: Peer,
-    rules: u32,
-    round: u32,
-    duration: Duration,
-) -> anyhow::Result<()> {
+fn measure(report: &mut Report, plan: &Plan, round: u32, duration: Duration) -> anyhow::Result<()> {
+    if plan.works.is_empty() && plan.programs.is_empty() {
+        return Ok(());
+    }
+    let (peer, rules) = (plan.peer, plan.rules);
     let mut hosts = Hosts::new(peer, rules)?;
-    for work in Work::ALL {
-        let figures = work.run(&mut hosts, duration)?;
+    let mut sample = |name, figures| {
         report.samples.push(Sample {
             peer: peer.name(),
-            work: label(work.name(), rules),
+            work: label(name, rules),
             round,
             figures,
         });
+    };
+    for work in &plan.works {
+        sample(work.name(), work.run(&mut hosts, duration)?);
     }
-    if peer == Peer::Keelson {
-        for (name, direction) in [
-            ("program from guest", Direction::FromGuest),
-            ("program to guest", Direction::ToGuest),
-        ] {
-            let figures = hosts.program_cost(direction, PROGRAM_RUNS, duration)?;
-            report.samples.push(Sample {
-                peer: peer.name(),
-                work: label(name, rules),
-                round,
-                figures,
-            });
-        }
+    for (name, direction) in &plan.programs {
+        let figures = hosts.program_cost(*direction, PROGRAM_RUNS, duration)?;
+        sample(name, figures);
     }
     Ok(())
 }
@@ -184,7 +183,7 @@ fn add_goals(report: &mut Report) {
         );
     }
     add_flatness(report);
-    for name in ["program from guest", "program to guest"] {
+    for (name, _) in PROGRAMS {
         for figure in ["program_ns", "counted_ns"] {
             let of = |report: &Report| report.figure(ours, &label(name, 1_000), figure);
             if let Some(measured) = of(report) {
@@ -269,11 +268,7 @@ fn print(report: &Report) {
                 let value = names
                     .iter()
                     .find_map(|name| report.figure(peer.name(), work, name));
-                match value {
-                    None => "-".to_owned(),
-                    Some(value) if value >= 100.0 => format!("{value:.0}"),
-                    Some(value) => format!("{value:.1}"),
-                }
+                rounded(value)
             };
             let rates = ["packets_per_s", "transactions_per_s", "connections_per_s"];
             let row = [
@@ -285,7 +280,7 @@ fn print(report: &Report) {
                 figure(&["program_ns"]),
                 figure(&["counted_ns"]),
             ];
-            if row.iter().all(|cell| cell == "-") {
+            if row.iter().all(String::is_empty) {
                 continue;
             }
             table.add_row(
@@ -296,17 +291,5 @@ fn print(report: &Report) {
         }
     }
     println!("{table}\n");
-    let mut goals = Table::new();
-    goals.load_style(presets::NOTHING);
-    goals.set_header(["goal", "wanted", "measured", "", "met"]);
-    for goal in &report.goals {
-        goals.add_row([
-            goal.name.clone(),
-            goal.goal.clone(),
-            format!("{:.2}", goal.measured),
-            goal.unit.to_owned(),
-            if goal.met { "yes" } else { "no" }.to_owned(),
-        ]);
-    }
-    println!("{goals}");
+    print_goals(&report.goals, &report.versions);
 }

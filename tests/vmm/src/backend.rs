@@ -5,6 +5,7 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 
+use rustix::process::{Pid, Signal, kill_process};
 use tempfile::NamedTempFile;
 
 use crate::binaries::binary;
@@ -50,6 +51,15 @@ impl Image {
         let written = file.write_all_at(&bytes, first * SECTOR);
         written.expect("the image can be written");
         file.sync_all().expect("the image can be synced");
+    }
+
+    /// Makes it larger.
+    ///
+    /// # Panics
+    /// If it can't be.
+    pub fn grow(&self, sectors: u64) {
+        let sized = self.file.as_file().set_len(sectors * SECTOR);
+        sized.expect("the image can have its size");
     }
 
     /// The bytes of `sectors` sectors from `first` on.
@@ -133,6 +143,16 @@ impl Backend {
             .try_wait()
             .expect("a child can be asked for")
             .is_none()
+    }
+
+    /// Sends it a signal.
+    ///
+    /// # Panics
+    /// If it has ended.
+    pub fn signal(&self, signal: Signal) {
+        let process = i32::try_from(self.child.id()).expect("a process id");
+        let process = Pid::from_raw(process).expect("a process id is above 0");
+        kill_process(process, signal).expect("it runs");
     }
 
     /// Kills it as a crash would, and waits for its end.

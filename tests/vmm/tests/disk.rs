@@ -159,6 +159,20 @@ fn a_disk_comes_back_with_a_new_backend() {
 }
 
 #[test]
+fn a_disk_that_grows_interrupts_the_guest_which_then_uses_all_of_it() {
+    let builder = GuestBuilder::new("blk-grow:ms=60000");
+    let image = Image::create(SECTORS);
+    let backend = Backend::start(image.path(), &builder.directory().join("blk.sock"), &[]);
+    let mut guest = builder.disk("disk", &backend, false, 1).start();
+    guest.wait_for_line(&format!("payload: blk-grow ready sectors={SECTORS}"));
+    image.grow(3 * SECTORS);
+    backend.signal(Signal::HUP);
+    let ended = guest.wait();
+    ended.assert_passed();
+    ended.line(&format!("payload: blk-grow ok sectors={}", 3 * SECTORS));
+}
+
+#[test]
 fn a_guest_without_its_backend_can_be_ended() {
     let builder = GuestBuilder::new("blk-watch:outages=1,ms=600000");
     let image = Image::create(2048);

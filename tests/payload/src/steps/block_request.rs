@@ -7,6 +7,7 @@ use crate::clock::Deadline;
 use crate::console::say;
 use crate::error::Error;
 use crate::virtio::block::{Block, Kind, SECTOR, STATUS_IO_ERROR, STATUS_OK, STATUS_UNSUPPORTED};
+use crate::virtio::device::wait_for;
 use crate::{interrupts, memory, supervisor};
 
 pub fn write_read_only(machine: &Machine<'_>, arguments: &Arguments<'_>) -> Result<(), Error> {
@@ -65,6 +66,31 @@ pub fn count_boots(machine: &Machine<'_>, arguments: &Arguments<'_>) -> Result<(
         machine.tables()?.reset()?;
         supervisor::stop();
     }
+    Ok(())
+}
+
+pub fn wait_for_growth(machine: &Machine<'_>, arguments: &Arguments<'_>) -> Result<(), Error> {
+    arguments.allow(&["disk", "ms"])?;
+    let deadline = Deadline::after_milliseconds(arguments.number("ms", 20_000)?);
+    let mut disk = open(machine, arguments, 1, SECTOR)?;
+    let changes = disk.device().configuration_changes()?;
+    let before = disk.capacity();
+    answer(&mut disk, Kind::Read, before, SECTOR, STATUS_IO_ERROR)?;
+    say!("blk-grow ready sectors={before}");
+    wait_for(deadline, "interrupt of a changed configuration", || {
+        Ok((changes.count() > 0).then_some(()))
+    })?;
+    let now = disk.current_capacity()?;
+    if now <= before {
+        return Err(Error::Unexpected {
+            what: "sectors after a change",
+            value: now,
+        });
+    }
+    answer(&mut disk, Kind::Write, now - 1, SECTOR, STATUS_OK)?;
+    answer(&mut disk, Kind::Read, before, SECTOR, STATUS_OK)?;
+    answer(&mut disk, Kind::Read, now, SECTOR, STATUS_IO_ERROR)?;
+    say!("blk-grow ok sectors={now}");
     Ok(())
 }
 

@@ -21,6 +21,7 @@
 //! | `blk-out-of-range` | `disk` (0) | requests beyond the end must fail |
 //! | `blk-boot-count` | `disk` (0), `until` (3) | counts boots in the last sector and reboots until there were so many |
 //! | `blk-watch` | `disk` (0), `outages` (1), `ms` (20000) | reads until the disk went away and came back so often |
+//! | `blk-grow` | `disk` (0), `ms` (20000) | waits for the interrupt that says that the disk is larger, and uses all of it |
 //! | `blk-hostile` | `disk` (0) | breaks the rules of virtqueues; the device must survive a reset |
 //! | `net-arp` | `interface` (0), `address`, `target` | resolves the target |
 //! | `net-ping` | `interface` (0), `address`, `target`, `count` (3), `size` (56) | pings the target |
@@ -128,6 +129,7 @@ fn take(machine: &Machine<'_>, step: Step<'_>) -> Result<(), Error> {
         "blk-out-of-range" => block_request::out_of_range(machine, arguments),
         "blk-boot-count" => block_request::count_boots(machine, arguments),
         "blk-watch" => block_request::watch(machine, arguments),
+        "blk-grow" => block_request::wait_for_growth(machine, arguments),
         "blk-hostile" => hostile::run(machine, arguments),
         "net-arp" => network::resolve(machine, arguments),
         "net-ping" => network::ping(machine, arguments),

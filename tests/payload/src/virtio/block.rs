@@ -189,6 +189,11 @@ impl Block {
         self.capacity
     }
 
+    /// The capacity in sectors as the device says it now.
+    pub fn current_capacity(&self) -> Result<u64, Error> {
+        self.device.specific().read64(CAPACITY)
+    }
+
     /// Whether the device refuses writes.
     pub fn read_only(&self) -> bool {
         self.device.features() & FEATURE_READ_ONLY != 0

@@ -25,6 +25,7 @@ mod common {
     pub const DEVICE_FEATURE: u64 = 0x04;
     pub const DRIVER_FEATURE_SELECT: u64 = 0x08;
     pub const DRIVER_FEATURE: u64 = 0x0c;
+    pub const CONFIG_VECTOR: u64 = 0x10;
     pub const QUEUES: u64 = 0x12;
     pub const STATUS: u64 = 0x14;
     pub const QUEUE_SELECT: u64 = 0x16;
@@ -167,7 +168,7 @@ impl Device {
         let offset = u64::from(offset) * u64::from(self.notify_multiplier);
         let notify = self.notify.slice(offset, 2)?;
         let vector = Vector::allocate()?;
-        // Entry 0 is left for configuration changes, which this driver has masked.
+        // Entry 0 is left for configuration changes.
         let entry = index + 1;
         if entry >= self.interrupts.entries() {
             return Err(Error::NoCapability("MSI-X entry for each queue"));
@@ -189,6 +190,23 @@ impl Device {
         self.write_address(common::QUEUE_DEVICE, queue.used().address())?;
         self.common.write16(common::QUEUE_ENABLE, 1)?;
         Ok(queue)
+    }
+
+    /// An interrupt that says that the device-specific registers have changed (4.1.5.4). Until this is
+    /// called the device keeps it to itself.
+    pub fn configuration_changes(&self) -> Result<Vector, Error> {
+        const ENTRY: u16 = 0;
+        let vector = Vector::allocate()?;
+        self.interrupts.route(ENTRY, vector)?;
+        self.common.write16(common::CONFIG_VECTOR, ENTRY)?;
+        let routed = self.common.read16(common::CONFIG_VECTOR)?;
+        if routed != ENTRY {
+            return Err(Error::Unexpected {
+                what: "MSI-X entry of configuration changes",
+                value: u64::from(routed),
+            });
+        }
+        Ok(vector)
     }
 
     /// Lets the device begin (3.1.1, step 8).

@@ -24,7 +24,7 @@ pub struct Common {
     /// Rounds of each kind of work [default: 5, with --quick 2].
     #[arg(long)]
     rounds: Option<u32>,
-    /// Seconds of each measurement [default: 3, with --quick less].
+    /// Seconds of each measurement [default: up to 3, with --quick less].
     #[arg(long)]
     seconds: Option<f64>,
     /// Only work whose name contains this.
@@ -40,7 +40,14 @@ impl Common {
 
     /// How long each measurement takes, `quick` seconds with `--quick`.
     pub fn duration(&self, quick: f64) -> anyhow::Result<Duration> {
-        let seconds = self.seconds.unwrap_or(if self.quick { quick } else { 3.0 });
+        self.duration_of(quick, 3.0)
+    }
+
+    /// The same for an area whose full run takes `full` seconds for each measurement.
+    pub fn duration_of(&self, quick: f64, full: f64) -> anyhow::Result<Duration> {
+        let seconds = self
+            .seconds
+            .unwrap_or(if self.quick { quick } else { full });
         Duration::try_from_secs_f64(seconds).context("--seconds")
     }
 

@@ -27,6 +27,8 @@ use self::work::{Backing, Operations, Pattern, Work};
 use crate::command::{Common, print_goals, rounded};
 use crate::report::{Goal, Report, Sample, Wanted};
 
+/// Of each measurement of a full run: its 625 fit into 20 minutes.
+const FULL_SECONDS: f64 = 1.2;
 /// Disks that one process serves while nobody asks anything of them.
 const IDLE_DISKS: usize = 100;
 /// As a kind of work in the report.
@@ -63,7 +65,7 @@ pub fn run(options: &Options) -> anyhow::Result<()> {
         work::full()
     };
     plan.retain(|work| common.wants(&work.label()));
-    let (rounds, duration) = (common.rounds(), common.duration(0.6)?);
+    let (rounds, duration) = (common.rounds(), common.duration_of(0.6, FULL_SECONDS)?);
     let folder = tempfile::TempDir::with_prefix_in("perf-blk-", &options.folder)?;
     let scene = prepare(options, folder.path())?;
     let mut report = Report {
@@ -90,8 +92,15 @@ pub fn run(options: &Options) -> anyhow::Result<()> {
     print(&report);
     let plots = [
         ("iops", "Operations per second"),
+        ("p50_us", "Median, µs"),
         ("p99_us", "99th percentile, µs"),
+        ("p99.9_us", "99.9th percentile, µs"),
         ("cpu_us_per_io", "Backend's CPU per operation, µs"),
+        ("memory_mib", "Backend's resident memory, MiB"),
+        (
+            "start_ms",
+            "From the process's start to its first connection, ms",
+        ),
     ];
     common.write(&report, &Peer::ALL.map(Peer::name), &plots)
 }

@@ -118,7 +118,8 @@ pub fn quick() -> Vec<Work> {
     ]
 }
 
-/// The kinds of load of a full run.
+/// The kinds of load of a full run: on each backing every pattern, depth, size and number of queues,
+/// though not each with each.
 pub fn full() -> Vec<Work> {
     let mut works = Vec::new();
     for backing in [Backing::File, Backing::Loop, Backing::Null] {
@@ -133,7 +134,14 @@ pub fn full() -> Vec<Work> {
         if backing == Backing::Null {
             continue;
         }
-        works.push(random(Pattern::Mixed, backing, 32, 1));
+        let mixed = if backing == Backing::File {
+            &[1, 8, 32, 128][..]
+        } else {
+            &[32][..]
+        };
+        for depth in mixed {
+            works.push(random(Pattern::Mixed, backing, *depth, 1));
+        }
         for pattern in [Pattern::SequentialRead, Pattern::SequentialWrite] {
             for block in [64 << 10, 1 << 20] {
                 works.push(Work {
@@ -143,6 +151,7 @@ pub fn full() -> Vec<Work> {
             }
         }
     }
+    works.extend([2, 4].map(|queues| random(Pattern::RandomWrite, Backing::File, 128, queues)));
     works
 }
 

@@ -211,6 +211,7 @@ fn what_is_printed_can_be_applied_again() {
         table.contains("NAME") && table.contains("10.60.0.2"),
         "{table}"
     );
+    host.wait_for_phase("web", "Stopped");
     let described = host.keelson(&["describe", "vm", "web"]).done();
     assert!(described.contains("Ready"), "{described}");
 }

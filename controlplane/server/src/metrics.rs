@@ -24,7 +24,7 @@ pub struct Metrics {
     registry: Registry,
     started: IntCounterVec,
     handled: IntCounterVec,
-    /// Seconds that syncs of the log take.
+    /// Seconds that syncs of the log take, with the writes before them.
     pub log_syncs: Histogram,
     /// Seconds that syncs of the storage engine take.
     pub engine_syncs: Histogram,
@@ -71,7 +71,7 @@ impl Metrics {
             )?,
             log_syncs: seconds(
                 "etcd_disk_wal_fsync_duration_seconds",
-                "Time of syncs of the log.",
+                "Time of syncs of the log, with the writes before them.",
             )?,
             engine_syncs: seconds(
                 "etcd_disk_backend_commit_duration_seconds",

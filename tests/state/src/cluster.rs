@@ -22,7 +22,8 @@ pub enum Program {
 /// A cluster on this machine; its members are killed when it is dropped.
 #[derive(Debug)]
 pub struct Cluster {
-    program: Program,
+    /// What is run as a member from now on.
+    program: PathBuf,
     folder: TempDir,
     client_urls: Vec<String>,
     peer_urls: Vec<String>,
@@ -44,7 +45,7 @@ impl Cluster {
         flags: &[&str],
         prepare: impl Fn(usize, &Path),
     ) -> Self {
-        Self::start_prepared(program, count, flags, None, prepare).await
+        Self::start_prepared(program.path(), count, flags, None, prepare).await
     }
 
     /// As [`Cluster::start`]; with TLS everywhere if `tls` says how a client connects.
@@ -54,11 +55,21 @@ impl Cluster {
         flags: &[&str],
         tls: Option<ClientTlsConfig>,
     ) -> Self {
-        Self::start_prepared(program, count, flags, tls, |_, _| {}).await
+        Self::start_prepared(program.path(), count, flags, tls, |_, _| {}).await
+    }
+
+    /// As [`Cluster::start`], with another build of the program.
+    pub async fn start_build(program: &Path, count: usize) -> Self {
+        Self::start_prepared(program.to_owned(), count, &[], None, |_, _| {}).await
+    }
+
+    /// Members that are run from now on are of another build.
+    pub fn use_build(&mut self, program: &Path) {
+        program.clone_into(&mut self.program);
     }
 
     async fn start_prepared(
-        program: Program,
+        program: PathBuf,
         count: usize,
         flags: &[&str],
         tls: Option<ClientTlsConfig>,
@@ -131,7 +142,7 @@ impl Cluster {
             .append(true)
             .open(self.log(at))
             .unwrap();
-        let process = Command::new(self.program.path())
+        let process = Command::new(&self.program)
             .args(["--name", &format!("m{at}")])
             .arg("--data-dir")
             .arg(self.data(at))
@@ -148,8 +159,8 @@ impl Cluster {
             .spawn()
             .unwrap_or_else(|error| {
                 panic!(
-                    "run {:?}: {error}: `./test` fetches and builds it",
-                    self.program
+                    "run {}: {error}: `./test` fetches and builds it",
+                    self.program.display()
                 )
             });
         self.members[at] = Some(process);

@@ -2,6 +2,7 @@
 
 #![allow(clippy::unwrap_used)] // A test that can't go on panics.
 
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
@@ -21,7 +22,23 @@ const WRITERS: usize = 8;
 /// handed over.
 #[tokio::test]
 async fn clients_go_on() {
-    let mut cluster = Cluster::start(Program::KeelsonState, 3, &[]).await;
+    let build = Program::KeelsonState.path();
+    let cluster = Cluster::start_build(&build, 3).await;
+    clients_go_on_while_all_become(&build, cluster).await;
+}
+
+/// The same while every member becomes one of this version.
+#[tokio::test]
+#[ignore = "needs an older keelson-state: its path in KEELSON_STATE_BEFORE"]
+async fn clients_go_on_through_an_upgrade() {
+    let before = std::env::var_os("KEELSON_STATE_BEFORE");
+    let before = before.expect("KEELSON_STATE_BEFORE is not the path of an older keelson-state");
+    let cluster = Cluster::start_build(Path::new(&before), 3).await;
+    clients_go_on_while_all_become(&Program::KeelsonState.path(), cluster).await;
+}
+
+async fn clients_go_on_while_all_become(build: &Path, mut cluster: Cluster) {
+    cluster.use_build(build);
     let channels: Vec<Channel> = (0..3)
         .map(|at| {
             Endpoint::from_shared(cluster.client_url(at).to_owned())

@@ -100,9 +100,11 @@ async fn others_lead_while_the_disk_hangs() {
     assert_eq!(hanging.code(), Code::Unavailable, "{hanging:?}");
 
     let limit = Instant::now() + Duration::from_mins(1);
+    let stalled_at = Instant::now();
     while let Err(error) = put(&mut other, 2, 8).await {
         assert!(Instant::now() < limit, "{error:?}");
     }
+    println!("another member led after {:?}", stalled_at.elapsed());
     assert_ne!(cluster.leader().await, 1);
     // From now on the stalled member refuses at once what needs its thread, and serves the rest.
     let refused = put(&mut stalled, 3, 0).await.unwrap_err();
@@ -137,6 +139,45 @@ async fn others_lead_while_the_disk_hangs() {
             .into_inner();
         assert!(answer.ttl > 0 && answer.keys.len() == 1, "{answer:?}");
     }
+}
+
+/// A disk that answers, but slowly: its leader hands over, before others would find that it is gone.
+#[tokio::test]
+async fn a_leader_with_a_slow_disk_hands_over() {
+    let disk = Disk::new();
+    // So that no other member stands for election because of a pause, or of a machine that is busy.
+    let flags = ["--heartbeat-interval", "200", "--election-timeout", "2000"];
+    let cluster = Cluster::start_on(Program::KeelsonState, 3, &flags, |at, data| {
+        if at == 1 {
+            link(data, &disk);
+        }
+    })
+    .await;
+    lead(&cluster, 1).await;
+    let mut kv = KvClient::new(cluster.connect(1).await);
+    let limit = Instant::now() + Duration::from_mins(2);
+    for number in 0.. {
+        if cluster
+            .log_of(1)
+            .contains("this member's disk is slow: hands over leadership")
+        {
+            break;
+        }
+        assert!(Instant::now() < limit, "{}", cluster.log_of(1));
+        // The sync of this put takes longer than a quarter of the election timeout.
+        let frozen = disk.freeze();
+        let thaw = async {
+            tokio::time::sleep(Duration::from_millis(800)).await;
+            drop(frozen);
+        };
+        let (done, ()) = tokio::join!(put(&mut kv, number, 0), thaw);
+        done.unwrap();
+    }
+    let limit = Instant::now() + Duration::from_mins(1);
+    while cluster.leader().await == 1 {
+        assert!(Instant::now() < limit, "{}", cluster.log_of(1));
+    }
+    put(&mut kv, 0, 0).await.unwrap();
 }
 
 async fn lead(cluster: &Cluster, at: usize) {

@@ -70,12 +70,12 @@ pub async fn make(
     Ok(())
 }
 
-/// Data, log, and what is being rewritten: less than twice the data for both programs.
+/// Data and log: less than half as much again as the data for both programs.
 fn ensure_room(folder: &Path, gigabytes: u64) -> anyhow::Result<()> {
     let room = statvfs(folder).context("ask how much room there is")?;
     let (free, needed) = (
         room.f_bavail * room.f_frsize,
-        2_000_000_000 * gigabytes + 2_000_000_000,
+        1_500_000_000 * gigabytes + 1_000_000_000,
     );
     ensure!(
         free >= needed,

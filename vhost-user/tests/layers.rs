@@ -24,6 +24,7 @@ use keelson_blk::layer::{
     Waker,
 };
 use keelson_blk::overlay::files::{self, CreateOptions, Format, NewBase};
+use keelson_blk::overlay::snapshot;
 use keelson_blk::rate_limit::{Limiter, Limits, Rate};
 use keelson_blk::sector_cipher::SectorCipher;
 use proptest::prelude::*;
@@ -307,7 +308,7 @@ fn follow(mut overlay: Overlay, steps: &[Step]) {
                 drop(queue);
                 drop(device);
                 let cipher = overlay.options.cipher.clone();
-                files::snapshot(&overlay.path, &format!("s{snapshots}"), cipher).unwrap();
+                snapshot::snapshot(&overlay.path, &format!("s{snapshots}"), cipher).unwrap();
                 snapshots += 1;
                 device = overlay.open();
                 queue = Queue::open(&device);

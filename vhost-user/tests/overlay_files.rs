@@ -13,6 +13,7 @@ use std::sync::Arc;
 
 use keelson_blk::image::DirectMode;
 use keelson_blk::overlay::files::{self, CreateOptions, Format, NewBase};
+use keelson_blk::overlay::snapshot;
 use keelson_blk::overlay::{Chain, Place, Segment};
 use keelson_blk::sector_cipher::SectorCipher;
 use proptest::prelude::*;
@@ -157,7 +158,7 @@ fn follow(scene: &Scene, steps: &[Step]) {
                 chain.flush().unwrap();
                 drop(chain);
                 let name = format!("s{}", snapshots.len());
-                let snapshot = files::snapshot(&path, &name, scene.cipher.clone()).unwrap();
+                let snapshot = snapshot::snapshot(&path, &name, scene.cipher.clone()).unwrap();
                 snapshots.push((snapshot, model.clone()));
                 chain = scene.open(&path);
             }
@@ -178,6 +179,19 @@ fn follow(scene: &Scene, steps: &[Step]) {
         assert!(content(&scene.open(&clone)) == *model, "snapshot {index}");
     }
     assert!(content(&scene.open(&path)) == model, "at the end");
+}
+
+#[test]
+fn a_stretch_ends_with_the_disk_however_long_a_one_is_asked_for() {
+    let scene = Scene::new();
+    let chain = scene.open(&scene.create("disk", NewBase::None, Some(3 * STRIPE + 512)));
+    let zero = |len| Segment {
+        place: Place::Zero,
+        len,
+    };
+    assert_eq!(chain.locate(512, u64::MAX), zero(3 * STRIPE));
+    assert_eq!(chain.locate(3 * STRIPE + 512, u64::MAX), zero(u64::MAX));
+    assert_eq!(chain.locate(u64::MAX - 1, 1), zero(1));
 }
 
 proptest! {
@@ -360,8 +374,10 @@ fn an_interrupted_snapshot_is_finished_by_asking_again() {
     // As it is after a kill between the link and the rename.
     fs::hard_link(&path, scene.path("disk.img.s")).unwrap();
     fs::write(scene.path("disk.img.~new"), b"half").unwrap();
-    files::snapshot(&path, "s", None).unwrap();
-    let again = files::snapshot(&path, "s", None).unwrap_err().to_string();
+    snapshot::snapshot(&path, "s", None).unwrap();
+    let again = snapshot::snapshot(&path, "s", None)
+        .unwrap_err()
+        .to_string();
     assert!(again.contains("already"), "{again}");
     assert_eq!(scene.open(&path).layers().len(), 2);
 }

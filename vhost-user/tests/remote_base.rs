@@ -483,6 +483,27 @@ fn an_image_can_be_fetched_whole_beforehand_and_shared_by_clones() {
 }
 
 #[test]
+fn a_server_that_has_moved_is_taken_if_it_has_the_same_image() {
+    let scene = Scene::new();
+    let path = scene.create(&[]);
+    let moved = HttpServer::start(scene.content.clone(), None);
+    let rebase = || {
+        let mut command = image("rebase");
+        let output = command.args(["--base", &moved.url()]).arg(&path).output();
+        output.unwrap()
+    };
+    assert!(said(&rebase()).contains("no manifest"));
+    moved.published().manifest = Some(manifest(&pattern(8, IMAGE + 1536)));
+    assert!(said(&rebase()).contains("its SHA-256 is"));
+    moved.published().manifest = Some(manifest(&scene.content));
+    let rebased = rebase();
+    assert!(rebased.status.success(), "{}", said(&rebased));
+    scene.server.set_fault(Fault::Status(404));
+    let _backend = scene.start(&[]);
+    scene.assert_whole(&mut scene.connect(), &scene.disk());
+}
+
+#[test]
 fn chunks_of_zeroes_are_not_fetched_at_all() {
     let mut content = vec![0; IMAGE];
     content[..4096].copy_from_slice(&pattern(5, 4096));

@@ -26,6 +26,8 @@ const MEMORY: usize = 0x4000;
 const DESCRIPTORS: u64 = 0;
 const AVAILABLE: u64 = 0x400;
 const USED: u64 = 0x800;
+/// Where headers and indirect tables are.
+const FREE: u64 = 0x1000;
 
 fn disk() -> Arc<Disk> {
     static DISK: OnceLock<Arc<Disk>> = OnceLock::new();
@@ -45,6 +47,49 @@ fn disk() -> Arc<Disk> {
     }))
 }
 
+/// Lays a guest's memory out from few bytes, so that what matters is reached soon: seven for each
+/// descriptor of the queue, then four available heads, then an indirect table, then headers.
+fn lay_out(memory: &GuestMemoryMmap, size: u16, content: &[u8]) {
+    let mut bytes = content.iter().copied();
+    let mut next = || bytes.next().unwrap_or(0);
+    let mut table = |address: u64, count: u16| {
+        for index in 0..u64::from(count) {
+            let [low, high, len, scale, flags, following, wild] = std::array::from_fn(|_| next());
+            let place = u64::from(u16::from_le_bytes([low, high]));
+            let address_of_data = match wild {
+                // Outside, across the end of memory, across the end of addresses.
+                250..253 => place << 40,
+                253..255 => MEMORY as u64 - place % 64,
+                255 => u64::MAX - place,
+                _ => place % (MEMORY as u64),
+            };
+            let len = u32::from(len) << (scale % 32);
+            let mut descriptor = address_of_data.to_le_bytes().to_vec();
+            descriptor.extend_from_slice(&len.to_le_bytes());
+            descriptor.extend_from_slice(&u16::from(flags).to_le_bytes());
+            descriptor.extend_from_slice(&u16::from(following).to_le_bytes());
+            let _ = memory.write(&descriptor, GuestAddress(address + index * 16));
+        }
+    };
+    table(DESCRIPTORS, size);
+    table(FREE, 8);
+    let mut available = vec![0; 2];
+    available.extend_from_slice(&u16::from(next()).to_le_bytes());
+    for _ in 0..4 {
+        available.extend_from_slice(&u16::from(next()).to_le_bytes());
+    }
+    let _ = memory.write(&available, GuestAddress(AVAILABLE));
+    let rest: Vec<u8> = bytes.collect();
+    for (index, header) in rest.chunks(16).enumerate() {
+        // A known type and a sector that is there are too rare in random bytes.
+        let mut header = header.to_vec();
+        header.resize(16, 0);
+        header[1..8].fill(0);
+        header[10..16].fill(0);
+        let _ = memory.write(&header, GuestAddress(FREE + 0x400 + index as u64 * 16));
+    }
+}
+
 fuzz_target!(|input: &[u8]| {
     let Some((setup, content)) = input.split_first_chunk::<4>() else {
         return;
@@ -56,7 +101,11 @@ fuzz_target!(|input: &[u8]| {
     let Ok(memory) = GuestMemoryMmap::from_ranges(&regions) else {
         return;
     };
-    let _ = memory.write(content, GuestAddress(0));
+    if setup[3] & 2 == 0 {
+        lay_out(&memory, 1 << (setup[0] % 6), content);
+    } else {
+        let _ = memory.write(content, GuestAddress(0));
+    }
     let memory = Arc::new(memory);
     let virtqueue = Virtqueue::new(
         VirtqueueSetup {

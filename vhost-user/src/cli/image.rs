@@ -11,6 +11,7 @@ use clap::{Args, Subcommand, ValueEnum};
 use indicatif::{ProgressBar, ProgressStyle};
 use keelson_blk::overlay::files::{self, CreateOptions, NewBase, OpenOptions};
 use keelson_blk::overlay::header::{Base, Header};
+use keelson_blk::overlay::snapshot;
 use keelson_blk::overlay::{Chain, FileStorage, OverlayError, Place, StripedFile};
 use keelson_blk::remote::files::Checksums;
 use keelson_blk::remote::{self, ClientOptions, FetchOptions, Manifest};
@@ -32,7 +33,7 @@ pub enum ImageCommand {
     Snapshot(Snapshot),
     /// Make a disk larger
     Resize(Resize),
-    /// Say where a raw base is now, or that a copy of it will do
+    /// Say where a base is now, or that a copy of it will do
     Rebase(Rebase),
     /// Write the whole disk to a new raw file
     Export(Export),
@@ -183,9 +184,11 @@ pub struct Resize {
 pub struct Rebase {
     /// The overlay
     path: PathBuf,
-    /// Its base, with the same content
+    /// Its base, with the same content: a path, or the address of an image on a server
     #[arg(long)]
     base: PathBuf,
+    #[command(flatten)]
+    server: Server,
 }
 
 /// The arguments of `image export`.
@@ -216,7 +219,7 @@ pub fn run(command: &ImageCommand) -> Result<(), Error> {
         ImageCommand::Check(arguments) => check(arguments),
         ImageCommand::Snapshot(arguments) => {
             let cipher = key::read(arguments.open.key_fd)?;
-            let made = files::snapshot(&arguments.open.path, &arguments.name, cipher)?;
+            let made = snapshot::snapshot(&arguments.open.path, &arguments.name, cipher)?;
             say(&format!("{} created", made.display()))
         }
         ImageCommand::Resize(arguments) => {
@@ -229,7 +232,16 @@ pub fn run(command: &ImageCommand) -> Result<(), Error> {
             say(&format!("{} resized", arguments.open.path.display()))
         }
         ImageCommand::Rebase(arguments) => {
-            files::rebase(&arguments.path, &arguments.base)?;
+            match arguments
+                .base
+                .to_str()
+                .filter(|base| remote::files::is_url(base))
+            {
+                Some(url) => {
+                    remote::files::rebase(&arguments.path, url, &arguments.server.options())?;
+                }
+                None => files::rebase(&arguments.path, &arguments.base)?,
+            }
             say(&format!("{} rebased", arguments.path.display()))
         }
         ImageCommand::Export(arguments) => export(arguments),
@@ -345,7 +357,17 @@ fn describe(path: &Path, header: &Header, allocated: u64) -> Value {
         } => {
             json!({ "format": "overlay", "path": path, "bytes": bytes, "uuid": uuid.to_string() })
         }
-        Base::Http { url, bytes, .. } => json!({ "format": "http", "url": url, "bytes": bytes }),
+        Base::Http {
+            url,
+            bytes,
+            manifest,
+            ..
+        } => json!({
+            "format": "http",
+            "url": url,
+            "bytes": bytes,
+            "manifest_sha256": manifest.map(|digest| remote::manifest::hex(&digest)),
+        }),
     };
     json!({
         "path": path,

@@ -129,10 +129,16 @@ impl Chain {
         self.top().bytes()
     }
 
-    /// Where the stretch from `offset` on is, and how far, up to `len` bytes.
+    /// Where the stretch from `offset` on is, and how far, up to `len` bytes and the disk's end;
+    /// behind that is nothing.
     pub fn locate(&self, offset: u64, len: u64) -> Segment {
+        let bytes = self.bytes();
+        if offset >= bytes {
+            let place = Place::Zero;
+            return Segment { place, len };
+        }
         let stripe_bytes = self.top().stripe_bytes();
-        let end = offset.saturating_add(len);
+        let end = offset.saturating_add(len).min(bytes);
         let mut stripe = offset / stripe_bytes;
         let place = self.stripe_place(stripe, 0);
         let mut reached = ((stripe + 1) * stripe_bytes).min(end);

@@ -11,7 +11,7 @@
 //! * [`StripedFile`] puts them together: data is durable before the bit that points to it.
 //! * [`Chain`] is an overlay with all the layers below it, as one disk.
 //! * [`session`] keeps a killed process from losing what it acknowledged and had not flushed.
-//! * [`files`] creates, checks, grows and snapshots overlays in the file system.
+//! * [`files`] creates, opens and rebases overlays in the file system, [`snapshot`] makes snapshots.
 
 pub mod base;
 pub mod chain;
@@ -19,7 +19,9 @@ pub mod error;
 pub mod files;
 pub mod header;
 pub mod map;
+mod map_file;
 pub mod session;
+pub mod snapshot;
 pub mod storage;
 pub mod striped_file;
 

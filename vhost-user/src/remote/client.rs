@@ -18,6 +18,8 @@ const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 /// For the head of an answer, and for each piece of its body.
 const READ_TIMEOUT: Duration = Duration::from_secs(10);
 const MAX_REDIRECTS: u32 = 5;
+/// For a whole manifest.
+const MANIFEST_TIMEOUT: Duration = Duration::from_mins(5);
 
 /// How servers are reached.
 #[derive(Clone, Debug, Default)]
@@ -127,6 +129,9 @@ impl HttpImage {
         let mut answer = self
             .agent
             .get(&url)
+            .config()
+            .timeout_global(Some(MANIFEST_TIMEOUT))
+            .build()
             .call()
             .map_err(|error| failed(error.to_string()))?;
         match answer.status().as_u16() {
@@ -168,6 +173,8 @@ impl HttpImage {
             .map_err(|error| self.failed(error))?;
         let url = self.url.clone();
         match answer.status().as_u16() {
+            // Ranges would be of the encoded bytes.
+            206 if is_encoded(answer.headers()) => Err(RemoteError::NoRanges { url }),
             206 => {
                 let (head, body) = answer.into_parts();
                 Ok((head.headers, body))
@@ -247,6 +254,11 @@ fn roots(ca_file: Option<&Path>) -> Result<RootCerts, RemoteError> {
         ));
     }
     Ok(RootCerts::new_with_certs(&certificates))
+}
+
+fn is_encoded(headers: &HeaderMap) -> bool {
+    let encoding = headers.get(header::CONTENT_ENCODING);
+    encoding.is_some_and(|encoding| encoding.as_bytes() != b"identity")
 }
 
 // `bytes FIRST-LAST/TOTAL` (RFC 9110, 14.4).

@@ -38,7 +38,10 @@ pub enum RemoteError {
         status: u16,
     },
     /// The server doesn't give parts of files.
-    #[error("{url} can't be read in parts: its server ignores Range; use one that supports it")]
+    #[error(
+        "{url} can't be read in parts: its server ignores Range, or compresses what it sends; use \
+         one that gives ranges of the bytes as they are"
+    )]
     NoRanges {
         /// The address.
         url: String,

@@ -6,9 +6,7 @@
 use std::io;
 use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{
-    Arc, Condvar, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, Weak, mpsc,
-};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, Weak};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -29,13 +27,6 @@ const STACK_BYTES: usize = 2 << 20;
 const IDLE: Duration = Duration::from_secs(5);
 /// How long a run that nobody waits for may take.
 const RUN_PATIENCE: Duration = Duration::from_mins(1);
-/// Bytes that the background fetches with one request.
-const FILL_RUN: u64 = 1 << 20;
-/// Bytes after which what the background fetched is made durable.
-const FILL_FLUSH: u64 = 64 << 20;
-/// How long the background waits after a failure.
-const FILL_RETRY: Duration = Duration::from_secs(10);
-
 /// How a base is fetched.
 #[derive(Clone, Debug)]
 pub struct FetchOptions {
@@ -61,13 +52,13 @@ impl Default for FetchOptions {
 #[derive(Debug)]
 pub struct Fetcher(Arc<Shared>);
 
-struct Shared {
-    image: HttpImage,
-    expected: Description,
+pub(super) struct Shared {
+    pub(super) image: HttpImage,
+    pub(super) expected: Description,
     manifest: Option<Manifest>,
-    chunk_bytes: u64,
+    pub(super) chunk_bytes: u64,
     zeroes: [u8; 32],
-    patience: Duration,
+    pub(super) patience: Duration,
     /// Where fetched chunks go. Locked while one goes there.
     chain: RwLock<Weak<Chain>>,
     state: Mutex<State>,
@@ -79,8 +70,8 @@ struct Shared {
     corrupt_chunks: AtomicU64,
 }
 
-struct State {
-    plan: FetchPlan<Fetched>,
+pub(super) struct State {
+    pub(super) plan: FetchPlan<Fetched>,
     threads: usize,
     idle: usize,
     closed: bool,
@@ -218,7 +209,7 @@ impl Source for Fetcher {
 
 impl Shared {
     // A thread for what has just been planned, unless there are enough.
-    fn start_thread(self: &Arc<Self>, state: &mut State) {
+    pub(super) fn start_thread(self: &Arc<Self>, state: &mut State) {
         if !state.plan.can_start() {
             return;
         }
@@ -361,7 +352,7 @@ impl Shared {
         manifest.is_some_and(|manifest| manifest.is(chunk, &self.zeroes))
     }
 
-    fn is_absent(&self, chain: &Chain, chunk: u64) -> bool {
+    pub(super) fn is_absent(&self, chain: &Chain, chunk: u64) -> bool {
         let offset = chunk * self.chunk_bytes;
         let len = self.chunk_bytes.min(self.expected.bytes - offset);
         !chain.absent_for_reading(offset, len).is_empty()
@@ -390,71 +381,8 @@ impl Shared {
         }
     }
 
-    // Fetches everything that isn't there, slowly.
-    fn fill(self: Arc<Self>, rate: u64) {
-        let chunks = self.expected.bytes.div_ceil(self.chunk_bytes);
-        let run = (FILL_RUN / self.chunk_bytes).max(1);
-        let (mut chunk, mut unflushed) = (0, 0);
-        while chunk < chunks {
-            let Some(chain) = self.chain() else {
-                if self.wait(Duration::from_secs(1)) {
-                    return;
-                }
-                continue;
-            };
-            if !self.is_absent(&chain, chunk) {
-                chunk += 1;
-                continue;
-            }
-            let wanted = chunk..(chunk + run).min(chunks);
-            let bytes = (wanted.end - wanted.start) * self.chunk_bytes;
-            let began = Instant::now();
-            let filled = self.fetch_slowly(chain, wanted);
-            unflushed += bytes;
-            if unflushed >= FILL_FLUSH && self.flush() {
-                unflushed = 0;
-            }
-            let pause = if filled {
-                let due = Duration::from_micros(bytes.saturating_mul(1_000_000) / rate.max(1));
-                due.saturating_sub(began.elapsed())
-            } else {
-                FILL_RETRY
-            };
-            if self.wait(pause) {
-                return;
-            }
-        }
-        if self.flush() {
-            tracing::info!(url = self.image.url(), "all of the image is here");
-        }
-    }
-
-    // Doesn't hold on to the chain while it waits: the disk may be closed meanwhile.
-    fn fetch_slowly(self: &Arc<Self>, chain: Arc<Chain>, chunks: Range<u64>) -> bool {
-        let (sender, results) = mpsc::channel();
-        let deadline = Instant::now() + self.patience;
-        {
-            let mut state = self.lock();
-            let wanted = chunks.clone();
-            state
-                .plan
-                .ahead(wanted, |chunk| self.is_absent(&chain, chunk));
-            for chunk in chunks {
-                let sender = sender.clone();
-                let done = move |result| {
-                    // Nobody listens any more after an earlier failure.
-                    let _ = sender.send(result);
-                };
-                state.plan.wait_for(chunk, Box::new(done), deadline);
-            }
-            self.start_thread(&mut state);
-        }
-        drop((sender, chain));
-        results.iter().all(|result: Result<(), i32>| result.is_ok())
-    }
-
     // Whether the end has come meanwhile.
-    fn wait(&self, time: Duration) -> bool {
+    pub(super) fn wait(&self, time: Duration) -> bool {
         self.pause(self.lock(), time).closed
     }
 
@@ -475,21 +403,13 @@ impl Shared {
         state
     }
 
-    fn flush(&self) -> bool {
-        let flushed = self.chain().map(|chain| chain.flush());
-        if let Some(Err(error)) = &flushed {
-            tracing::warn!(%error, "what was fetched can't be made durable");
-        }
-        matches!(flushed, Some(Ok(())))
-    }
-
-    fn chain(&self) -> Option<Arc<Chain>> {
+    pub(super) fn chain(&self) -> Option<Arc<Chain>> {
         let chain: RwLockReadGuard<'_, Weak<Chain>> =
             self.chain.read().unwrap_or_else(PoisonError::into_inner);
         chain.upgrade()
     }
 
-    fn lock(&self) -> MutexGuard<'_, State> {
+    pub(super) fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

@@ -12,10 +12,10 @@ use super::client::Description;
 use super::manifest::{DEFAULT_CHUNK, digest as digest_of, hex};
 use super::{FetchOptions, Fetcher, HttpImage, Manifest, RemoteError};
 use crate::Error;
-use crate::overlay::StripedFile;
 use crate::overlay::chain::Source;
-use crate::overlay::files::NewBase;
+use crate::overlay::files::{NewBase, change_base};
 use crate::overlay::header::Base;
+use crate::overlay::{OverlayError, StripedFile};
 
 /// How much an image's server is trusted.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -140,6 +140,44 @@ pub fn open(
         .into());
     }
     Ok(Arc::new(fetcher))
+}
+
+/// Says that an overlay's base is at another address, after it was recognized there: by its
+/// manifest, or, without one, by its size and the server's validator.
+pub fn rebase(path: &Path, url: &str, options: &FetchOptions) -> Result<(), Error> {
+    change_base(path, |base| {
+        let Base::Http {
+            bytes,
+            manifest,
+            validator,
+            ..
+        } = base
+        else {
+            let reason = "its base is on no server".into();
+            let path = path.into();
+            return Err(OverlayError::Refused { path, reason }.into());
+        };
+        let checksums = manifest.map_or(Checksums::None, Checksums::Pinned);
+        let described = describe(url, checksums, options, &folder_of(path))?;
+        let NewBase::Http { base: found, .. } = described else {
+            return Err(Error::io(
+                "not a base on a server",
+                io::ErrorKind::InvalidInput,
+            ));
+        };
+        match &found {
+            Base::Http {
+                bytes: has,
+                validator: says,
+                ..
+            } if has == bytes && says == validator => Ok(found),
+            _ => Err(RemoteError::Changed {
+                url: url.into(),
+                reason: "its size, ETag or Last-Modified is another".into(),
+            }
+            .into()),
+        }
+    })
 }
 
 /// The folder that a file is in.

@@ -13,6 +13,7 @@ pub mod error;
 pub mod fetch_plan;
 pub mod fetcher;
 pub mod files;
+mod fill;
 pub mod manifest;
 
 pub use client::{ClientOptions, HttpImage};

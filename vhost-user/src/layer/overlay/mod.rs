@@ -19,7 +19,8 @@ use crate::Error;
 use crate::image::BlockSizes;
 use crate::overlay::Chain;
 use crate::overlay::chain::SourceCounters;
-use crate::overlay::files::{self, OpenOverlay};
+use crate::overlay::files::OpenOverlay;
+use crate::overlay::snapshot;
 
 use channel::OverlayChannel;
 use job::Pool;
@@ -81,7 +82,7 @@ impl OverlayDevice {
     }
 
     /// Makes what the disk holds now a snapshot, and goes on in a new layer: see
-    /// [`files::snapshot`]. Channels have to be closed meanwhile. Returns the snapshot's path.
+    /// [`snapshot::snapshot`]. Channels have to be closed meanwhile. Returns the snapshot's path.
     pub fn snapshot(&self, name: &str) -> Result<PathBuf, Error> {
         let stack = self.stack();
         let source = stack.open.chain.source();
@@ -89,7 +90,7 @@ impl OverlayDevice {
         if let Some(source) = source {
             source.attach(None);
         }
-        let made = files::snapshot_open(&stack.open, name);
+        let made = snapshot::snapshot_open(&stack.open, name);
         if let Some(source) = source {
             let chain = made.as_ref().map(|(_, open)| &open.chain);
             source.attach(Some(chain.unwrap_or(&stack.open.chain)));

@@ -13,8 +13,9 @@ use std::sync::Arc;
 
 use keelson_blk::image::DirectMode;
 use keelson_blk::overlay::files::{self, CreateOptions, Format, NewBase};
+use keelson_blk::overlay::map::encode_block;
 use keelson_blk::overlay::snapshot;
-use keelson_blk::overlay::{Chain, Place, Segment};
+use keelson_blk::overlay::{Chain, FileStorage, Place, Segment, StripedFile};
 use keelson_blk::sector_cipher::SectorCipher;
 use proptest::prelude::*;
 use tempfile::TempDir;
@@ -179,6 +180,23 @@ fn follow(scene: &Scene, steps: &[Step]) {
         assert!(content(&scene.open(&clone)) == *model, "snapshot {index}");
     }
     assert!(content(&scene.open(&path)) == model, "at the end");
+}
+
+#[test]
+fn a_map_that_has_counted_to_the_end_is_an_error_and_no_panic() {
+    let scene = Scene::new();
+    let path = scene.create("disk", NewBase::None, Some(1 << 20));
+    let file = OpenOptions::new()
+        .read(true)
+        .write(true)
+        .open(&path)
+        .unwrap();
+    let header = StripedFile::read_header(&FileStorage(file.try_clone().unwrap()), &path).unwrap();
+    let last = encode_block(header.uuid, 0, u64::MAX, &[0; 508]);
+    // Of two copies that differ, the newer one is written over the other.
+    file.write_all_at(&last, header.map_offset(0)).unwrap();
+    let refusal = scene.refusal(&path);
+    assert!(refusal.contains("generation"), "{refusal}");
 }
 
 #[test]

@@ -372,7 +372,11 @@ impl StripedFile {
         let missing = || io::Error::other("a block of the map that isn't there");
         for (block, bits) in blocks {
             let state = block_state(states, *block).ok_or_else(missing)?;
-            let bytes = encode_block(uuid, *block, state.generation + 1, bits);
+            // Only an image that was made so has counted that far.
+            let next = state.generation.checked_add(1);
+            let next =
+                next.ok_or_else(|| io::Error::other("a generation of the map is the last"))?;
+            let bytes = encode_block(uuid, *block, next, bits);
             write_block(self.storage.as_ref(), &bytes, place(1 - state.copy, *block))?;
         }
         self.sync()?;

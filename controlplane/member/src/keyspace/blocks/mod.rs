@@ -14,12 +14,13 @@
 //! committed refers to it. So that such a block is told from one that is damaged, it is marked in the
 //! checksums, durably, before anything is written to it. A sync is
 //!
-//! 1. the checksums, with marks instead of those of blocks that will be overwritten,
+//! 1. the checksums, with marks instead of those of blocks that will be written,
 //! 2. the blocks, then the checksums with theirs,
 //! 3. the header,
 //!
 //! each made durable before the next. The header's number says which of a group's slots counts: marks
-//! do as long as there is no later header, checksums as soon as there is one of their number.
+//! do as long as there is no later header, checksums as soon as there is one of their number. So one
+//! slot counts at a time: if it is damaged, that is told, and nothing older is taken for it.
 
 mod backend;
 mod group;
@@ -59,12 +60,20 @@ pub(super) struct Blocks {
     groups: RwLock<Vec<Arc<Group>>>,
     header: Mutex<Header>,
     length: AtomicU64,
-    /// Held while a block and its checksum are changed. The blocks that were written since the last
-    /// sync, and whether they had other contents at that time.
-    unsynced: Mutex<BTreeMap<u64, bool>>,
+    /// Held while a block and its checksum are changed.
+    unsynced: Mutex<Unsynced>,
     /// Blocks that are still to be written to the file: only who holds `unsynced` changes them.
     queue: RwLock<BTreeMap<u64, Box<[u8]>>>,
     damage: OnceLock<Damage>,
+}
+
+/// What was changed since the last sync.
+#[derive(Debug, Default)]
+struct Unsynced {
+    /// Blocks that were written, and whether they had other contents at that time.
+    blocks: BTreeMap<u64, bool>,
+    /// Groups with marks.
+    marked: BTreeSet<u64>,
 }
 
 impl Blocks {
@@ -234,13 +243,15 @@ impl Blocks {
             for (number, (bytes, sum)) in (block..).zip(bytes.chunks_exact(BLOCK).zip(sums)) {
                 queue.insert(number, bytes.into());
                 let before = sum.swap(checksum(self.nonce, number, bytes), Ordering::AcqRel);
-                unsynced.entry(number).or_insert(before != NEVER_WRITTEN);
+                let blocks = &mut unsynced.blocks;
+                blocks.entry(number).or_insert(before != NEVER_WRITTEN);
             }
             queue.len()
         };
         group.changed.store(true, Ordering::Release);
         if queue >= QUEUED_BLOCKS {
-            self.write_queue(&unsynced, &mut self.header.lock())?;
+            let marks = self.to_mark(&unsynced);
+            self.write_queue(&mut unsynced, &mut self.header.lock(), marks)?;
         }
         Ok(())
     }
@@ -255,24 +266,34 @@ impl Blocks {
         io::Error::other(damage)
     }
 
-    /// Writes the blocks that wait, after it has marked those that have other contents on disk.
-    fn write_queue(&self, unsynced: &BTreeMap<u64, bool>, header: &mut Header) -> io::Result<()> {
+    /// Groups of blocks that wait and have other contents on disk.
+    fn to_mark(&self, unsynced: &Unsynced) -> BTreeSet<u64> {
         let queue = self.queue.read();
-        let to_mark: BTreeSet<u64> = queue
+        let overwritten = queue
             .keys()
-            .filter(|block| unsynced.get(block) == Some(&true))
-            .map(|block| block / GROUP)
-            .collect();
+            .filter(|block| unsynced.blocks.get(block) == Some(&true));
+        overwritten.map(|block| block / GROUP).collect()
+    }
+
+    /// Writes the blocks that wait, after it has written marks for groups.
+    fn write_queue(
+        &self,
+        unsynced: &mut Unsynced,
+        header: &mut Header,
+        to_mark: BTreeSet<u64>,
+    ) -> io::Result<()> {
         if !to_mark.is_empty() {
             header.sync += 1;
             for number in to_mark {
                 let group = self.group(number * GROUP)?;
-                let marks = |block| unsynced.contains_key(&block);
+                let marks = |block| unsynced.blocks.contains_key(&block);
                 let bytes = group.encode_marks(self.nonce, number, header.sync, marks);
                 self.write_slot(&group, number, &bytes)?;
+                unsynced.marked.insert(number);
             }
             self.file.sync_data()?;
         }
+        let queue = self.queue.read();
         let mut run = Vec::with_capacity(RUN_BYTES.min(queue.len() * BLOCK));
         let mut first = 0;
         for (block, bytes) in &*queue {
@@ -305,11 +326,17 @@ impl Blocks {
     fn sync(&self) -> io::Result<()> {
         let mut unsynced = self.unsynced.lock();
         let mut header = self.header.lock();
-        self.write_queue(&unsynced, &mut header)?;
-        header.sync += 1;
         let length = self.length.load(Ordering::Acquire);
         let count = usize::try_from(group_count(length)).unwrap_or(usize::MAX);
         let groups: Vec<_> = self.groups.read().iter().take(count).cloned().collect();
+        // Every group that is written: no older checksums may count if the new ones are damaged.
+        let mut to_mark = self.to_mark(&unsynced);
+        let changed = (0_u64..).zip(&groups).filter(|(number, group)| {
+            group.changed.load(Ordering::Acquire) && !unsynced.marked.contains(number)
+        });
+        to_mark.extend(changed.map(|(number, _)| number));
+        self.write_queue(&mut unsynced, &mut header, to_mark)?;
+        header.sync += 1;
         let mut wrote = false;
         for (number, group) in (0_u64..).zip(&groups) {
             let is_new = number >= header.groups;
@@ -331,7 +358,7 @@ impl Blocks {
             self.file.write_at(&bytes, slot * BLOCK_BYTES)?;
         }
         self.file.sync_data()?;
-        unsynced.clear();
+        *unsynced = Unsynced::default();
         // Only now may what was cut off go: until now, an older header counted on it.
         self.groups.write().truncate(count);
         let wanted = file_length(length);
@@ -359,7 +386,8 @@ impl Blocks {
                 if let Some(group) = groups.get(at) {
                     let sum = &group.sums_from(block, 1)[0];
                     let before = sum.swap(NEVER_WRITTEN, Ordering::AcqRel);
-                    unsynced.entry(block).or_insert(before != NEVER_WRITTEN);
+                    let blocks = &mut unsynced.blocks;
+                    blocks.entry(block).or_insert(before != NEVER_WRITTEN);
                     group.changed.store(true, Ordering::Release);
                 }
             }

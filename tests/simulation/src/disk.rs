@@ -5,7 +5,7 @@
 //! renames and removals since the last sync of the folder are a journal, of which a loss of power
 //! keeps any beginning. The loss happens inside a call, when a fuse burns down.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
 use std::io;
 use std::sync::Arc;
 
@@ -16,6 +16,8 @@ use crate::random::Random;
 
 const PAGE: usize = 4096;
 const SECTOR: usize = 512;
+/// Pages of a file that are known as those that were synced last.
+const RECENT: usize = 8;
 
 type Page = Arc<[u8; PAGE]>;
 
@@ -95,6 +97,8 @@ struct Inode {
     /// Those of the sync before, where syncs are late.
     late: BTreeMap<u64, Option<Page>>,
     durable_length: u64,
+    /// Pages that were synced last.
+    recent: VecDeque<u64>,
 }
 
 #[derive(Debug)]
@@ -190,14 +194,16 @@ impl SimulatedDisk {
         }
     }
 
-    /// Flips one bit of a file that `wanted` names, if there is one, in a page that was synced; its
-    /// name and place.
-    pub fn flip_bit(&self, wanted: &dyn Fn(&str) -> bool) -> Option<(String, u64)> {
+    /// Flips one bit of a file that `wanted` names, if there is one, in a page that was synced: one of
+    /// those that were synced last, if it is to be a `recent` one. Returns its name and place.
+    pub fn flip_bit(&self, wanted: &dyn Fn(&str) -> bool, recent: bool) -> Option<(String, u64)> {
         let state = &mut *self.0.lock();
         let named = state.names.iter().filter(|(name, _)| wanted(name));
         let used: Vec<(String, u64, Vec<u64>)> = named
             .filter_map(|(name, inode)| {
-                let pages = state.inodes.get(inode)?.synced_pages();
+                let file = state.inodes.get(inode)?;
+                let mut pages = file.synced_pages();
+                pages.retain(|page| !recent || file.recent.contains(page));
                 (!pages.is_empty()).then(|| (name.clone(), *inode, pages))
             })
             .collect();
@@ -527,6 +533,9 @@ impl DiskFile for SimulatedFile {
         state.sync();
         let lie = if self.is_log { state.lie } else { Lie::None };
         let inode = state.inode(self.inode)?;
+        inode.recent.extend(inode.unsynced.keys());
+        let excess = inode.recent.len().saturating_sub(RECENT);
+        inode.recent.drain(..excess);
         match lie {
             Lie::None => inode.unsynced.clear(),
             Lie::SkipsLogSyncs => return Ok(()),

@@ -32,14 +32,7 @@ impl World {
                 let calls = self.random.below(60);
                 self.machines[number].disk.set_fuse(calls);
             }
-            Fault::Blackout => {
-                for number in 0..self.machines.len() {
-                    if self.machines[number].is_up() {
-                        let loss = *self.random.pick(&[Loss::Some, Loss::Unsynced]);
-                        self.crash(number, loss);
-                    }
-                }
-            }
+            Fault::Blackout => self.blackout(),
             Fault::Pause => {
                 let time = self.random.between(100, 4000) * MILLISECOND;
                 self.pause(number, time);
@@ -61,6 +54,16 @@ impl World {
             }
             Fault::Transfer => self.transfer(),
             Fault::FlipBits => self.flip_bits(number),
+        }
+    }
+
+    /// Every machine loses power.
+    pub(crate) fn blackout(&mut self) {
+        for number in 0..self.machines.len() {
+            if self.machines[number].is_up() {
+                let loss = *self.random.pick(&[Loss::Some, Loss::Unsynced]);
+                self.crash(number, loss);
+            }
         }
     }
 

@@ -9,7 +9,7 @@ use keelson_member::keyspace::SnapshotWriter;
 use keelson_member::replica::Input;
 use keelson_member::{Identity, MemberError, RequestError, rebuild};
 
-use crate::disk::SimulatedDisk;
+use crate::disk::{Loss, SimulatedDisk};
 use crate::server::{Arrival, Call, Reply};
 use crate::settings::{MILLISECOND, SECOND};
 use crate::world::{CLUSTER, Caller, Happening, World};
@@ -42,8 +42,12 @@ pub(crate) struct RebuildPiece {
 }
 
 impl World {
-    /// Bits of one member's files are flipped, if the others can make up for it.
+    /// Bits of one member's files are flipped, if the others can make up for it: of the one that is
+    /// damaged already, if one is.
     pub(crate) fn flip_bits(&mut self, number: usize) {
+        let mut machines = 0..self.machines.len();
+        let damaged = machines.find(|number| self.is_damaged(*number));
+        let number = damaged.unwrap_or(number);
         if !self.can_lose(number) {
             return;
         }
@@ -55,11 +59,18 @@ impl World {
             8 => name.starts_with("identity"),
             _ => true,
         };
+        let recent = self.random.percent(60);
         for _ in 0..self.random.between(1, 3) {
-            if let Some((name, at)) = self.machines[number].disk.flip_bit(&wanted) {
+            if let Some((name, at)) = self.machines[number].disk.flip_bit(&wanted, recent) {
                 self.counts.flips += 1;
                 self.note(format_args!("m{number}: a bit of {name} flips, at {at}"));
             }
+        }
+        // Most are only found by the next start, and many come with a power failure.
+        match self.random.below(10) {
+            0..3 if self.machines[number].is_up() => self.crash(number, Loss::Nothing),
+            3..7 => self.blackout(),
+            _ => {}
         }
     }
 

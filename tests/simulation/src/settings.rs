@@ -138,22 +138,40 @@ impl Settings {
     /// Draws a run.
     pub fn draw(random: &mut Random, plant: Option<Plant>) -> Self {
         let all = random.percent(30);
-        let faults = FAULTS
+        let faults: Vec<Fault> = FAULTS
             .into_iter()
             .filter(|_| all || random.percent(40))
             .collect();
+        // Of a cluster that changes, no more than one of few may be damaged.
+        let changes = if faults.contains(&Fault::FlipBits) {
+            20
+        } else {
+            50
+        };
+        // What only damage shows would need many runs: these are all about it.
+        let damage = plant == Some(Plant::CutDamagedLog);
+        let faults = if damage {
+            vec![
+                Fault::FlipBits,
+                Fault::FlipBits,
+                Fault::Partition,
+                Fault::Kill,
+            ]
+        } else {
+            faults
+        };
         let calm = random.percent(30);
         let mut percent = |most: u64| if calm { 0 } else { random.below(most + 1) };
         let (lost, repeated, delayed) = (percent(5), percent(5), percent(10));
         Self {
-            members: *random.pick(&[1, 3, 3, 3, 3, 5]),
+            members: *random.pick(if damage { &[3] } else { &[1, 3, 3, 3, 3, 5] }),
             clients: random.index(4) + 2,
             watchers: random.index(4) + 1,
             lease_holders: random.index(3),
             duration: random.between(10, 25) * SECOND,
             faults,
             fault_interval: random.between(300, 3000) * MILLISECOND,
-            changes_members: random.percent(50),
+            changes_members: random.percent(changes) && !damage,
             lost,
             repeated,
             delayed,

@@ -72,6 +72,7 @@ impl World {
         }
         let members = self.newest_members().unwrap_or_default();
         let mut applied = Vec::new();
+        let mut leases = 0;
         for (number, machine) in self.machines.iter().enumerate() {
             if !members.iter().any(|member| member.id == machine.member) {
                 continue;
@@ -83,6 +84,11 @@ impl World {
                 return Some(format!("a request waits in m{number}"));
             }
             applied.push((process.replica.status().applied, number));
+            leases += process.replica.keyspace().leases().len();
+        }
+        // One that was granted after its holder had given up on it.
+        if leases > 0 {
+            return Some("a lease that nobody holds has not ended".into());
         }
         let mut listed = members.iter().filter(|member| {
             let mut machines = self.machines.iter();

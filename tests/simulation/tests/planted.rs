@@ -34,5 +34,5 @@ planted! {
     an_entry_applied_twice: ApplyTwice within 100 seeds;
     a_watch_that_skips_an_event: WatchSkipsEvent within 100 seeds;
     a_snapshot_without_its_last_record: SnapshotWithoutLastRecord within 100 seeds;
-    a_damaged_log_that_is_cut: CutDamagedLog within 400 seeds;
+    a_damaged_log_that_is_cut: CutDamagedLog within 150 seeds;
 }

@@ -76,6 +76,10 @@ impl Thread {
             Self::Supervisor => "supervisor",
         }
     }
+
+    const fn opens_files(self) -> bool {
+        matches!(self, Self::Owner | Self::Api)
+    }
 }
 
 /// Memory, locks, and a thread's or the process's end: what the runtime does in every thread.
@@ -93,6 +97,8 @@ const RUNTIME: &[i64] = &[
     libc::SYS_madvise,
     libc::SYS_mremap,
     libc::SYS_munmap,
+    // Refused with an error, by a filter of its own, to threads that open no files.
+    libc::SYS_openat,
     libc::SYS_read,
     libc::SYS_restart_syscall,
     libc::SYS_rseq,
@@ -138,7 +144,6 @@ const API: &[i64] = &[
     libc::SYS_accept4,
     libc::SYS_clock_nanosleep,
     libc::SYS_fstat,
-    libc::SYS_openat,
     libc::SYS_poll,
     libc::SYS_recvfrom,
     libc::SYS_rename,
@@ -197,20 +202,34 @@ pub fn apply(thread: Thread, mode: Mode) -> Result<(), IsolationError> {
     report_refusals();
     if thread == Thread::Owner {
         // Its flags are in memory, where no filter sees them; glibc then uses clone.
-        let clone3 = BTreeMap::from([(libc::SYS_clone3, Vec::new())]);
-        let filter = SeccompFilter::new(
-            clone3,
-            SeccompAction::Allow,
-            SeccompAction::Errno(u32::try_from(libc::ENOSYS).unwrap_or(0)),
-            TargetArch::x86_64,
-        );
-        let program: BpfProgram = filter.and_then(TryInto::try_into).map_err(|e| failed(&e))?;
-        seccompiler::apply_filter(&program).map_err(|e| failed(&e))?;
+        refuse(libc::SYS_clone3, libc::ENOSYS).map_err(|e| failed(&e))?;
+    }
+    if !thread.opens_files() && mode == Mode::Enforce {
+        // glibc looks into /proc before it gives memory back, and does without.
+        refuse(libc::SYS_openat, libc::EACCES).map_err(|e| failed(&e))?;
     }
     let rules = rules(thread).map_err(|e| failed(&e))?;
-    let filter = SeccompFilter::new(rules, action, SeccompAction::Allow, TargetArch::x86_64);
-    let program: BpfProgram = filter.and_then(TryInto::try_into).map_err(|e| failed(&e))?;
-    seccompiler::apply_filter(&program).map_err(|e| failed(&e))
+    install(rules, action, SeccompAction::Allow).map_err(|e| failed(&e))
+}
+
+/// Lets a call fail with an error.
+fn refuse(call: i64, errno: libc::c_int) -> Result<(), seccompiler::Error> {
+    let errno = SeccompAction::Errno(errno.unsigned_abs());
+    install(
+        BTreeMap::from([(call, Vec::new())]),
+        SeccompAction::Allow,
+        errno,
+    )
+}
+
+fn install(
+    rules: Rules,
+    unlisted: SeccompAction,
+    listed: SeccompAction,
+) -> Result<(), seccompiler::Error> {
+    let filter = SeccompFilter::new(rules, unlisted, listed, TargetArch::x86_64)?;
+    let program: BpfProgram = filter.try_into()?;
+    seccompiler::apply_filter(&program)
 }
 
 type Rules = BTreeMap<i64, Vec<SeccompRule>>;
@@ -318,7 +337,14 @@ mod tests {
                 // SAFETY: the calls of these tests are refused or touch no memory.
                 unsafe {
                     libc::syscall(call, first, second, third);
-                    libc::_exit(if applied { 42 } else { 43 });
+                    let denied = *libc::__errno_location() == libc::EACCES;
+                    libc::_exit(if !applied {
+                        43
+                    } else if denied {
+                        DENIED
+                    } else {
+                        42
+                    });
                 }
             }
             child => {
@@ -330,6 +356,9 @@ mod tests {
             }
         }
     }
+
+    /// The exit code of a process whose call failed with EACCES.
+    const DENIED: i32 = 44;
 
     const ALL: [Thread; 7] = [
         Thread::Owner,
@@ -375,14 +404,12 @@ mod tests {
     #[test]
     fn threads_of_the_guest_open_no_files() {
         for thread in [Thread::Vcpu, Thread::Disks, Thread::Net, Thread::Signals] {
-            for call in [
-                libc::SYS_open,
-                libc::SYS_openat,
-                libc::SYS_unlink,
-                libc::SYS_kill,
-            ] {
+            for call in [libc::SYS_open, libc::SYS_unlink, libc::SYS_kill] {
                 assert_eq!(exit_code_of(thread, call, [0; 3]), 1, "{thread:?} {call}");
             }
+            // An error, for glibc opens a file of /proc on its own.
+            let denied = exit_code_of(thread, libc::SYS_openat, [0; 3]);
+            assert_eq!(denied, DENIED, "{thread:?}");
         }
         assert_eq!(exit_code_of(Thread::Owner, libc::SYS_openat, [0; 3]), 42);
         // KVM's requests are the vCPUs', not an interface's.

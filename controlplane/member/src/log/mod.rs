@@ -586,7 +586,11 @@ impl Log {
             self.disk
                 .rename(&name, &spare)
                 .map_err(MemberError::disk(format!("rename {name} to {spare}")))?;
-            self.spares.push(spare);
+            // A number comes twice if a segment with nothing in it was retired: the file of before is
+            // replaced.
+            if !self.spares.contains(&spare) {
+                self.spares.push(spare);
+            }
             return Ok(());
         }
         self.disk

@@ -1,5 +1,6 @@
 use std::fs::File;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use anyhow::Context as _;
 use rustix::fs::{FallocateFlags, fallocate, fstatvfs};
@@ -68,7 +69,17 @@ impl Disk {
     /// Lets every write and sync wait, as a disk does that does not answer. Reads of what is cached
     /// go on.
     pub fn freeze(&mut self) -> anyhow::Result<()> {
-        run("fsfreeze", &["--freeze", &self.mount.display().to_string()])?;
+        /// A file system that was thawed just now may be busy for a moment.
+        const TRIES: u32 = 50;
+        let mount = self.mount.display().to_string();
+        let mut tries = 1;
+        while let Err(error) = run("fsfreeze", &["--freeze", &mount]) {
+            if tries == TRIES {
+                return Err(error);
+            }
+            tries += 1;
+            std::thread::sleep(Duration::from_millis(100));
+        }
         self.frozen = true;
         Ok(())
     }

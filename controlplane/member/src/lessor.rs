@@ -19,9 +19,9 @@ pub const COVER_MS: u64 = 1000;
 /// How long the end of a lease is awaited until it is proposed again: a proposal may be lost.
 const RETRY_MS: u64 = 3000;
 /// Checkpoints of a lease are at least this far apart, in milliseconds.
-const CHECKPOINT_MS: u64 = 5000;
+const CHECKPOINT_MS: u64 = 1000;
 /// Checkpoints of a lease that nobody renews: one for each such part of its time.
-const CHECKPOINTS: u64 = 4;
+const CHECKPOINTS: u64 = 12;
 
 /// The time of every lease. Times that are given are milliseconds of one clock that never goes back.
 #[derive(Debug)]

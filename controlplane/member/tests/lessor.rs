@@ -47,22 +47,23 @@ fn a_follower_knows_how_long_a_lease_has_left() {
 fn a_restarted_member_knows_it_from_a_checkpoint() {
     let mut leader = empty();
     leader.promote(0);
-    leader.apply(&LeaseChange::Granted(1, record(40)));
+    leader.apply(&LeaseChange::Granted(1, record(60)));
     let mut told = Vec::new();
-    for now in (0..=40_000).step_by(100) {
+    for now in (0..=60_000).step_by(100) {
         leader.tick(now);
         told.extend(leader.checkpoints(10));
     }
-    assert_eq!(told, [(1, 30), (1, 20), (1, 10)]);
+    let expected: Vec<_> = (1..12).map(|twelfth| (1, 60 - 5 * twelfth)).collect();
+    assert_eq!(told, expected);
     let stored = LeaseRecord {
         remaining: 20,
-        ..record(40)
+        ..record(60)
     };
     let restarted = Lessor::new([(1, stored)], STEP);
     assert_eq!(restarted.remaining(1, 0), Some(20_000));
     // Without one, it may just have been renewed.
-    let restarted = Lessor::new([(1, record(40))], STEP);
-    assert_eq!(restarted.remaining(1, 0), Some(40_000 + COVER_MS));
+    let restarted = Lessor::new([(1, record(60))], STEP);
+    assert_eq!(restarted.remaining(1, 0), Some(60_000 + COVER_MS));
 }
 
 #[test]

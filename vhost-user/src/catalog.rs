@@ -22,7 +22,7 @@ use crate::layer::null::NullDevice;
 use crate::layer::overlay::OverlayDevice;
 use crate::metrics::{OPERATIONS, QueueCounters};
 use crate::overlay::chain::SourceCounters;
-use crate::overlay::files::{self, OpenOptions};
+use crate::overlay::files::OpenOptions;
 use crate::rate_limit::{Limiter, Limits};
 use crate::remote::{self, ClientOptions, FetchOptions};
 use crate::sector_cipher::SectorCipher;
@@ -442,11 +442,7 @@ fn open(spec: &DiskSpec, cipher: Option<Arc<SectorCipher>>) -> Result<Opened, Er
                 cipher,
             };
             let fetch = spec.base.fetch_options();
-            let open = files::open(
-                path,
-                &options,
-                Some(&|lowest, base| remote::files::open(lowest, base, &fetch)),
-            )?;
+            let open = remote::files::open_overlay(path, &options, &fetch)?;
             let images = open.images.iter().chain(&open.raw);
             let uncached = images
                 .map(|image| image.direct())

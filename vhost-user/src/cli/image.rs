@@ -414,11 +414,7 @@ fn check(arguments: &Open) -> Result<(), Error> {
             ..OpenOptions::default()
         };
         let fetch = FetchOptions::default();
-        files::open(
-            &arguments.path,
-            &options,
-            Some(&|lowest, base| remote::files::open(lowest, base, &fetch)),
-        )
+        remote::files::open_overlay(&arguments.path, &options, &fetch)
     };
     // A snapshot is only looked at.
     let opened = match open(false) {
@@ -439,11 +435,7 @@ fn check(arguments: &Open) -> Result<(), Error> {
 fn export(arguments: &Export) -> Result<(), Error> {
     let options = open_options(arguments.open.key_fd, true)?;
     let fetch = arguments.server.options();
-    let opened = files::open(
-        &arguments.open.path,
-        &options,
-        Some(&|lowest, base| remote::files::open(lowest, base, &fetch)),
-    )?;
+    let opened = remote::files::open_overlay(&arguments.open.path, &options, &fetch)?;
     let failed = |source| Error::Io {
         action: format!("can't write {}", arguments.target.display()),
         source,
@@ -539,11 +531,7 @@ fn make_manifest(arguments: &MakeManifest) -> Result<(), Error> {
 fn fetch(arguments: &Fetch) -> Result<(), Error> {
     let options = open_options(arguments.open.key_fd, false)?;
     let fetch = arguments.server.options();
-    let opened = files::open(
-        &arguments.open.path,
-        &options,
-        Some(&|lowest, base| remote::files::open(lowest, base, &fetch)),
-    )?;
+    let opened = remote::files::open_overlay(&arguments.open.path, &options, &fetch)?;
     let bar = progress_bar();
     let failed = |source| Error::Io {
         action: format!("can't fetch all of {}", arguments.open.path.display()),

@@ -13,7 +13,7 @@ use super::manifest::{DEFAULT_CHUNK, digest as digest_of, hex};
 use super::{FetchOptions, Fetcher, HttpImage, Manifest, RemoteError};
 use crate::Error;
 use crate::overlay::chain::Source;
-use crate::overlay::files::{NewBase, change_base};
+use crate::overlay::files::{self, NewBase, OpenOptions, OpenOverlay, change_base};
 use crate::overlay::header::Base;
 use crate::overlay::{OverlayError, StripedFile};
 
@@ -93,8 +93,21 @@ pub fn describe(
     Ok(NewBase::Http { base, chunk_bytes })
 }
 
-/// Opens the base of the lowest layer. Asks the server for nothing but a manifest that isn't here.
-pub fn open(
+/// Opens an overlay, whose base may be on a server: see [`files::open`].
+pub fn open_overlay(
+    path: &Path,
+    options: &OpenOptions,
+    fetch: &FetchOptions,
+) -> Result<OpenOverlay, Error> {
+    files::open(
+        path,
+        options,
+        Some(&|lowest, base| open(lowest, base, fetch)),
+    )
+}
+
+// Opens the base of the lowest layer. Asks the server for nothing but a manifest that isn't here.
+fn open(
     lowest: &StripedFile,
     base: &Base,
     options: &FetchOptions,

@@ -212,6 +212,14 @@ impl Cluster {
         self.log_of(at)
     }
 
+    /// The hash of all keys of a member that serves, and the revision that it is of.
+    pub async fn hash(&self, at: usize) -> (u32, i64) {
+        let mut client = MaintenanceClient::new(self.connect(at).await);
+        let request = pb::HashKvRequest { revision: 0 };
+        let answer = client.hash_kv(request).await.unwrap().into_inner();
+        (answer.hash, answer.hash_revision)
+    }
+
     /// Memory that a member has, in bytes.
     pub fn resident_bytes(&self, at: usize) -> u64 {
         let process = self.members[at].as_ref().unwrap().id();

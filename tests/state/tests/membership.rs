@@ -320,10 +320,7 @@ async fn same_hashes(cluster: &Cluster, members: &[usize]) {
     loop {
         let mut hashes = Vec::new();
         for &at in members {
-            let mut client = MaintenanceClient::new(cluster.connect(at).await);
-            let answer = client.hash_kv(pb::HashKvRequest { revision: 0 }).await;
-            let answer = answer.unwrap().into_inner();
-            hashes.push((answer.hash, answer.hash_revision));
+            hashes.push(cluster.hash(at).await);
         }
         if hashes.iter().all(|hash| *hash == hashes[0]) {
             return;

@@ -97,9 +97,7 @@ impl Liar {
             let mut client = MaintenanceClient::new(self.cluster.connect(at).await);
             let status = client.status(pb::StatusRequest {}).await.unwrap();
             assert!(status.into_inner().raft_term < 1000);
-            let request = pb::HashKvRequest { revision: 0 };
-            let answer = client.hash_kv(request).await.unwrap().into_inner();
-            hashes.push((answer.hash, answer.hash_revision));
+            hashes.push(self.cluster.hash(at).await);
         }
         assert!(hashes.iter().all(|hash| *hash == hashes[0]), "{hashes:?}");
         let log = self.cluster.log_of(TARGET);

@@ -136,13 +136,7 @@ fn show_disk_kills(report: &mut Report, host: &Host) -> Option<String> {
             ensure!(!said.contains("failed"), "it says {said}");
             // From the disk, not from memory.
             console.run("sync && echo 3 > /proc/sys/vm/drop_caches")?;
-            let said = console.run("sha256sum /data/through-kills")?;
-            let sum = said
-                .split_whitespace()
-                .next()
-                .unwrap_or_default()
-                .to_owned();
-            ensure!(sum.len() == 64, "it says {said}");
+            let sum = checksum(&mut console, "/data/through-kills")?;
             let errors = console.run("dmesg | grep -c 'I/O error' || true")?;
             ensure!(errors.trim() == "0", "its kernel saw {errors} errors");
             let seen = format!(
@@ -152,6 +146,14 @@ fn show_disk_kills(report: &mut Report, host: &Host) -> Option<String> {
             Ok((sum, seen))
         },
     )
+}
+
+/// The SHA-256 of one of the guest's files, as it sees it.
+fn checksum(console: &mut Console, file: &str) -> Result<String> {
+    let said = console.run(&format!("sha256sum {file}"))?;
+    let sum = said.split_whitespace().next().unwrap_or_default();
+    ensure!(sum.len() == 64, "it says {said}");
+    Ok(sum.to_owned())
 }
 
 /// What the guest does itself, told over its console. Returns the checksum of what it wrote.
@@ -177,13 +179,7 @@ fn show_guest(report: &mut Report, host: &Host, expected: &str) -> Option<String
     let written = report.step("it writes a file and syncs it", || {
         console
             .run("dd if=/dev/urandom of=/data/from-guest bs=65536 count=16 2>/dev/null && sync")?;
-        let said = console.run("sha256sum /data/from-guest")?;
-        let sum = said
-            .split_whitespace()
-            .next()
-            .unwrap_or_default()
-            .to_owned();
-        ensure!(sum.len() == 64, "it says {said}");
+        let sum = checksum(&mut console, "/data/from-guest")?;
         let seen = format!("SHA-256 {}…", &sum[..16]);
         Ok((sum, seen))
     });

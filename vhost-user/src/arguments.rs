@@ -119,7 +119,7 @@ pub struct Arguments {
     #[arg(long, value_parser = parse_cpus)]
     cpus: Option<Cpus>,
     /// Longest time in microseconds that an idle worker looks for requests before it sleeps
-    #[arg(long, default_value_t = 32, value_parser = clap::value_parser!(u64).range(..=1_000_000))]
+    #[arg(long, default_value_t = 64, value_parser = clap::value_parser!(u64).range(..=1_000_000))]
     poll_us: u64,
     /// Register guest memory with io_uring; keeps all of it in memory
     #[arg(long)]

@@ -13,7 +13,7 @@ use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::Errno;
 
 use super::polling::Polling;
-use super::queue::Queue;
+use super::queue::{Outcome, Queue};
 use super::{Command, Mailbox, QueueSetup, WorkerOptions};
 use crate::layer::ring::{FileTable, MAX_FILES, queue_of};
 use crate::layer::{ChannelContext, RingOperations, Token, Waker};
@@ -49,6 +49,10 @@ pub(super) struct EventLoop {
     timed: Vec<u16>,
     completions: Vec<(u64, i32, bool)>,
     polling: Polling,
+    /// Since when guests have had their last answers, without having asked for more.
+    pause: Option<Instant>,
+    /// Whether some of that time was slept through.
+    slept: bool,
     /// Whether the mailbox's event was seen, by which channels are woken as well.
     told: bool,
     quitting: bool,
@@ -71,6 +75,8 @@ impl EventLoop {
             timed: Vec::new(),
             completions: Vec::new(),
             polling: Polling::new(options.poll),
+            pause: None,
+            slept: false,
             told: false,
             quitting: false,
         })
@@ -102,32 +108,51 @@ impl EventLoop {
 
     // Runs the queues that are looked at without kicks. True if some have more to do at once.
     fn run_hot_queues(&mut self) -> io::Result<bool> {
-        let mut busy = false;
+        let (mut busy, mut outcome) = (false, Outcome::default());
         for place in (0..self.hot.len()).rev() {
             let Some(number) = self.hot.get(place).copied() else {
                 continue;
             };
             if let Some(queue) = self.queue(number) {
-                queue.run();
+                outcome |= queue.run();
                 busy |= queue.more;
                 self.submit_operations(number)?;
                 self.release_if_ended(number);
             }
         }
+        self.follow_pause(outcome);
         Ok(busy)
     }
 
-    // Looks for requests for a while, if that has paid off lately and nothing is under way. The
-    // ring is looked at as well: it has the kicks of the other queues, and the mailbox.
+    fn follow_pause(&mut self, outcome: Outcome) {
+        if outcome.taken
+            && let Some(begin) = self.pause.take()
+        {
+            if self.slept {
+                self.polling.slept(begin.elapsed());
+            } else {
+                self.polling.found(begin.elapsed());
+            }
+        }
+        if outcome.answered {
+            self.pause = Some(Instant::now());
+            self.slept = false;
+        }
+    }
+
+    // Looks for requests for a while after the last answers, if that has paid off lately. The ring is
+    // looked at as well: it has the disks' completions, the kicks of the other queues, and the mailbox.
     fn look(&mut self) -> bool {
         let budget = self.polling.budget();
-        if budget.is_zero() || self.hot.is_empty() || self.is_waiting_for_disks() {
+        let Some(begin) = self.pause.filter(|_| !self.slept) else {
+            return false;
+        };
+        if budget.is_zero() || self.hot.is_empty() {
             return false;
         }
         if !self.ring.submission().is_empty() && self.ring.submit().is_err() {
             return false;
         }
-        let begin = Instant::now();
         loop {
             for _ in 0..LOOKS {
                 if self.has_requests() || !self.ring.completion().is_empty() {
@@ -153,14 +178,6 @@ impl EventLoop {
         })
     }
 
-    fn is_waiting_for_disks(&self) -> bool {
-        self.hot.iter().any(|number| {
-            let queue = self.queues.get(usize::from(*number));
-            let queue = queue.and_then(Option::as_ref);
-            queue.is_some_and(|queue| !queue.executor.is_idle())
-        })
-    }
-
     // Asks all drivers for kicks again. True if requests came in meanwhile.
     fn cool(&mut self) -> bool {
         let mut hot = std::mem::take(&mut self.hot);
@@ -170,15 +187,9 @@ impl EventLoop {
     }
 
     fn sleep(&mut self) -> io::Result<()> {
-        let mut queues = self.queues.iter().flatten();
-        let idle = queues.all(|queue| queue.executor.is_idle());
         let deadline = self.next_deadline();
-        let begin = Instant::now();
-        self.enter(1, deadline)?;
-        if idle {
-            self.polling.slept(begin.elapsed());
-        }
-        Ok(())
+        self.slept = true;
+        self.enter(1, deadline)
     }
 
     fn next_deadline(&mut self) -> Option<Instant> {

@@ -1,6 +1,7 @@
 //! One virtqueue in a worker.
 
 use std::fs::File;
+use std::ops::BitOrAssign;
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::{Arc, mpsc};
 
@@ -33,6 +34,22 @@ pub(super) struct Queue {
     pub stopping: Option<mpsc::Sender<u16>>,
 }
 
+/// What a look at a queue came to.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct Outcome {
+    /// Whether there were requests.
+    pub taken: bool,
+    /// Whether requests were answered.
+    pub answered: bool,
+}
+
+impl BitOrAssign for Outcome {
+    fn bitor_assign(&mut self, other: Self) {
+        self.taken |= other.taken;
+        self.answered |= other.answered;
+    }
+}
+
 impl Queue {
     pub fn kick_descriptor(&self) -> RawFd {
         self.kick.as_raw_fd()
@@ -43,23 +60,24 @@ impl Queue {
         !self.broken && self.stopping.is_none()
     }
 
-    /// Takes new requests and answers the completed ones. Returns whether anything happened.
-    pub fn run(&mut self) -> bool {
-        let mut any = false;
+    /// Takes new requests and answers the completed ones.
+    pub fn run(&mut self) -> Outcome {
+        let mut taken = false;
         self.more = false;
         // Lost memory looks like an empty ring; taking from it says what it is.
         let executor = &self.executor;
         let asked = executor.has_available() || executor.is_replaying();
         if self.is_serving() && (asked || executor.has_lost_memory()) {
-            any = true;
+            taken = true;
             let outcome = self.executor.take_requests(&mut self.operations);
             self.more = self.mind(outcome).unwrap_or(false);
         }
-        any | self.answer()
+        let answered = self.answer();
+        Outcome { taken, answered }
     }
 
-    /// Answers the completed requests and interrupts the guest if it wants that.
-    pub fn answer(&mut self) -> bool {
+    // Answers the completed requests and interrupts the guest if it wants that.
+    fn answer(&mut self) -> bool {
         let outcome = self.executor.answer_completed();
         let any = self.mind(outcome).unwrap_or(false);
         if self.executor.publish() {

@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 use anyhow::Context as _;
 use rustix::process::{Pid, Signal, kill_process};
 
+use super::placement::Placement;
 use super::work::{Backing, Work};
 
 const START_LIMIT: Duration = Duration::from_secs(20);
@@ -19,16 +20,19 @@ pub enum Peer {
     Qemu,
     /// No backend: the limit.
     Straight,
+    /// What handing operations over to another thread costs by itself.
+    Handover,
 }
 
 impl Peer {
-    pub const ALL: [Self; 3] = [Self::Keelson, Self::Qemu, Self::Straight];
+    pub const ALL: [Self; 4] = [Self::Keelson, Self::Qemu, Self::Straight, Self::Handover];
 
     pub const fn name(self) -> &'static str {
         match self {
             Self::Keelson => "keelson-blk",
             Self::Qemu => "qemu-storage-daemon",
             Self::Straight => "io_uring",
+            Self::Handover => "io_uring, handed over",
         }
     }
 }
@@ -42,6 +46,7 @@ pub struct Scene {
     pub file: PathBuf,
     pub loop_device: Option<PathBuf>,
     pub bytes: u64,
+    pub placement: Placement,
 }
 
 impl Scene {
@@ -73,7 +78,7 @@ impl Backend {
             Peer::Keelson => keelson(scene, work, &socket),
             _ => qemu(scene, work, &socket),
         };
-        Self::spawn(command, socket)
+        scene.placement.as_backend(|| Self::spawn(command, socket))
     }
 
     /// Starts a keelson-blk with many disks.
@@ -91,7 +96,8 @@ impl Backend {
                 .arg(format!("socket={socket},image={image}"));
         }
         let last = sockets.last().context("at least one disk")?.clone();
-        Ok((Self::spawn(command, last)?, sockets))
+        let backend = scene.placement.as_backend(|| Self::spawn(command, last))?;
+        Ok((backend, sockets))
     }
 
     fn spawn(mut command: Command, socket: PathBuf) -> anyhow::Result<Self> {
@@ -169,7 +175,8 @@ fn keelson(scene: &Scene, work: Work, socket: &Path) -> Command {
         Some(disk) => command.args(["--direct", "on", "--image"]).arg(disk),
         None => command.arg("--null").arg(scene.bytes.to_string()),
     };
-    command.args(["--workers", "1", "--queues", &work.queues.to_string()]);
+    command.args(["--workers", "1", "--pin-memory"]);
+    command.args(["--queues", &work.queues.to_string()]);
     command
 }
 

@@ -12,7 +12,7 @@ use virtio_driver::{
 
 use super::figures::Times;
 use super::shared_memory::SharedMemory;
-use super::work::{Operations, Work};
+use super::work::{Operation, Operations, Work};
 
 /// Each operation takes up to three descriptors.
 const DESCRIPTORS_PER_OPERATION: usize = 4;
@@ -116,7 +116,7 @@ impl Client {
         place: usize,
         operations: &mut Operations,
     ) -> anyhow::Result<()> {
-        let (write, offset) = operations.next();
+        let Operation { write, offset } = operations.next();
         let (pointer, block) = (self.memory.at(place), self.block);
         let started = Started {
             at: Instant::now(),

@@ -4,6 +4,8 @@
 mod backend;
 mod client;
 mod figures;
+mod handover;
+mod placement;
 mod shared_memory;
 mod straight;
 mod work;
@@ -22,6 +24,8 @@ use indicatif::{ProgressBar, ProgressStyle};
 use self::backend::{Backend, Peer, Scene};
 use self::client::Client;
 use self::figures::Times;
+use self::handover::Handover;
+use self::placement::Placement;
 use self::straight::Straight;
 use self::work::{Backing, Operations, Pattern, Work};
 use crate::command::{Common, print_goals, rounded};
@@ -54,6 +58,9 @@ pub struct Options {
     /// Folder on the disk to measure on.
     #[arg(long, default_value = ".")]
     folder: PathBuf,
+    /// Let the scheduler place the client and the backends.
+    #[arg(long)]
+    unpinned: bool,
 }
 
 /// Runs the comparison and reports it.
@@ -67,13 +74,15 @@ pub fn run(options: &Options) -> anyhow::Result<()> {
     plan.retain(|work| common.wants(&work.label()));
     let (rounds, duration) = (common.rounds(), common.duration_of(0.6, FULL_SECONDS)?);
     let folder = tempfile::TempDir::with_prefix_in("perf-blk-", &options.folder)?;
-    let scene = prepare(options, folder.path())?;
+    let placement = Placement::new(options.unpinned)?;
+    placement.place_client()?;
+    let scene = prepare(options, folder.path(), placement)?;
     let mut report = Report {
         area: "blk",
         time: jiff::Timestamp::now().to_string(),
         machine: crate::state::machine(),
         versions: versions(&scene)?,
-        method: method(rounds, duration),
+        method: method(rounds, duration, &scene.placement),
         samples: Vec::new(),
         goals: Vec::new(),
     };
@@ -105,18 +114,20 @@ pub fn run(options: &Options) -> anyhow::Result<()> {
     common.write(&report, &Peer::ALL.map(Peer::name), &plots)
 }
 
-fn method(rounds: u32, duration: Duration) -> String {
+fn method(rounds: u32, duration: Duration, placement: &Placement) -> String {
     format!(
         "Rounds: {rounds}, {} s of each work for each peer, alternating who is first, after a tenth of that to warm \
          up. Client: the crate virtio-driver in one thread that sleeps in poll. Depth: operations under way over all \
          queues. Both backends: one thread for the disk (workers, iothread), O_DIRECT, io_uring, a new process for \
-         each measurement. io_uring: one thread straight on the file with a registered file and buffers. CPU: of the \
-         backend's process, by the scheduler's clock; of io_uring's thread, its client included.",
+         each measurement; keelson-blk with --pin-memory. io_uring: one thread straight on the file with a registered \
+         file and buffers, the client included. io_uring, handed over: the same with the client in another thread, \
+         each wakes the other by an eventfd; no virtqueue, no other process. CPU: of the backend's process or thread, \
+         by the scheduler's clock. Processors: {placement}.",
         duration.as_secs_f64()
     )
 }
 
-fn prepare(options: &Options, folder: &Path) -> anyhow::Result<Scene> {
+fn prepare(options: &Options, folder: &Path, placement: Placement) -> anyhow::Result<Scene> {
     let beside = std::env::current_exe()?.with_file_name("keelson-blk");
     let keelson = options.keelson_blk.clone().unwrap_or(beside);
     anyhow::ensure!(
@@ -153,6 +164,7 @@ fn prepare(options: &Options, folder: &Path) -> anyhow::Result<Scene> {
         file,
         loop_device,
         bytes,
+        placement,
     })
 }
 
@@ -208,8 +220,9 @@ fn measure(
             }
             for peer in peers {
                 let figures = match (peer, scene.disk(work.backing)) {
-                    (Peer::Straight, None) => continue,
+                    (Peer::Straight | Peer::Handover, None) => continue,
                     (Peer::Straight, Some(path)) => measure_straight(path, *work, scene, duration),
+                    (Peer::Handover, Some(path)) => measure_handover(path, *work, scene, duration),
                     _ => measure_backend(peer, scene, *work, duration),
                 };
                 report.samples.push(Sample {
@@ -231,11 +244,27 @@ fn measure_straight(
     scene: &Scene,
     duration: Duration,
 ) -> anyhow::Result<BTreeMap<&'static str, f64>> {
-    let mut straight = Straight::open(path, work)?;
     let mut operations = Operations::new(work, scene.bytes);
-    straight.run(&mut operations, duration / 10, &mut Times::new())?;
     let mut times = Times::new();
-    let (elapsed, cpu) = straight.run(&mut operations, duration, &mut times)?;
+    let (elapsed, cpu) = scene.placement.as_backend(|| {
+        let mut straight = Straight::open(path, work)?;
+        straight.run(&mut operations, duration / 10, &mut Times::new())?;
+        straight.run(&mut operations, duration, &mut times)
+    })?;
+    times.figures(elapsed, cpu)
+}
+
+fn measure_handover(
+    path: &Path,
+    work: Work,
+    scene: &Scene,
+    duration: Duration,
+) -> anyhow::Result<BTreeMap<&'static str, f64>> {
+    let mut operations = Operations::new(work, scene.bytes);
+    let handover = Handover::new(path, work, &scene.placement)?;
+    handover.run(&mut operations, duration / 10, &mut Times::new())?;
+    let mut times = Times::new();
+    let (elapsed, cpu) = handover.run(&mut operations, duration, &mut times)?;
     times.figures(elapsed, cpu)
 }
 

@@ -2,18 +2,21 @@
 //! ring, a registered file and buffers, and a wait for the first completion.
 
 use std::fs::{File, OpenOptions};
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
-use io_uring::{IoUring, opcode, types};
+use io_uring::{IoUring, cqueue, opcode, types};
 use rustix::time::{ClockId, clock_gettime};
 
 use super::figures::Times;
 use super::shared_memory::SharedMemory;
-use super::work::{Operations, Work};
+use super::work::{Operation, Operations, Work};
+
+/// User data of kicks, which no slot has.
+pub const KICK: u64 = u64::MAX;
 
 /// A file with a ring.
 pub struct Straight {
@@ -34,7 +37,7 @@ impl Straight {
         let ring = IoUring::builder()
             .setup_single_issuer()
             .setup_defer_taskrun()
-            .build(u32::try_from(work.depth)?.max(8))?;
+            .build((u32::try_from(work.depth)? + 1).max(8))?;
         ring.submitter().register_files(&[file.as_raw_fd()])?;
         let memory = SharedMemory::new(work.block * work.depth)?;
         let buffer = libc::iovec {
@@ -59,42 +62,65 @@ impl Straight {
         duration: Duration,
         times: &mut Times,
     ) -> anyhow::Result<(Duration, Duration)> {
-        let (begin, cpu) = (Instant::now(), processor_time());
+        let (begin, cpu) = (Instant::now(), thread_processor_time());
         let mut started = vec![begin; self.work.depth];
         for slot in 0..self.work.depth {
-            self.start(slot, operations, &mut started)?;
+            self.start(slot, operations.next())?;
         }
         let mut in_flight = self.work.depth;
         while in_flight > 0 {
-            self.ring.submit_and_wait(1)?;
-            let done: Vec<(u64, i32)> = self
-                .ring
-                .completion()
-                .map(|entry| (entry.user_data(), entry.result()))
-                .collect();
+            let done = self.wait()?;
             let running = begin.elapsed() < duration;
-            for (data, result) in done {
-                let whole = usize::try_from(result).is_ok_and(|bytes| bytes == self.work.block);
-                anyhow::ensure!(whole, "an operation failed: {result}");
+            for (data, result, _) in done {
+                self.check(result)?;
                 let slot = usize::try_from(data)?;
-                times.push(started.get(slot).copied().unwrap_or(begin).elapsed());
+                let start = started.get_mut(slot).context("a slot")?;
+                times.push(start.elapsed());
                 in_flight -= 1;
                 if running {
-                    self.start(slot, operations, &mut started)?;
+                    *start = Instant::now();
+                    self.start(slot, operations.next())?;
                     in_flight += 1;
                 }
             }
         }
-        Ok((begin.elapsed(), processor_time().saturating_sub(cpu)))
+        Ok((begin.elapsed(), thread_processor_time().saturating_sub(cpu)))
     }
 
-    fn start(
-        &mut self,
-        slot: usize,
-        operations: &mut Operations,
-        started: &mut [Instant],
-    ) -> anyhow::Result<()> {
-        let (write, offset) = operations.next();
+    /// Submits, waits for the first completion, and takes all that have come: user data, result, and
+    /// whether more of the same will follow.
+    pub fn wait(&mut self) -> anyhow::Result<Vec<(u64, i32, bool)>> {
+        self.ring.submit_and_wait(1)?;
+        let completions = self.ring.completion().map(|entry| {
+            let more = cqueue::more(entry.flags());
+            (entry.user_data(), entry.result(), more)
+        });
+        Ok(completions.collect())
+    }
+
+    /// Has every write to an eventfd wake [`wait`](Self::wait), as [`KICK`].
+    pub fn wait_for_kicks(&mut self, event: &OwnedFd) -> anyhow::Result<()> {
+        let entry =
+            opcode::PollAdd::new(types::Fd(event.as_raw_fd()), u32::try_from(libc::POLLIN)?)
+                .multi(true)
+                .build()
+                .user_data(KICK);
+        // SAFETY: a poll points to no memory.
+        unsafe { self.ring.submission().push(&entry) }?;
+        Ok(())
+    }
+
+    /// Whether all of an operation was done.
+    pub fn check(&self, result: i32) -> anyhow::Result<()> {
+        let whole = usize::try_from(result).is_ok_and(|bytes| bytes == self.work.block);
+        anyhow::ensure!(whole, "an operation failed: {result}");
+        Ok(())
+    }
+
+    /// Puts an operation into the ring, with this slot's memory; its result comes under the slot's
+    /// number.
+    pub fn start(&mut self, slot: usize, operation: Operation) -> anyhow::Result<()> {
+        let Operation { write, offset } = operation;
         let len = u32::try_from(self.work.block)?;
         let pointer = self.memory.at(slot * self.work.block);
         let file = types::Fixed(0);
@@ -107,16 +133,14 @@ impl Straight {
                 .offset(offset)
                 .build()
         };
-        if let Some(started) = started.get_mut(slot) {
-            *started = Instant::now();
-        }
         // SAFETY: into this slot's part of the memory, which outlives the ring.
         unsafe { self.ring.submission().push(&entry.user_data(slot as u64)) }?;
         Ok(())
     }
 }
 
-fn processor_time() -> Duration {
+/// The calling thread's processor time so far.
+pub fn thread_processor_time() -> Duration {
     let time = clock_gettime(ClockId::ThreadCPUTime);
     Duration::new(
         u64::try_from(time.tv_sec).unwrap_or(0),

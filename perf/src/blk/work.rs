@@ -64,6 +64,14 @@ impl Work {
     }
 }
 
+/// What is asked for once.
+#[derive(Debug, Clone, Copy)]
+pub struct Operation {
+    pub write: bool,
+    /// In bytes.
+    pub offset: u64,
+}
+
 /// Chooses operations and places, the same ones for each peer.
 #[derive(Debug)]
 pub struct Operations {
@@ -85,7 +93,7 @@ impl Operations {
     }
 
     /// The next one: whether it writes, and its offset in bytes.
-    pub fn next(&mut self) -> (bool, u64) {
+    pub fn next(&mut self) -> Operation {
         self.random ^= self.random << 13;
         self.random ^= self.random >> 7;
         self.random ^= self.random << 17;
@@ -99,7 +107,10 @@ impl Operations {
                 (self.work.pattern == Pattern::SequentialWrite, self.next)
             }
         };
-        (write, block * self.work.block as u64)
+        Operation {
+            write,
+            offset: block * self.work.block as u64,
+        }
     }
 }
 

@@ -3,22 +3,23 @@
 //! A member is told what happened (time passed, a message came, a client wants something) and then
 //! [`Member::advance`]d; it has no thread, socket or clock of its own.
 
+mod advance;
+mod membership;
+mod status;
+
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use prost::Message as _;
-use raft::eraftpb::{
-    ConfChange, ConfChangeType, ConfState, Entry, EntryType, HardState, Message, MessageType,
-    SnapshotMetadata,
-};
+use raft::eraftpb::{ConfState, Entry, Message, MessageType};
 use raft::{Config, ProgressState, RawNode, ReadOnlyOption, SnapshotStatus, StateRole};
 
-use crate::command::{Command, Response};
+pub use self::advance::Output;
+pub use self::membership::{ChangeKind, MembershipChange};
+pub use self::status::ConsensusStatus;
 use crate::disk::Disk;
 use crate::guard;
 use crate::keyspace::{
-    FORMAT, History, Keyspace, LeaseChange, Member as MemberInfo, Metadata, StagedSnapshot,
-    remove_incoming,
+    FORMAT, Keyspace, Member as MemberInfo, Metadata, StagedSnapshot, remove_incoming,
 };
 use crate::log::{Log, Owner, Position, snapshot_of};
 use crate::logger;
@@ -84,71 +85,6 @@ pub struct Member {
     postponed: Vec<Message>,
     /// A planted bug: the next command is applied twice.
     repeats: bool,
-}
-
-/// What came out of [`Member::advance`].
-#[derive(Debug, Default)]
-pub struct Output {
-    /// Outcomes of commands of any member, by id.
-    pub outcomes: Vec<(u64, Result<Response, RequestError>)>,
-    /// Outcomes of changes of membership, by id.
-    pub membership: Vec<(u64, Result<Vec<MemberInfo>, RequestError>)>,
-    /// What was applied, for watches. Revision 0 if nothing was.
-    pub history: History,
-    /// What happened to leases, in order.
-    pub leases: Vec<LeaseChange>,
-    /// Reads, by the id given to [`Member::read_index`], that may read now.
-    pub reads: Vec<u64>,
-    /// A snapshot was installed: events up to this revision are in no history here.
-    pub installed: Option<i64>,
-    /// The cluster has removed this member.
-    pub removed: bool,
-}
-
-/// What a member knows of its cluster.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub struct ConsensusStatus {
-    /// The leader's id; 0 if there is none.
-    pub leader: u64,
-    /// The term.
-    pub term: u64,
-    /// Index of the last entry that is committed.
-    pub committed: u64,
-    /// Index of the last entry that is applied.
-    pub applied: u64,
-    /// Whether this member leads.
-    pub is_leader: bool,
-    /// Whether it may serve reads without asking: it is the only voter.
-    pub is_alone: bool,
-    /// Whether it has no vote.
-    pub is_learner: bool,
-}
-
-/// A change of membership, in the context of its entry.
-#[derive(Clone, PartialEq, prost::Message)]
-pub struct MembershipChange {
-    /// As [`Command::id`].
-    #[prost(uint64, tag = "1")]
-    pub id: u64,
-    /// What it does: one of [`ChangeKind`].
-    #[prost(enumeration = "ChangeKind", tag = "2")]
-    pub kind: i32,
-    /// The member, with what is to be known of it.
-    #[prost(message, optional, tag = "3")]
-    pub member: Option<MemberInfo>,
-}
-
-/// Kinds of [`MembershipChange`].
-#[derive(Debug, Clone, Copy, PartialEq, Eq, prost::Enumeration)]
-pub enum ChangeKind {
-    /// A voter or learner joins.
-    Add = 0,
-    /// A member leaves for good.
-    Remove = 1,
-    /// A member's peer URLs change.
-    Update = 2,
-    /// A learner becomes a voter.
-    Promote = 3,
 }
 
 impl Member {
@@ -225,72 +161,6 @@ impl Member {
     /// The keyspace.
     pub fn keyspace(&self) -> &Arc<Keyspace> {
         &self.keyspace
-    }
-
-    /// What it knows of its cluster.
-    pub fn status(&self) -> ConsensusStatus {
-        let raft = &self.node.raft;
-        let is_leader = raft.state == StateRole::Leader;
-        let voters = raft.prs().conf().to_conf_state();
-        ConsensusStatus {
-            leader: raft.leader_id,
-            term: raft.term,
-            committed: raft.raft_log.committed,
-            applied: self.applied.index,
-            is_leader,
-            is_alone: is_leader && voters.voters == [raft.id] && voters.voters_outgoing.is_empty(),
-            is_learner: voters.learners.contains(&raft.id),
-        }
-    }
-
-    /// The term in which this member leads, once it has applied everything that was acknowledged
-    /// before.
-    pub fn leads_since(&self) -> Option<u64> {
-        let raft = &self.node.raft;
-        let leads = raft.state == StateRole::Leader && self.applied.term == raft.term;
-        leads.then_some(raft.term)
-    }
-
-    /// The term in which this member may decide alone: it leads, as [`Member::leads_since`], and is
-    /// not handing leadership over.
-    pub fn decides_in(&self) -> Option<u64> {
-        let transfers = self.node.raft.lead_transferee.is_some();
-        self.leads_since().filter(|_| !transfers)
-    }
-
-    /// Whether `id` follows closely enough to vote.
-    pub fn is_caught_up(&self, id: u64) -> bool {
-        let raft = &self.node.raft;
-        raft.prs().get(id).is_some_and(|progress| {
-            // As etcd: nine tenths of what the leader has.
-            progress.matched > 0 && progress.matched >= raft.raft_log.committed / 10 * 9
-        })
-    }
-
-    /// Members from which the leader heard within the last election timeout, itself included.
-    pub fn active_members(&self) -> Vec<u64> {
-        let raft = &self.node.raft;
-        raft.prs()
-            .iter()
-            .filter(|(id, progress)| **id == raft.id || progress.recent_active)
-            .map(|(id, _)| *id)
-            .collect()
-    }
-
-    /// Voters that could lead in this leader's place, those first that follow most closely.
-    pub fn successors(&self) -> Vec<u64> {
-        let raft = &self.node.raft;
-        let voters = raft.prs().conf().to_conf_state().voters;
-        let mut others: Vec<(u64, u64)> = raft
-            .prs()
-            .iter()
-            .filter(|(id, progress)| {
-                **id != raft.id && progress.recent_active && voters.contains(id)
-            })
-            .map(|(id, progress)| (progress.matched, *id))
-            .collect();
-        others.sort_unstable_by(|a, b| b.cmp(a));
-        others.into_iter().map(|(_, id)| id).collect()
     }
 
     /// A tick of the clock passed.
@@ -453,25 +323,6 @@ impl Member {
         }
     }
 
-    /// Proposes a change of membership.
-    pub fn propose_change(&mut self, change: &MembershipChange) -> Result<(), RequestError> {
-        let member = change.member.clone().unwrap_or_default();
-        let change_type = match (change.kind(), member.is_learner) {
-            (ChangeKind::Remove, _) => ConfChangeType::RemoveNode,
-            (ChangeKind::Add | ChangeKind::Update, true) => ConfChangeType::AddLearnerNode,
-            _ => ConfChangeType::AddNode,
-        };
-        let conf_change = ConfChange {
-            change_type: change_type.into(),
-            node_id: member.id,
-            context: change.encode_to_vec(),
-            ..ConfChange::default()
-        };
-        self.node
-            .propose_conf_change(Vec::new(), conf_change)
-            .map_err(|_| RequestError::NoLeader)
-    }
-
     /// Asks for a read that sees everything acknowledged until now; `id` comes back from
     /// [`Member::advance`], or never, and can be asked for again. Returns whether there is a leader
     /// to ask.
@@ -540,187 +391,6 @@ impl Member {
         self.node.mut_store()
     }
 
-    /// Does everything that follows from what the member was told: appends to the log (one sync),
-    /// sends, applies. Messages that need not wait for the sync are sent before it.
-    pub fn advance(&mut self, send: &mut dyn FnMut(Message)) -> Result<Output, MemberError> {
-        let mut output = Output::default();
-        self.check_damage()?;
-        while self.node.has_ready() {
-            let mut ready = self.node.ready();
-            self.check_damage()?;
-            self.persist_changes(ready.committed_entries())?;
-            ready.take_messages().into_iter().for_each(&mut *send);
-            if !ready.snapshot().is_empty() {
-                self.install(ready.snapshot().get_metadata(), ready.hs(), &mut output)?;
-            }
-            self.apply(ready.take_committed_entries(), &mut output)?;
-            self.persist(ready.entries(), ready.hs())?;
-            for read in ready.take_read_states() {
-                if let Ok(id) = read.request_ctx.as_slice().try_into() {
-                    let id = u64::from_le_bytes(id);
-                    self.reads.entry(read.index).or_default().push(id);
-                }
-            }
-            ready
-                .take_persisted_messages()
-                .into_iter()
-                .for_each(&mut *send);
-            let mut light = self.node.advance_append(ready);
-            self.persist_changes(light.committed_entries())?;
-            light.take_messages().into_iter().for_each(&mut *send);
-            self.apply(light.take_committed_entries(), &mut output)?;
-            self.node.advance_apply_to(self.applied.index);
-            self.draw_timeout();
-        }
-        self.discard_staged()?;
-        output.removed = self.removed;
-        while let Some(entry) = self.reads.first_entry() {
-            if *entry.key() > self.applied.index {
-                break;
-            }
-            output.reads.extend(entry.remove());
-        }
-        Ok(output)
-    }
-
-    /// Ends a member of which something stored was found damaged, by whoever read it.
-    fn check_damage(&mut self) -> Result<(), MemberError> {
-        if let Some(lost) = self.lost.take() {
-            return Err(lost);
-        }
-        match self.keyspace.damage().or(self.node.store().damage()) {
-            Some(damage) => Err(damage),
-            None => Ok(()),
-        }
-    }
-
-    fn install(
-        &mut self,
-        wanted: &SnapshotMetadata,
-        state: Option<&HardState>,
-        output: &mut Output,
-    ) -> Result<(), MemberError> {
-        let staged = self.staged.take().ok_or_else(|| {
-            MemberError::DamagedSnapshot("consensus took one that did not come".into())
-        })?;
-        let at = Position {
-            index: wanted.index,
-            term: wanted.term,
-        };
-        let mut state = state.cloned().unwrap_or(self.node.store().hard_state());
-        state.commit = state.commit.max(at.index);
-        self.node.mut_store().begin_install(at)?;
-        self.keyspace.install(&*self.disk, staged)?;
-        let log = self.node.mut_store();
-        log.restart(at, &state)?;
-        log.set_conf_state(wanted.get_conf_state().clone());
-        log.offer_snapshot(at, wanted.get_conf_state().clone());
-        self.applied = at;
-        output.installed = Some(self.keyspace.revision());
-        tracing::info!(index = at.index, "installed a snapshot");
-        Ok(())
-    }
-
-    fn persist(&mut self, entries: &[Entry], state: Option<&HardState>) -> Result<(), MemberError> {
-        let stored = self.node.store().hard_state();
-        let state = state.unwrap_or(&stored);
-        // A commit index alone is not worth a sync: it is found again.
-        if entries.is_empty() && (state.term, state.vote) == (stored.term, stored.vote) {
-            self.node.mut_store().set_commit(state.commit);
-            return Ok(());
-        }
-        let state = state.clone();
-        self.node.mut_store().append(entries, Some(&state))
-    }
-
-    fn apply(&mut self, entries: Vec<Entry>, output: &mut Output) -> Result<(), MemberError> {
-        if entries.is_empty() {
-            return Ok(());
-        }
-        let keyspace = Arc::clone(&self.keyspace);
-        let mut batch = keyspace.batch();
-        for entry in entries {
-            let at = Position {
-                index: entry.index,
-                term: entry.term,
-            };
-            match entry.entry_type() {
-                EntryType::EntryNormal if entry.data.is_empty() => {}
-                EntryType::EntryNormal => {
-                    let command =
-                        Command::decode(bytes::Bytes::from(entry.data)).map_err(|error| {
-                            MemberError::Corrupt(format!(
-                                "entry {} is not a command: {error}",
-                                at.index
-                            ))
-                        })?;
-                    let id = command.id;
-                    if std::mem::take(&mut self.repeats) {
-                        batch.apply(command.clone())?.ok();
-                    }
-                    output.outcomes.push((id, batch.apply(command)?));
-                }
-                EntryType::EntryConfChange => {
-                    let outcome = self.apply_change(&entry.data, batch.metadata_mut())?;
-                    output.membership.push(outcome);
-                }
-                EntryType::EntryConfChangeV2 => {
-                    return Err(MemberError::Corrupt(format!(
-                        "entry {} is a change of membership of an unknown kind",
-                        at.index
-                    )));
-                }
-            }
-            batch.applied(at.index, at.term);
-            self.applied = at;
-        }
-        output.leases.extend(batch.take_lease_changes());
-        let history = batch.finish();
-        output.history.revision = history.revision;
-        output.history.events.extend(history.events);
-        Ok(())
-    }
-
-    /// Changes of membership have to be durable as committed before anybody hears that they are: a
-    /// member that hears of its removal ends, and could not help this one any more to find out again.
-    fn persist_changes(&mut self, entries: &[Entry]) -> Result<(), MemberError> {
-        let mut changes = entries
-            .iter()
-            .filter(|entry| entry.entry_type() != EntryType::EntryNormal);
-        let Some(last) = changes.next_back() else {
-            return Ok(());
-        };
-        let last = last.index;
-        self.node.mut_store().persist_commit(last)
-    }
-
-    fn apply_change(
-        &mut self,
-        data: &[u8],
-        metadata: &mut Metadata,
-    ) -> Result<(u64, Result<Vec<MemberInfo>, RequestError>), MemberError> {
-        let unreadable = |_| MemberError::Corrupt("a change of membership is unreadable".into());
-        let mut conf_change: ConfChange = prost_of_raft::Message::decode(data)
-            .map_err(|_| MemberError::Corrupt("a change of membership is unreadable".into()))?;
-        let change = MembershipChange::decode(&conf_change.context[..]).map_err(unreadable)?;
-        let outcome = change_members(metadata, &change);
-        if outcome.is_err() {
-            conf_change.node_id = raft::INVALID_ID;
-        }
-        self.removed |= metadata.removed_members.contains(&self.node.raft.id);
-        let state = self.node.apply_conf_change(&conf_change)?;
-        self.node.mut_store().set_conf_state(state.clone());
-        metadata.consensus = Some(state.into());
-        if self.removed && self.node.raft.state == StateRole::Leader {
-            // Consensus would look for this member's own progress, which is gone. As a follower it
-            // still helps the others, until they have heard of its removal.
-            let term = self.node.raft.term;
-            self.node.raft.become_follower(term, raft::INVALID_ID);
-            self.node.raft.msgs.clear();
-        }
-        Ok((change.id, outcome.map(|()| metadata.members.clone())))
-    }
-
     /// Consensus draws election timeouts from the thread's generator; this draws them from ours, so
     /// that a run can be repeated.
     fn draw_timeout(&mut self) {
@@ -766,42 +436,6 @@ fn first_metadata(options: &MemberOptions) -> Option<Metadata> {
         metadata.found();
     }
     Some(metadata)
-}
-
-fn change_members(metadata: &mut Metadata, change: &MembershipChange) -> Result<(), RequestError> {
-    let member = change.member.clone().ok_or(RequestError::MemberNotFound)?;
-    if metadata.removed_members.contains(&member.id) {
-        return Err(RequestError::MemberNotFound);
-    }
-    let at = metadata
-        .members
-        .iter()
-        .position(|known| known.id == member.id);
-    let others_have_url = metadata.members.iter().any(|known| {
-        known.id != member.id
-            && known
-                .peer_urls
-                .iter()
-                .any(|url| member.peer_urls.contains(url))
-    });
-    match (change.kind(), at) {
-        (ChangeKind::Add, Some(_)) => return Err(RequestError::MemberExists),
-        (ChangeKind::Add | ChangeKind::Update, _) if others_have_url => {
-            return Err(RequestError::PeerUrlExists);
-        }
-        (ChangeKind::Add, None) => metadata.members.push(member),
-        (_, None) => return Err(RequestError::MemberNotFound),
-        (ChangeKind::Remove, Some(at)) => {
-            metadata.members.remove(at);
-            metadata.removed_members.push(member.id);
-        }
-        (ChangeKind::Update, Some(at)) => metadata.members[at].peer_urls = member.peer_urls,
-        (ChangeKind::Promote, Some(at)) if metadata.members[at].is_learner => {
-            metadata.members[at].is_learner = false;
-        }
-        (ChangeKind::Promote, Some(_)) => return Err(RequestError::NotLearner),
-    }
-    Ok(())
 }
 
 /// Xorshift: enough for election timeouts.

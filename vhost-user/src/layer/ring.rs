@@ -39,7 +39,6 @@ impl Token {
 }
 
 /// The queue in an entry's user data.
-#[allow(dead_code, reason = "the worker will")]
 pub(crate) fn queue_of(data: u64) -> u16 {
     u16::try_from(data >> 48).unwrap_or(0)
 }
@@ -218,7 +217,6 @@ impl Waker {
     }
 
     /// Whether someone has called `wake` since the last call.
-    #[allow(dead_code, reason = "the worker will")]
     pub(crate) fn take(&self) -> bool {
         self.0.wanted.load(Ordering::Relaxed) && self.0.wanted.swap(false, Ordering::AcqRel)
     }

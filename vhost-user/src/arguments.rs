@@ -84,8 +84,8 @@ pub struct Arguments {
     /// are out of the process's reach
     #[arg(long, value_name = "PATH", requires = "control")]
     allow_path: Vec<PathBuf>,
-    /// Whether threads are kept from system calls that they have no need for (seccomp), and from
-    /// files other than the disks' (Landlock)
+    /// Whether threads are kept from system calls that they have no need for (seccomp), and, with
+    /// `enforce`, from files other than the disks' (Landlock)
     #[arg(long, value_enum, default_value_t = Mode::Enforce)]
     pub sandbox: Mode,
     /// Instead of an image: nothing, of this many bytes (K, M, G, T), to measure everything else

@@ -16,21 +16,8 @@ use std::sync::mpsc::{Sender, channel};
 use std::sync::{Mutex, OnceLock, PoisonError};
 use std::thread::{Builder, JoinHandle};
 
-use clap::ValueEnum;
-
-pub use files::AllowedPaths;
-
-/// Whether the process is restricted.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, ValueEnum)]
-pub enum Mode {
-    /// A system call that isn't listed ends the process; files that aren't are refused
-    #[default]
-    Enforce,
-    /// The kernel logs calls that aren't listed, and makes them; files aren't restricted
-    Log,
-    /// Not at all
-    Off,
-}
+use keelson_isolation::RestrictError;
+pub use keelson_isolation::{AllowedPaths, Mode};
 
 /// What a thread is for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -71,25 +58,12 @@ impl Role {
 
 /// Why a thread can't be restricted.
 #[derive(Debug, thiserror::Error)]
-pub enum IsolationError {
-    /// Landlock refused.
-    #[error(
-        "can't restrict the files of the thread {thread} by Landlock: {message}; see --sandbox"
-    )]
-    Files {
-        /// What the thread is for.
-        thread: &'static str,
-        /// What is wrong.
-        message: String,
-    },
-    /// The list of system calls can't be made or installed.
-    #[error("can't restrict the system calls of the thread {thread}: {message}; see --sandbox")]
-    SystemCalls {
-        /// What the thread is for.
-        thread: &'static str,
-        /// What is wrong.
-        message: String,
-    },
+#[error("the thread {thread}: {source}; see --sandbox")]
+pub struct IsolationError {
+    /// What the thread is for.
+    thread: &'static str,
+    /// What is wrong.
+    source: RestrictError,
 }
 
 impl From<IsolationError> for io::Error {
@@ -160,17 +134,15 @@ pub fn enter(role: Role) -> Result<bool, IsolationError> {
     let Some(process) = PROCESS.get() else {
         return Ok(false);
     };
-    let nothing = AllowedPaths::default();
-    let paths = if role.opens_files() {
-        &process.paths
-    } else {
-        &nothing
+    let failed = |source| IsolationError {
+        thread: role.name(),
+        source,
     };
     let files = match process.mode {
-        Mode::Enforce => files::restrict(role, paths)?,
+        Mode::Enforce => files::restrict(role, &process.paths).map_err(failed)?,
         Mode::Log | Mode::Off => false,
     };
-    system_calls::restrict(role, process.mode)?;
+    system_calls::restrict(role, process.mode).map_err(failed)?;
     Ok(files)
 }
 

@@ -3,61 +3,9 @@
 //!
 //! A call that isn't listed is not made: the process says which it was and ends.
 
-use std::collections::BTreeMap;
-use std::io;
-use std::sync::Once;
+use keelson_isolation::{Argument, Mode, RestrictError, SystemCalls, refuse};
 
-use seccompiler::{
-    BackendError, BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition,
-    SeccompFilter, SeccompRule, TargetArch,
-};
-
-use super::{IsolationError, Mode, Role};
-
-/// The flags of glibc's `pthread_create`.
-const THREAD_FLAGS: u64 = (libc::CLONE_VM
-    | libc::CLONE_FS
-    | libc::CLONE_FILES
-    | libc::CLONE_SYSVSEM
-    | libc::CLONE_SIGHAND
-    | libc::CLONE_THREAD
-    | libc::CLONE_SETTLS
-    | libc::CLONE_PARENT_SETTID
-    | libc::CLONE_CHILD_CLEARTID) as u64;
-
-/// Memory, locks, clocks, and a thread's or the process's end: what the runtime does in every thread.
-const RUNTIME: &[i64] = &[
-    libc::SYS_brk,
-    libc::SYS_clock_gettime,
-    libc::SYS_clock_nanosleep,
-    libc::SYS_close,
-    libc::SYS_exit,
-    libc::SYS_exit_group,
-    // A debug build checks descriptors by it before it closes them.
-    libc::SYS_fcntl,
-    libc::SYS_futex,
-    libc::SYS_getpid,
-    libc::SYS_getrandom,
-    libc::SYS_gettid,
-    libc::SYS_madvise,
-    libc::SYS_mremap,
-    libc::SYS_munmap,
-    // Refused by a filter of its own to those who open no files.
-    libc::SYS_openat,
-    libc::SYS_read,
-    libc::SYS_restart_syscall,
-    libc::SYS_rseq,
-    libc::SYS_rt_sigaction,
-    libc::SYS_rt_sigprocmask,
-    libc::SYS_rt_sigreturn,
-    libc::SYS_sched_getaffinity,
-    libc::SYS_sched_yield,
-    libc::SYS_set_robust_list,
-    libc::SYS_sigaltstack,
-    libc::SYS_tgkill,
-    libc::SYS_write,
-    libc::SYS_writev,
-];
+use super::Role;
 
 /// Its ring, which knows operations on its files alone, and registering them.
 const WORKER: &[i64] = &[
@@ -160,50 +108,20 @@ const STARTER: &[i64] = &[
 ];
 
 /// Restricts the calling thread, and those that it starts.
-pub(super) fn restrict(role: Role, mode: Mode) -> Result<(), IsolationError> {
-    let action = match mode {
-        Mode::Enforce => SeccompAction::Trap,
-        Mode::Log => SeccompAction::Log,
-        Mode::Off => return Ok(()),
-    };
-    let failed = |message: String| IsolationError::SystemCalls {
-        thread: role.name(),
-        message,
-    };
-    report_refusals().map_err(|error| failed(error.to_string()))?;
-    if role == Role::Starter {
+pub(super) fn restrict(role: Role, mode: Mode) -> Result<(), RestrictError> {
+    if role == Role::Starter && mode != Mode::Off {
         // Its flags are in memory, where no filter sees them; glibc then uses clone.
-        refuse(libc::SYS_clone3, libc::ENOSYS).map_err(failed)?;
+        refuse(libc::SYS_clone3, libc::ENOSYS)?;
     }
     if !role.opens_files() && mode == Mode::Enforce {
         // glibc looks into /proc before it gives memory back, and does without.
-        refuse(libc::SYS_openat, libc::EACCES).map_err(failed)?;
+        refuse(libc::SYS_openat, libc::EACCES)?;
     }
-    let rules = rules(role).map_err(|error| failed(error.to_string()))?;
-    install(rules, action, SeccompAction::Allow).map_err(failed)
+    list(role).enforce(mode)
 }
 
-// Lets a call fail with an error, in a filter of its own.
-fn refuse(call: i64, errno: libc::c_int) -> Result<(), String> {
-    let errno = SeccompAction::Errno(errno.unsigned_abs());
-    install(
-        BTreeMap::from([(call, Vec::new())]),
-        SeccompAction::Allow,
-        errno,
-    )
-}
-
-type Rules = BTreeMap<i64, Vec<SeccompRule>>;
-
-fn install(rules: Rules, others: SeccompAction, listed: SeccompAction) -> Result<(), String> {
-    let filter = SeccompFilter::new(rules, others, listed, TargetArch::x86_64);
-    let program: Result<BpfProgram, _> = filter.and_then(TryInto::try_into);
-    let program = program.map_err(|error| error.to_string())?;
-    seccompiler::apply_filter(&program).map_err(|error| error.to_string())
-}
-
-fn rules(role: Role) -> Result<Rules, BackendError> {
-    let lists: &[&[i64]] = match role {
+fn list(role: Role) -> SystemCalls {
+    let mut calls = SystemCalls::of(match role {
         Role::Worker => &[WORKER],
         Role::Layer => &[LAYER],
         Role::Disk => &[LAYER, DISK],
@@ -211,96 +129,29 @@ fn rules(role: Role) -> Result<Rules, BackendError> {
         Role::Control => &[LAYER, DISK, FETCH, CONTROL],
         Role::Signals => &[SIGNALS],
         Role::Starter => &[WORKER, LAYER, DISK, FETCH, CONTROL, SIGNALS, STARTER],
-    };
-    let calls = RUNTIME.iter().chain(lists.iter().copied().flatten());
-    let mut rules: Rules = calls.map(|call| (*call, Vec::new())).collect();
-    let executable = masked(2, libc::PROT_EXEC, 0)?;
-    // Resolving names may load libraries for it.
-    let opens_files = role.opens_files();
-    let memory = |condition| {
-        if opens_files {
-            return Ok(Vec::new());
-        }
-        Ok::<_, BackendError>(vec![SeccompRule::new(vec![condition])?])
-    };
-    rules.insert(libc::SYS_mmap, memory(executable.clone())?);
-    rules.insert(libc::SYS_mprotect, memory(executable)?);
-    if opens_files {
-        let mut sockets = Vec::new();
+    });
+    if role.opens_files() {
+        // Resolving names may load libraries for it.
+        calls.allow(libc::SYS_mmap).allow(libc::SYS_mprotect);
         for family in [
             libc::AF_UNIX,
             libc::AF_INET,
             libc::AF_INET6,
             libc::AF_NETLINK,
         ] {
-            sockets.push(SeccompRule::new(vec![equal(0, family)?])?);
+            calls.allow_if(libc::SYS_socket, Argument::is(0, family.unsigned_abs()));
         }
-        rules.insert(libc::SYS_socket, sockets);
         // Sizes of block devices, and whether a socket blocks.
-        rules.insert(libc::SYS_ioctl, Vec::new());
-        let condition = SeccompCmpOp::Eq;
-        let flags = SeccompCondition::new(0, SeccompCmpArgLen::Dword, condition, THREAD_FLAGS)?;
-        rules.insert(libc::SYS_clone, vec![SeccompRule::new(vec![flags])?]);
+        calls.allow(libc::SYS_ioctl).allow_threads();
     }
-    Ok(rules)
-}
-
-fn equal(argument: u8, value: libc::c_int) -> Result<SeccompCondition, BackendError> {
-    let value = u64::from(value.unsigned_abs());
-    SeccompCondition::new(argument, SeccompCmpArgLen::Dword, SeccompCmpOp::Eq, value)
-}
-
-fn masked(argument: u8, mask: libc::c_int, value: u64) -> Result<SeccompCondition, BackendError> {
-    let operator = SeccompCmpOp::MaskedEq(u64::from(mask.unsigned_abs()));
-    SeccompCondition::new(argument, SeccompCmpArgLen::Dword, operator, value)
-}
-
-/// Lets a refused call end the process with a line that says which it was.
-fn report_refusals() -> io::Result<()> {
-    static ONCE: Once = Once::new();
-    let mut outcome = Ok(());
-    ONCE.call_once(|| {
-        // SAFETY: sigaction is plain data for which zeroes are valid; the handler makes
-        // async-signal-safe system calls only.
-        unsafe {
-            let mut action: libc::sigaction = std::mem::zeroed();
-            action.sa_sigaction = refused as *const () as usize;
-            action.sa_flags = libc::SA_SIGINFO;
-            libc::sigemptyset(&raw mut action.sa_mask);
-            if libc::sigaction(libc::SIGSYS, &raw const action, std::ptr::null_mut()) != 0 {
-                outcome = Err(io::Error::last_os_error());
-            }
-        }
-    });
-    outcome
-}
-
-/// Offset of `si_syscall` in the kernel's `siginfo_t` on 64-bit machines.
-const SI_SYSCALL: usize = 24;
-
-extern "C" fn refused(_: libc::c_int, info: *mut libc::siginfo_t, _: *mut libc::c_void) {
-    // SAFETY: the kernel gives a whole siginfo_t, of 128 bytes.
-    let number = unsafe {
-        info.cast::<u8>()
-            .add(SI_SYSCALL)
-            .cast::<i32>()
-            .read_unaligned()
-    };
-    let mut line = *b"keelson-blk: the system call .... is not for the thread that made it: the process ends\n";
-    let mut rest = number.unsigned_abs();
-    for digit in line[29..33].iter_mut().rev() {
-        *digit = b'0' + u8::try_from(rest % 10).unwrap_or(0);
-        rest /= 10;
-    }
-    // SAFETY: write and _exit may be called in a signal handler; the buffer lives through the call.
-    unsafe {
-        libc::write(2, line.as_ptr().cast(), line.len());
-        libc::_exit(1);
-    }
+    calls
 }
 
 #[cfg(test)]
 mod tests {
+    use keelson_isolation::THREAD_FLAGS;
+    use keelson_isolation::trial::{self, ENDED, failed, succeeded};
+
     use super::*;
 
     const ALL: [Role; 7] = [
@@ -313,33 +164,9 @@ mod tests {
         Role::Starter,
     ];
 
-    /// Makes one system call in a process of the role, and tells its exit code: 1 if the call ended
-    /// it, else 100 and the errno.
-    fn exit_code_of(role: Role, call: i64, arguments: [u64; 3]) -> i32 {
-        // SAFETY: the child makes system calls and allocates, which glibc's fork allows.
-        match unsafe { libc::fork() } {
-            0 => {
-                let [first, second, third] = arguments;
-                let restricted = restrict(role, Mode::Enforce).is_ok();
-                // SAFETY: the calls of these tests are refused or touch no memory.
-                unsafe {
-                    let result = libc::syscall(call, first, second, third, 0_u64, 0_u64, 0_u64);
-                    let errno = if result < 0 {
-                        *libc::__errno_location()
-                    } else {
-                        0
-                    };
-                    libc::_exit(if restricted { 100 + errno } else { 99 });
-                }
-            }
-            child => {
-                let mut status = 0;
-                // SAFETY: the pointer is to a live integer.
-                assert_eq!(unsafe { libc::waitpid(child, &raw mut status, 0) }, child);
-                assert!(libc::WIFEXITED(status), "{role:?} {call}: {status:#x}");
-                libc::WEXITSTATUS(status)
-            }
-        }
+    /// What comes of a system call in a thread of the role.
+    fn outcome_of(role: Role, call: i64, arguments: [u64; 3]) -> i32 {
+        trial::outcome_of(|| restrict(role, Mode::Enforce), call, arguments)
     }
 
     #[test]
@@ -356,11 +183,11 @@ mod tests {
                 libc::SYS_kill,
                 libc::SYS_open,
             ] {
-                assert_eq!(exit_code_of(role, call, [0; 3]), 1, "{role:?} {call}");
+                assert_eq!(outcome_of(role, call, [0; 3]), ENDED, "{role:?} {call}");
             }
             assert_eq!(
-                exit_code_of(role, libc::SYS_gettid, [0; 3]),
-                100,
+                outcome_of(role, libc::SYS_gettid, [0; 3]),
+                succeeded(),
                 "{role:?}"
             );
         }
@@ -382,19 +209,19 @@ mod tests {
                 (libc::SYS_ioctl, [0; 3]),
                 (libc::SYS_mmap, [0, 4096, executable]),
             ] {
-                assert_eq!(exit_code_of(role, call, arguments), 1, "{role:?} {call}");
+                assert_eq!(outcome_of(role, call, arguments), ENDED, "{role:?} {call}");
             }
-            let refused = 100 + libc::EACCES;
+            let refused = failed(libc::EACCES);
             assert_eq!(
-                exit_code_of(role, libc::SYS_openat, [0; 3]),
+                outcome_of(role, libc::SYS_openat, [0; 3]),
                 refused,
                 "{role:?}"
             );
         }
-        let not_there = 100 + libc::EFAULT;
+        let not_there = failed(libc::EFAULT);
         let here = u64::MAX - 99; // AT_FDCWD, with no path
         assert_eq!(
-            exit_code_of(Role::Control, libc::SYS_openat, [here, 0, 0]),
+            outcome_of(Role::Control, libc::SYS_openat, [here, 0, 0]),
             not_there
         );
     }
@@ -407,13 +234,13 @@ mod tests {
             libc::SYS_recvmsg,
             libc::SYS_fallocate,
         ] {
-            assert_eq!(exit_code_of(Role::Worker, call, [0; 3]), 1, "{call}");
+            assert_eq!(outcome_of(Role::Worker, call, [0; 3]), ENDED, "{call}");
         }
-        let bad_descriptor = 100 + libc::EBADF;
+        let bad_descriptor = failed(libc::EBADF);
         let nothing = [u64::from(u32::MAX), 0, 0];
-        let entered = exit_code_of(Role::Worker, libc::SYS_io_uring_enter, nothing);
+        let entered = outcome_of(Role::Worker, libc::SYS_io_uring_enter, nothing);
         assert_eq!(entered, bad_descriptor);
-        let read = exit_code_of(Role::Layer, libc::SYS_pread64, nothing);
+        let read = outcome_of(Role::Layer, libc::SYS_pread64, nothing);
         assert_eq!(read, bad_descriptor);
     }
 }

@@ -8,10 +8,7 @@ use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
-use landlock::{
-    ABI, Access, AccessFs, CompatLevel, Compatible, PathBeneath, PathFd, Ruleset, RulesetAttr,
-    RulesetCreatedAttr,
-};
+use keelson_isolation::AllowedPaths;
 use rustix::fs::CWD;
 use rustix::mount::MountPropagationFlags;
 use rustix::mount::{
@@ -26,8 +23,6 @@ use super::IsolationError;
 const STAGE: &str = "/tmp";
 /// The new root itself holds folders and mount points.
 const ROOT_OPTIONS: &std::ffi::CStr = c"size=1m,nr_inodes=4096,mode=755";
-/// The newest Landlock that is asked for; an older kernel gives what it has.
-const LANDLOCK: ABI = ABI::V4;
 
 /// The user and group that the process becomes: `UID:GID`, neither of them root.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -231,29 +226,15 @@ fn place(path: &Path, write: bool, is_folder: bool, tree: &OwnedFd) -> Result<()
 
 /// The same once more by Landlock, which holds even where a mount could be escaped.
 fn restrict_files(paths: &BTreeMap<PathBuf, bool>) -> Result<(), IsolationError> {
-    let failed = |e: &dyn std::fmt::Display| IsolationError::Landlock(e.to_string());
-    let mut ruleset = Ruleset::default()
-        .set_compatibility(CompatLevel::BestEffort)
-        .handle_access(AccessFs::from_all(LANDLOCK))
-        .and_then(Ruleset::create)
-        .map_err(|e| failed(&e))?;
+    let mut allowed = AllowedPaths::default();
     for (path, write) in paths {
-        let access = if *write {
-            AccessFs::from_all(LANDLOCK) & !AccessFs::Execute
-        } else if path.is_dir() {
-            AccessFs::ReadFile | AccessFs::ReadDir
+        if *write {
+            allowed.allow(path);
         } else {
-            AccessFs::ReadFile.into()
-        };
-        let access = if path.is_dir() {
-            access
-        } else {
-            access & AccessFs::from_file(LANDLOCK)
-        };
-        let beneath = PathBeneath::new(PathFd::new(path).map_err(|e| failed(&e))?, access);
-        ruleset = ruleset.add_rule(beneath).map_err(|e| failed(&e))?;
+            allowed.allow_read(path);
+        }
     }
-    ruleset.restrict_self().map(drop).map_err(|e| failed(&e))
+    allowed.enforce().map(drop).map_err(IsolationError::Files)
 }
 
 fn failed(path: &Path) -> impl FnOnce(io::Error) -> IsolationError {

@@ -11,6 +11,8 @@ pub mod supervisor;
 use std::io;
 use std::path::PathBuf;
 
+use keelson_isolation::RestrictError;
+
 pub use jail::{Jail, JailUser};
 
 /// Why the process can't be isolated.
@@ -33,15 +35,15 @@ pub enum IsolationError {
         source: io::Error,
     },
     /// Landlock refused.
-    #[error("can't restrict files by Landlock: {0}")]
-    Landlock(String),
-    /// A filter of system calls can't be made or installed.
-    #[error("can't filter the system calls of the thread {thread}: {message}")]
-    Seccomp {
+    #[error("the jailed process: {0}")]
+    Files(RestrictError),
+    /// A thread can't be kept to its list of system calls.
+    #[error("the thread {thread}: {source}")]
+    Thread {
         /// The kind of thread.
         thread: &'static str,
         /// What is wrong.
-        message: String,
+        source: RestrictError,
     },
 }
 

@@ -4,6 +4,8 @@ use std::iter::Sum;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
+use serde::ser::{Serialize, SerializeStruct, Serializer};
+
 /// Buckets with an upper limit: 1 µs, 2 µs, 4 µs and so on, up to 8.4 s.
 pub const BUCKETS: usize = 24;
 
@@ -64,6 +66,26 @@ impl Latencies {
     /// The time that they took together, in seconds.
     pub fn seconds(&self) -> f64 {
         Duration::from_nanos(self.nanoseconds).as_secs_f64()
+    }
+
+    /// The limit in seconds of the bucket that the given percentile is in. `None` if there were no
+    /// requests, or if it took longer than any bucket's limit.
+    pub fn percentile(&self, percent: u8) -> Option<f64> {
+        let wanted = (u128::from(self.count()) * u128::from(percent)).div_ceil(100);
+        self.cumulated()
+            .find(|(_, count)| wanted > 0 && u128::from(*count) >= wanted)
+            .map(|(limit, _)| limit)
+    }
+}
+
+impl Serialize for Latencies {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        let mut map = serializer.serialize_struct("Latencies", 4)?;
+        map.serialize_field("count", &self.count())?;
+        map.serialize_field("seconds", &self.seconds())?;
+        map.serialize_field("median_seconds", &self.percentile(50))?;
+        map.serialize_field("p99_seconds", &self.percentile(99))?;
+        map.end()
     }
 }
 
@@ -130,5 +152,24 @@ mod tests {
         assert_eq!(cumulated[23], (8.388_608, 2));
         assert_eq!(sum.count(), 3);
         assert!((sum.seconds() - 60.001_003).abs() < 1e-9);
+    }
+
+    #[test]
+    fn percentiles_are_limits_of_buckets() {
+        let histogram = Histogram::default();
+        assert_eq!(histogram.read().percentile(50), None);
+        for _ in 0..98 {
+            histogram.add(Duration::from_micros(3));
+        }
+        histogram.add(Duration::from_millis(1));
+        histogram.add(Duration::from_mins(1));
+        let latencies = histogram.read();
+        assert_eq!(latencies.percentile(50), Some(0.000_004));
+        assert_eq!(latencies.percentile(98), Some(0.000_004));
+        assert_eq!(latencies.percentile(99), Some(0.001_024));
+        assert_eq!(latencies.percentile(100), None);
+        let shown = serde_json::to_value(latencies).unwrap();
+        assert_eq!(shown["count"], 100);
+        assert_eq!(shown["p99_seconds"], 0.001_024);
     }
 }

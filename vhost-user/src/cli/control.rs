@@ -27,7 +27,8 @@ pub struct ControlCommand {
 
 #[derive(Debug, Subcommand)]
 enum ControlRequest {
-    /// Show all disks with their counters, and all groups, as JSON
+    /// Show all disks with their counters and times, and all groups, as JSON
+    #[command(visible_alias = "stats")]
     List,
     /// Show the counters of all disks in Prometheus' text format
     Metrics,

@@ -72,6 +72,21 @@ pub enum Error {
         /// What is wrong with it.
         source: crate::qcow2::Qcow2Error,
     },
+    /// It is not the image that it is said to be.
+    #[error(
+        "{} is not the image that was asked for: its {digest} is {found}, not {expected}",
+        path.display()
+    )]
+    WrongDigest {
+        /// The image's path.
+        path: PathBuf,
+        /// The digest's name.
+        digest: &'static str,
+        /// What it is.
+        found: String,
+        /// What it was to be.
+        expected: String,
+    },
     /// A key can't be used.
     #[error(transparent)]
     Key(#[from] crate::sector_cipher::KeyError),
@@ -113,6 +128,7 @@ impl Error {
             | Self::Overlay(_)
             | Self::Remote(_)
             | Self::Qcow2 { .. }
+            | Self::WrongDigest { .. }
             | Self::Key(_) => 3,
             Self::ImageInUse { .. } => 4,
             Self::UringUnavailable { .. } => 5,

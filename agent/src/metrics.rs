@@ -1,4 +1,6 @@
-//! Metrics of guests' networks in Prometheus' text form, over HTTP.
+//! Metrics of guests' networks and disks in Prometheus' text form, over HTTP.
+
+mod disks;
 
 use std::io;
 use std::net::SocketAddr;
@@ -83,7 +85,8 @@ async fn page(agent: &Agent) -> Result<String> {
         }
     }
     let hook = agent.network.hook().await?;
-    families.encode(&hook).map_err(failed)
+    let page = families.encode(&hook).map_err(failed)?;
+    Ok(page + &disks::page(agent).await?)
 }
 
 fn groups_of(world: &World, guest: &VirtualMachine, interface: &str) -> Vec<SecurityGroup> {

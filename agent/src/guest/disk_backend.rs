@@ -6,9 +6,10 @@ use std::path::Path;
 use std::time::Duration;
 
 use keelson_api::{DiskSpec, MemorySize};
-use keelson_blk::control::{Request, call};
+use keelson_blk::control::{ControlError, Request, call};
 use keelson_blk::rate_limit::{Limits, Rate};
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 
 use super::{GuestPaths, disk_image};
 use crate::host::{LaunchRequest, ProcessHandle};
@@ -17,6 +18,10 @@ use crate::{AgentError, error::Result};
 /// How long a backend may take to open its image and listen.
 const READY_LIMIT: Duration = Duration::from_secs(10);
 const READY_POLL: Duration = Duration::from_millis(2);
+/// How long a backend may take to do what it is asked to.
+const CONTROL_LIMIT: Duration = Duration::from_secs(10);
+/// The kinds of its refusals that are about the disk.
+const REFUSALS: [&str; 3] = ["bad_request", "image", "in_use"];
 
 /// What a started keelson-blk says on its first line.
 #[derive(Debug, Serialize, Deserialize)]
@@ -24,7 +29,7 @@ struct Ready {
     ready: bool,
 }
 
-/// Starts the backend of a disk and waits until it listens.
+/// Starts the backend of a disk, whose image is there, and waits until it listens.
 ///
 /// # Errors
 /// [`AgentError::Process`] with the backend's own reason.
@@ -35,7 +40,6 @@ pub async fn start(
     disk: &str,
     spec: &DiskSpec,
 ) -> Result<ProcessHandle> {
-    disk_image::prepare(spec).await?;
     let key = disk_image::key(spec)?;
     let mut arguments = vec![
         "--socket".into(),
@@ -127,24 +131,32 @@ pub async fn adjust(
             operations: limits.operations_per_second.map(rate),
         };
         let id = disk.to_owned();
-        request(paths, disk, Request::Limit { id, limits }).await?;
+        control(paths, disk, Request::Limit { id, limits }).await?;
     }
     if let Some(size) = after.size.filter(|size| before.size != Some(*size)) {
         let (id, bytes) = (disk.to_owned(), Some(size.bytes()));
-        request(paths, disk, Request::Resize { id, bytes }).await?;
+        control(paths, disk, Request::Resize { id, bytes }).await?;
     }
     Ok(())
 }
 
-async fn request(paths: &GuestPaths, disk: &str, request: Request) -> Result<()> {
+/// Has the keelson-blk of a disk do something, and returns its answer.
+///
+/// # Errors
+/// [`AgentError::Precondition`] if it is refused for what the disk is, [`AgentError::Process`] if it
+/// fails or isn't answered.
+pub async fn control(paths: &GuestPaths, disk: &str, request: Request) -> Result<Value> {
     let socket = paths.disk_control(disk);
     let call = tokio::task::spawn_blocking(move || call(&socket, &request, None));
     let failed = |message: String| AgentError::Process {
-        reason: "DiskNotAdjusted",
+        reason: "DiskBackendRefused",
         message: format!("disk {disk}: {message}"),
     };
-    match tokio::time::timeout(READY_LIMIT, call).await {
-        Ok(Ok(Ok(_))) => Ok(()),
+    match tokio::time::timeout(CONTROL_LIMIT, call).await {
+        Ok(Ok(Ok(answer))) => Ok(answer),
+        Ok(Ok(Err(ControlError::Refused(body)))) if REFUSALS.contains(&body.kind.as_str()) => {
+            Err(AgentError::Precondition(vec![body.message]))
+        }
         Ok(Ok(Err(error))) => Err(failed(error.to_string())),
         Ok(Err(error)) => Err(failed(error.to_string())),
         Err(_) => Err(failed("keelson-blk doesn't answer".into())),

@@ -111,7 +111,11 @@ fn grow(spec: &DiskSpec, bytes: u64) -> Result<()> {
     Ok(())
 }
 
-fn cipher(spec: &DiskSpec) -> Result<Option<Arc<SectorCipher>>> {
+/// The cipher of an encrypted disk.
+///
+/// # Errors
+/// [`AgentError::Io`] or [`AgentError::Process`] if the key file can't be used.
+pub fn cipher(spec: &DiskSpec) -> Result<Option<Arc<SectorCipher>>> {
     let Some(key) = key(spec)? else {
         return Ok(None);
     };

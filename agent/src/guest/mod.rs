@@ -9,6 +9,7 @@ mod machine;
 mod paths;
 mod plan;
 mod runtime;
+mod served_disks;
 mod status;
 
 pub use actor::{GuestActor, GuestMailbox};
@@ -16,3 +17,4 @@ pub use groups::{Memberships, memberships, rule_counters};
 pub use machine::Machine;
 pub use paths::GuestPaths;
 pub use runtime::Runtime;
+pub use served_disks::{ServedDisk, served_disks, snapshot};

@@ -14,12 +14,15 @@ use tokio::task::JoinHandle;
 use super::actor::{GuestExit, first_ended};
 use super::jail::JailUser;
 use super::plan::{Plan, RunningPlan};
-use super::{GuestPaths, Machine, disk_backend};
+use super::{GuestPaths, Machine, disk_backend, disk_image};
 use crate::host::{GuestPort, ProcessHandle, write_atomically};
 use crate::{Agent, error::Result};
 
 /// How long the last words of a keelson-vmm that has ended may take to be written down.
 const LAST_WORDS_LIMIT: Duration = Duration::from_secs(2);
+
+/// How long another file may be at a disk's path, while a snapshot is made, before it is served.
+const SNAPSHOT_TIME: Duration = Duration::from_millis(300);
 
 /// A problem of a guest that goes on running: one CamelCase word, and a sentence.
 pub type Problem = (&'static str, String);
@@ -103,6 +106,7 @@ impl Runtime {
         self.paths.create()?;
         let programs = self.agent.config.programs()?;
         for (disk, spec) in &plan.hardware.disks {
+            disk_image::prepare(spec).await?;
             let process =
                 disk_backend::start(&programs, &self.paths, &self.name, disk, spec).await?;
             self.disks.insert(disk.clone(), process);
@@ -137,30 +141,46 @@ impl Runtime {
             }
             self.ports.clone_from(&plan.ports);
         }
+        let problem = self.keep_backends().await?;
+        // Those that were replaced are asked as well.
         self.adjust_disks(plan).await?;
+        Ok(problem)
+    }
+
+    async fn keep_backends(&mut self) -> Result<Option<Problem>> {
         let disks = self
             .running
             .as_ref()
             .map(|running| running.hardware.disks.clone());
         for (disk, spec) in disks.unwrap_or_default() {
-            let backend = self.disks.get(&disk);
-            let vanished = backend.is_some_and(|process| {
-                // The files of one that ended are closed, whatever became of its image.
-                disk_backend::image_vanished(process, &spec) && process.has_ended().is_none()
-            });
-            if vanished {
+            if self.has_vanished(&disk, &spec).await {
                 let path = spec.path.display();
                 return Ok(Some((
                     "DiskVanished",
                     format!("disk {disk}: {path} was removed or replaced while the guest uses it"),
                 )));
             }
+            let backend = self.disks.get(&disk);
             let ended = backend.is_none_or(|process| process.has_ended().is_some());
             if ended {
                 return self.replace_backend(&disk, &spec).await.map(Some);
             }
         }
         Ok(None)
+    }
+
+    async fn has_vanished(&self, disk: &str, spec: &DiskSpec) -> bool {
+        for wait in [SNAPSHOT_TIME, Duration::ZERO] {
+            let vanished = self.disks.get(disk).is_some_and(|process| {
+                // The files of one that ended are closed, whatever became of its image.
+                disk_backend::image_vanished(process, spec) && process.has_ended().is_none()
+            });
+            if !vanished {
+                return false;
+            }
+            tokio::time::sleep(wait).await;
+        }
+        true
     }
 
     // What can change while a guest runs: limits, and sizes that grow.
@@ -206,6 +226,7 @@ impl Runtime {
             None => "unseen".into(),
         };
         let programs = self.agent.config.programs()?;
+        // Nothing is created where an image was: the guest would go on with another disk.
         let process = disk_backend::start(&programs, &self.paths, &self.name, disk, spec).await?;
         if self.agent.config.jail {
             JailUser::of(&self.name).own_socket(&self.paths, disk)?;

@@ -2,6 +2,7 @@
 
 mod capture;
 mod console;
+mod disks;
 mod events;
 mod host;
 mod objects;
@@ -13,6 +14,7 @@ use std::io;
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 
+use keelson_api::proto::disks_server::DisksServer;
 use keelson_api::proto::events_server::EventsServer;
 use keelson_api::proto::host_server::HostServer;
 use keelson_api::proto::objects_server::ObjectsServer;
@@ -42,6 +44,9 @@ pub async fn serve(agent: Agent, shutdown: impl Future<Output = ()>) -> Result<(
         .set_serving::<VirtualMachinesServer<virtual_machines::VirtualMachinesService>>()
         .await;
     health
+        .set_serving::<DisksServer<disks::DisksService>>()
+        .await;
+    health
         .set_serving::<EventsServer<events::EventsService>>()
         .await;
     health.set_serving::<HostServer<host::HostService>>().await;
@@ -57,6 +62,7 @@ pub async fn serve(agent: Agent, shutdown: impl Future<Output = ()>) -> Result<(
         .add_service(reflection)
         .add_service(objects.max_decoding_message_size(MESSAGE_LIMIT))
         .add_service(VirtualMachinesServer::new(guests))
+        .add_service(DisksServer::new(disks::DisksService::new(agent.clone())))
         .add_service(EventsServer::new(events::EventsService::new(agent.clone())))
         .add_service(HostServer::new(host::HostService::new(agent)))
         .serve_with_incoming_shutdown(UnixListenerStream::new(listener), shutdown)

@@ -9,6 +9,8 @@
 
 mod host;
 mod manifest;
+mod metrics;
 
 pub use host::{Host, Said};
 pub use manifest::{Guest, disk, network, security_group};
+pub use metrics::metrics;

@@ -1,7 +1,9 @@
 //! Disks that are overlays, encrypted, limited, and grow, as the agent keeps them.
 
 use std::fs;
+use std::io::Write;
 use std::os::unix::fs::PermissionsExt;
+use std::os::unix::net::UnixStream;
 use std::process::Command;
 use std::thread;
 use std::time::{Duration, Instant};
@@ -9,7 +11,7 @@ use std::time::{Duration, Instant};
 use axum::Router;
 use axum::http::{HeaderMap, StatusCode, header};
 use axum::routing::get;
-use keelson_agent_tests::{Guest, Host};
+use keelson_agent_tests::{Guest, Host, metrics};
 use keelson_vmm_tests::binary;
 use tokio::runtime::Runtime;
 
@@ -177,6 +179,199 @@ fn a_key_file_is_checked_and_its_disk_encrypted() {
     assert_ne!(stored[..512], [0; 512], "it is written");
 }
 
+/// Kills the only keelson-blk of the host; its process id.
+fn kill_backend(host: &Host) -> u32 {
+    let backends = host.processes("keelson-blk");
+    let [backend] = backends[..] else {
+        panic!("one backend runs, not {backends:?}");
+    };
+    let id = rustix::process::Pid::from_raw(backend.cast_signed()).expect("not zero");
+    rustix::process::kill_process(id, rustix::process::Signal::KILL).expect("it is there");
+    backend
+}
+
+/// Waits until another keelson-blk than the killed one serves the guest's disk.
+fn wait_for_backend(host: &Host, killed: u32) {
+    let deadline = Instant::now() + Duration::from_mins(1);
+    loop {
+        let other = host.processes("keelson-blk").iter().any(|id| *id != killed);
+        let shown = host
+            .keelson(&["disk", "stats", "data", "-o", "json"])
+            .done();
+        if other && shown.contains("counters") {
+            return;
+        }
+        assert!(Instant::now() < deadline, "no other backend: {shown}");
+        thread::sleep(Duration::from_millis(50));
+    }
+}
+
+#[test]
+fn a_snapshot_keeps_what_a_running_guests_disk_held() {
+    let host = Host::new();
+    let (base, overlay) = (host.path("base.img"), host.path("overlay.img"));
+    fs::write(&base, vec![7; 4 * MIB]).expect("an image can be written");
+    let spec = disk(&format!(
+        "path: {}, base: {{path: {}}}",
+        overlay.display(),
+        base.display()
+    ));
+    let steps = "blk-write:sectors=256,seed=1 console-read:ms=120000 blk-write:sectors=512,seed=2 \
+                 blk-verify:sectors=512,seed=2 hang";
+    host.apply(&format!("{spec}{}", guest(steps))).done();
+    host.wait_for_console("web", "payload: blk-write ok");
+    for (arguments, code, word) in [
+        (["nothing", "monday"], 3, "not found"),
+        (["data", "a/b"], 4, "no slash"),
+    ] {
+        let arguments = [&["disk", "snapshot"][..], &arguments].concat();
+        host.keelson(&arguments).refused(code, &[word]);
+    }
+    let said = host.keelson(&["disk", "snapshot", "data", "monday"]).done();
+    let monday = host.path("overlay.img.monday");
+    assert!(said.contains(&monday.display().to_string()), "{said}");
+    host.keelson(&["disk", "snapshot", "data", "monday"])
+        .refused(5, &["already"]);
+    assert_eq!(host.served_disk("web", "data")["layers"], 2);
+    // The guest writes on, also after its backend was replaced.
+    let killed = kill_backend(&host);
+    wait_for_backend(&host, killed);
+    let mut console =
+        UnixStream::connect(host.path("run/vms/web/console.sock")).expect("there is a console");
+    console.write_all(b"go\n").expect("it is read");
+    host.wait_for_console("web", "payload: blk-verify ok");
+    let events = host.keelson(&["describe", "disk", "data"]).done();
+    assert!(events.contains("SnapshotTaken"), "{events}");
+    // Once more, of the disk that nobody uses.
+    host.keelson(&["stop", "web", "--force"]).done();
+    host.wait_for_phase("web", "Stopped");
+    host.keelson(&["disk", "snapshot", "data", "tuesday"])
+        .done();
+    for (snapshot, seed, sectors) in [("monday", 1, 256), ("tuesday", 2, 512)] {
+        let exported = host.path(snapshot);
+        let status = Command::new(binary("keelson-blk"))
+            .args(["image", "export"])
+            .arg(host.path(&format!("overlay.img.{snapshot}")))
+            .arg(&exported)
+            .status();
+        assert!(status.expect("keelson-blk runs").success());
+        let held = fs::read(exported).expect("it is there");
+        for (number, sector) in (0..).zip(held.chunks(512)).take(sectors) {
+            let expected = keelson_vmm_tests::pattern_sector(number, seed);
+            assert!(sector == &expected[..], "{snapshot}, sector {number}");
+        }
+        assert!(
+            held[sectors * 512..].iter().all(|byte| *byte == 7),
+            "{snapshot}"
+        );
+    }
+}
+
+#[test]
+fn raw_and_read_only_disks_have_no_snapshots() {
+    let host = Host::new();
+    let (raw, overlay) = (host.path("raw.img"), host.path("overlay.img"));
+    fs::write(&raw, vec![7; MIB]).expect("an image can be written");
+    host.apply(&disk(&format!("path: {}", raw.display())))
+        .done();
+    host.keelson(&["disk", "snapshot", "data", "monday"])
+        .refused(5, &["Disk/data", "only overlays"]);
+    let created = Command::new(binary("keelson-blk"))
+        .args(["image", "create", "--overlay-of"])
+        .args([&raw, &overlay])
+        .status();
+    assert!(created.expect("keelson-blk runs").success());
+    host.apply(&disk(&format!(
+        "path: {}, format: overlay, readOnly: true",
+        overlay.display()
+    )))
+    .done();
+    host.keelson(&["disk", "snapshot", "data", "monday"])
+        .refused(5, &["Disk/data", "read-only"]);
+}
+
+#[test]
+fn what_guests_do_with_disks_is_shown_and_on_the_page_for_prometheus() {
+    let mut host = Host::without_agent();
+    host.configure("metrics_listen = \"127.0.0.1:9469\"\n");
+    host.start_agent();
+    let image = host.path("data.img");
+    fs::write(&image, vec![0; MIB]).expect("an image can be written");
+    let none = host.keelson(&["disk", "stats"]);
+    assert!(none.errors.contains("no disk"), "{none:?}");
+    let spec = disk(&format!("path: {}", image.display()));
+    let steps = "blk-write:sectors=256 blk-verify:sectors=256 hang";
+    host.apply(&format!("{spec}{}", guest(steps))).done();
+    host.wait_for_console("web", "payload: hang ok");
+    let shown = host.keelson(&["disk", "stats", "data"]).done();
+    for operation in ["read", "write", "flush"] {
+        let row = shown.lines().find(|row| row.contains(operation));
+        let fields: Vec<&str> = row.expect("it is shown").split_whitespace().collect();
+        assert_eq!(fields[..3], ["data", "web", operation], "{shown}");
+        assert_ne!(fields[3], "0", "{shown}");
+    }
+    host.keelson(&["disk", "stats", "nothing"])
+        .refused(3, &["Disk/nothing"]);
+    let json = host.keelson(&["disk", "stats", "-o", "json"]).done();
+    let json: serde_json::Value = serde_json::from_str(&json).expect("JSON");
+    let served = &json[0]["served"];
+    assert_eq!(
+        served["counters"][0]["bytes_written"],
+        256 * 512,
+        "{served}"
+    );
+    assert!(
+        served["latencies"]["write"]["p99_seconds"].is_number(),
+        "{served}"
+    );
+    let page = metrics("127.0.0.1:9469");
+    for line in [
+        "keelson_blk_up{guest=\"web\",disk=\"data\"} 1",
+        "keelson_blk_written_bytes_total{guest=\"web\",disk=\"data\",queue=\"0\"} 131072",
+        "# TYPE keelson_blk_request_duration_seconds histogram",
+        "keelson_blk_request_duration_seconds_count{guest=\"web\",disk=\"data\",operation=\"flush\"}",
+    ] {
+        assert!(page.contains(line), "{line:?} is served:\n{page}");
+    }
+}
+
+#[test]
+fn no_disk_takes_the_place_of_one_that_is_gone_and_changes_come_with_its_return() {
+    let host = Host::new();
+    let (base, overlay) = (host.path("base.img"), host.path("overlay.img"));
+    fs::write(&base, vec![7; 4 * MIB]).expect("an image can be written");
+    let spec = |more: &str| {
+        let (base, overlay) = (base.display(), overlay.display());
+        disk(&format!("path: {overlay}, base: {{path: {base}}}{more}"))
+    };
+    let steps = "blk-write:sectors=256,seed=1 hang";
+    host.apply(&format!("{}{}", spec(""), guest(steps))).done();
+    host.wait_for_console("web", "payload: hang ok");
+    let elsewhere = host.path("elsewhere.img");
+    fs::rename(&overlay, &elsewhere).expect("a file can be moved");
+    kill_backend(&host);
+    let message = host.wait_for_reason("web", "DiskUnusable");
+    assert!(message.contains("overlay.img"), "{message}");
+    assert!(!overlay.exists(), "another disk was made for the guest");
+    // It can't be told to a backend that isn't there.
+    fs::rename(&elsewhere, &overlay).expect("a file can be moved");
+    host.apply(&spec(", limits: {operationsPerSecond: 1000}"))
+        .done();
+    let deadline = Instant::now() + Duration::from_mins(2);
+    loop {
+        let shown = host
+            .keelson(&["disk", "stats", "data", "-o", "json"])
+            .done();
+        let shown: serde_json::Value = serde_json::from_str(&shown).expect("JSON");
+        if shown[0]["served"]["limits"]["operations"]["per_second"] == 1000 {
+            break;
+        }
+        assert!(Instant::now() < deadline, "{}", host.agent_log());
+        thread::sleep(Duration::from_millis(100));
+    }
+    assert_eq!(host.object("vm", "web")["status"]["phase"], "Running");
+}
+
 #[test]
 fn an_overlay_on_a_base_that_changed_does_not_start() {
     let host = Host::new();
@@ -209,19 +404,8 @@ fn an_overlay_whose_backend_was_replaced_is_adopted_with_its_guest() {
     host.apply(&format!("{spec}{}", guest("blk-write:sectors=256 hang")))
         .done();
     host.wait_for_console("web", "payload: hang ok");
-    let backends = host.processes("keelson-blk");
-    let id = backends.first().expect("one is there").cast_signed();
-    let id = rustix::process::Pid::from_raw(id).expect("not zero");
-    rustix::process::kill_process(id, rustix::process::Signal::KILL).expect("it is there");
-    let deadline = Instant::now() + Duration::from_mins(1);
-    while host
-        .processes("keelson-blk")
-        .first()
-        .is_none_or(|now| backends.contains(now))
-    {
-        assert!(Instant::now() < deadline, "no other backend");
-        thread::sleep(Duration::from_millis(50));
-    }
+    let killed = kill_backend(&host);
+    wait_for_backend(&host, killed);
     host.kill_agent();
     host.start_agent();
     let deadline = Instant::now() + Duration::from_mins(1);

@@ -1,10 +1,8 @@
 //! Guests of one network reach each other as far as their security groups allow.
 
-use std::io::{Read, Write};
-use std::net::TcpStream;
 use std::process::{Command, Stdio};
 
-use keelson_agent_tests::{Guest, Host, network, security_group};
+use keelson_agent_tests::{Guest, Host, metrics, network, security_group};
 use keelson_vmm_tests::{binary, wait_until};
 use rustix::process::{Pid, Signal, kill_process};
 
@@ -180,18 +178,6 @@ fn drops_and_flows_can_be_watched() {
     assert!(flows.contains("established"), "{flows}");
 }
 
-/// The page of metrics.
-fn metrics() -> String {
-    let mut stream = TcpStream::connect("127.0.0.1:9469").expect("metrics are served");
-    stream
-        .write_all(b"GET /metrics HTTP/1.1\r\nHost: keelson\r\nConnection: close\r\n\r\n")
-        .expect("sent");
-    let mut page = String::new();
-    stream.read_to_string(&mut page).expect("text");
-    assert!(page.starts_with("HTTP/1.1 200"), "{page}");
-    page
-}
-
 #[test]
 fn rules_interfaces_and_flows_are_counted_for_prometheus() {
     let mut host = Host::without_agent();
@@ -212,7 +198,7 @@ fn rules_interfaces_and_flows_are_counted_for_prometheus() {
     ] {
         assert!(shown.contains(line), "{line:?} is shown:\n{shown}");
     }
-    let page = metrics();
+    let page = metrics("127.0.0.1:9469");
     let server = "guest=\"server\",interface=\"eth0\"";
     let to_server = format!("direction=\"to-guest\",{server}");
     for line in [

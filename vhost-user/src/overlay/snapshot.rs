@@ -98,10 +98,7 @@ pub fn push_layer(
         path: path.into(),
         reason,
     };
-    if name.is_empty() || name.contains('/') || name.starts_with('~') || name.len() > 100 {
-        let reason = "a snapshot's name has 1 to 100 bytes, no slash, and no ~ first".to_owned();
-        return Err(refuse(reason).into());
-    }
+    check_name(name).map_err(|reason| refuse(reason.into()))?;
     let snapshot = with_suffix(path, name);
     match (fs::metadata(path), fs::symlink_metadata(&snapshot)) {
         (Ok(disk), Ok(there)) if (disk.dev(), disk.ino()) == (there.dev(), there.ino()) => {
@@ -140,6 +137,14 @@ pub fn push_layer(
     fs::rename(&new, path).map_err(|error| OverlayError::io("replace", path, error))?;
     sync_folder(path)?;
     Ok((snapshot, header))
+}
+
+/// Says why a snapshot can't have this name.
+pub fn check_name(name: &str) -> Result<(), &'static str> {
+    if name.is_empty() || name.contains('/') || name.starts_with('~') || name.len() > 100 {
+        return Err("a snapshot's name has 1 to 100 bytes, no slash, and no ~ first");
+    }
+    Ok(())
 }
 
 fn with_suffix(path: &Path, suffix: &str) -> PathBuf {

@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::Context;
 use hyper_util::rt::TokioIo;
+use keelson_api::proto::disks_client::DisksClient;
 use keelson_api::proto::events_client::EventsClient;
 use keelson_api::proto::host_client::HostClient;
 use keelson_api::proto::objects_client::ObjectsClient;
@@ -24,6 +25,7 @@ const MESSAGE_LIMIT: usize = 64 << 20;
 pub struct Client {
     pub objects: ObjectsClient<Channel>,
     pub guests: VirtualMachinesClient<Channel>,
+    pub disks: DisksClient<Channel>,
     pub events: EventsClient<Channel>,
     pub host: HostClient<Channel>,
 }
@@ -41,6 +43,7 @@ impl Client {
         Self {
             objects: ObjectsClient::new(channel.clone()).max_decoding_message_size(MESSAGE_LIMIT),
             guests: VirtualMachinesClient::new(channel.clone()),
+            disks: DisksClient::new(channel.clone()).max_decoding_message_size(MESSAGE_LIMIT),
             events: EventsClient::new(channel.clone()).max_decoding_message_size(MESSAGE_LIMIT),
             host: HostClient::new(channel),
         }

@@ -6,6 +6,7 @@ mod completion;
 mod console;
 mod delete;
 mod describe;
+mod disk;
 mod events;
 mod failure;
 mod get;
@@ -61,6 +62,9 @@ enum Command {
     Logs(logs::Logs),
     /// Show what happened to objects.
     Events(events::Events),
+    /// Take snapshots of disks, and show what guests do with them.
+    #[command(subcommand)]
+    Disk(disk::Disk),
     /// Show what guests' network interfaces passed and dropped.
     #[command(subcommand)]
     Net(net::Net),
@@ -106,6 +110,7 @@ async fn run(arguments: Arguments) -> Result<(), Failure> {
         Command::Console(command) => command.run(&mut client).await,
         Command::Logs(command) => command.run(&mut client).await,
         Command::Events(command) => command.run(&mut client).await,
+        Command::Disk(command) => command.run(&mut client).await,
         Command::Net(command) => command.run(&mut client).await,
         Command::Host(command) => command.run(&mut client).await,
         Command::Completion(command) => command.run(&mut Arguments::command()),

@@ -1,11 +1,13 @@
 //! What every area's command line and printed report have alike.
 
 use std::collections::BTreeMap;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::time::Duration;
 
 use anyhow::Context as _;
 use comfy_table::{Table, presets};
+use indicatif::{ProgressBar, ProgressStyle};
 
 use crate::report::{Goal, Report};
 
@@ -73,6 +75,56 @@ impl Common {
         }
         Ok(())
     }
+}
+
+/// The program of ours to measure: the one that was given, else the one beside this program.
+pub fn own_program(given: Option<&PathBuf>, name: &str) -> anyhow::Result<PathBuf> {
+    let beside = std::env::current_exe()?.with_file_name(name);
+    let program = given.cloned().unwrap_or(beside);
+    anyhow::ensure!(
+        program.exists(),
+        "{} is missing: run cargo build --release -p {name} -p keelson-perf",
+        program.display()
+    );
+    Ok(program)
+}
+
+/// What a program says of its version: the first word with a digit at its start, of its first line.
+pub fn version_of(program: &Path) -> anyhow::Result<String> {
+    let output = Command::new(program).arg("--version").output();
+    let output = output.with_context(|| format!("run {}", program.display()))?;
+    let text = String::from_utf8_lossy(&output.stdout);
+    let mut words = text.lines().next().unwrap_or_default().split_whitespace();
+    let version = words.find(|word| word.starts_with(|c: char| c.is_ascii_digit()));
+    Ok(version.unwrap_or_default().to_owned())
+}
+
+/// How far the measurements are, on a terminal.
+pub fn progress(steps: u64) -> anyhow::Result<ProgressBar> {
+    let style = ProgressStyle::with_template("{bar:30} {pos}/{len} {msg} {eta}")?;
+    Ok(ProgressBar::new(steps).with_style(style))
+}
+
+/// Prints the medians of figures under their headings, a row for each kind of work and each peer that
+/// has the first of them.
+pub fn print_figures(report: &Report, peers: &[&str], columns: &[(&str, &str)]) {
+    let mut table = Table::new();
+    table.load_style(presets::NOTHING);
+    let headings = columns.iter().map(|(_, heading)| *heading);
+    table.set_header(["", ""].into_iter().chain(headings));
+    for work in report.works() {
+        let mut name = work;
+        for peer in peers {
+            let figure = |(figure, _): &(&str, &str)| report.figure(peer, work, figure);
+            if columns.first().and_then(figure).is_none() {
+                continue;
+            }
+            let figures = columns.iter().map(|column| rounded(figure(column)));
+            let names = [std::mem::take(&mut name), peer].map(str::to_owned);
+            table.add_row(names.into_iter().chain(figures));
+        }
+    }
+    println!("{table}");
 }
 
 /// Prints the goals and what was run.

@@ -2,6 +2,7 @@
 
 mod blk;
 mod command;
+mod machine;
 mod net;
 mod process;
 mod report;

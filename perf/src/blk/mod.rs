@@ -18,8 +18,6 @@ use std::process::Command;
 use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
-use comfy_table::{Table, presets};
-use indicatif::{ProgressBar, ProgressStyle};
 
 use self::backend::{Backend, Peer, Scene};
 use self::client::Client;
@@ -28,8 +26,9 @@ use self::handover::Handover;
 use self::placement::Placement;
 use self::straight::Straight;
 use self::work::{Backing, Operations, Pattern, Work};
-use crate::command::{Common, print_goals, rounded};
-use crate::report::{Goal, Report, Sample, Wanted};
+use crate::command::{Common, own_program, print_figures, print_goals, progress, version_of};
+use crate::machine;
+use crate::report::{Report, Sample, Wanted};
 
 /// Of each measurement of a full run: its 625 fit into 20 minutes.
 const FULL_SECONDS: f64 = 1.2;
@@ -80,7 +79,7 @@ pub fn run(options: &Options) -> anyhow::Result<()> {
     let mut report = Report {
         area: "blk",
         time: jiff::Timestamp::now().to_string(),
-        machine: crate::state::machine(),
+        machine: machine::describe(),
         versions: versions(&scene)?,
         method: method(rounds, duration, &scene.placement),
         samples: Vec::new(),
@@ -98,7 +97,18 @@ pub fn run(options: &Options) -> anyhow::Result<()> {
         measure_idle(&mut report, &scene)?;
     }
     add_goals(&mut report, &plan);
-    print(&report);
+    let peers = Peer::ALL.map(Peer::name);
+    let columns = [
+        ("iops", "IOPS"),
+        ("p50_us", "p50 µs"),
+        ("p99_us", "p99 µs"),
+        ("p99.9_us", "p99.9 µs"),
+        ("cpu_us_per_io", "CPU µs/IO"),
+        ("memory_mib", "MiB"),
+        ("start_ms", "start ms"),
+    ];
+    print_figures(&report, &peers, &columns);
+    print_goals(&report.goals, &report.versions);
     let plots = [
         ("iops", "Operations per second"),
         ("p50_us", "Median, µs"),
@@ -111,7 +121,7 @@ pub fn run(options: &Options) -> anyhow::Result<()> {
             "From the process's start to its first connection, ms",
         ),
     ];
-    common.write(&report, &Peer::ALL.map(Peer::name), &plots)
+    common.write(&report, &peers, &plots)
 }
 
 fn method(rounds: u32, duration: Duration, placement: &Placement) -> String {
@@ -128,13 +138,7 @@ fn method(rounds: u32, duration: Duration, placement: &Placement) -> String {
 }
 
 fn prepare(options: &Options, folder: &Path, placement: Placement) -> anyhow::Result<Scene> {
-    let beside = std::env::current_exe()?.with_file_name("keelson-blk");
-    let keelson = options.keelson_blk.clone().unwrap_or(beside);
-    anyhow::ensure!(
-        keelson.exists(),
-        "{} is missing: run cargo build --release -p keelson-blk -p keelson-perf",
-        keelson.display()
-    );
+    let keelson = own_program(options.keelson_blk.as_ref(), "keelson-blk")?;
     let bytes: u64 = if options.common.quick {
         256 << 20
     } else {
@@ -178,22 +182,11 @@ fn attach_loop(file: &Path) -> anyhow::Result<Option<PathBuf>> {
 }
 
 fn versions(scene: &Scene) -> anyhow::Result<BTreeMap<String, String>> {
-    let mut versions = BTreeMap::new();
-    for (name, program) in [
-        ("keelson-blk", &scene.keelson),
-        ("qemu-storage-daemon", &scene.qemu),
-    ] {
-        let output = Command::new(program).arg("--version").output();
-        let output = output
-            .with_context(|| format!("run {}: install qemu-system-common?", program.display()))?;
-        let text = String::from_utf8_lossy(&output.stdout);
-        let first = text.lines().next().unwrap_or_default();
-        let version = first
-            .split_whitespace()
-            .find(|word| word.starts_with(|c: char| c.is_ascii_digit()));
-        versions.insert(name.to_owned(), version.unwrap_or_default().to_owned());
-    }
-    Ok(versions)
+    let qemu = version_of(&scene.qemu).context("install qemu-system-common?")?;
+    Ok(BTreeMap::from([
+        ("keelson-blk".to_owned(), version_of(&scene.keelson)?),
+        ("qemu-storage-daemon".to_owned(), qemu),
+    ]))
 }
 
 fn measure(
@@ -203,9 +196,7 @@ fn measure(
     rounds: u32,
     duration: Duration,
 ) -> anyhow::Result<()> {
-    let progress = ProgressBar::new(plan.len() as u64 * u64::from(rounds)).with_style(
-        ProgressStyle::with_template("{bar:30} {pos}/{len} {msg} {eta}")?,
-    );
+    let progress = progress(plan.len() as u64 * u64::from(rounds))?;
     for round in 0..rounds {
         for work in plan {
             let label = work.label();
@@ -365,56 +356,7 @@ fn add_goals(report: &mut Report, plan: &[Work]) {
         ("idle_cpu_percent", 0.05, "% of one processor"),
         ("memory_mib_per_disk", 2.0, "MiB"),
     ] {
-        if let Some(measured) = report.figure(ours, IDLE, figure) {
-            report.goals.push(Goal {
-                name: format!("{figure}: {IDLE}"),
-                goal: format!("at most {most}"),
-                measured,
-                unit,
-                spread: (measured, measured),
-                met: measured <= most,
-            });
-        }
+        let name = format!("{figure}: {IDLE}");
+        report.goal_at_most(name, (ours, IDLE, figure), most, unit);
     }
-}
-
-fn print(report: &Report) {
-    let mut table = Table::new();
-    table.load_style(presets::NOTHING);
-    table.set_header([
-        "",
-        "",
-        "IOPS",
-        "p50 µs",
-        "p99 µs",
-        "p99.9 µs",
-        "CPU µs/IO",
-        "MiB",
-        "start ms",
-    ]);
-    for work in report.works().into_iter().filter(|work| *work != IDLE) {
-        for peer in Peer::ALL {
-            let figure = |name: &str| rounded(report.figure(peer.name(), work, name));
-            if figure("iops").is_empty() {
-                continue;
-            }
-            table.add_row([
-                if peer == Peer::Keelson {
-                    work.to_owned()
-                } else {
-                    String::new()
-                },
-                peer.name().to_owned(),
-                figure("iops"),
-                figure("p50_us"),
-                figure("p99_us"),
-                figure("p99.9_us"),
-                figure("cpu_us_per_io"),
-                figure("memory_mib"),
-                figure("start_ms"),
-            ]);
-        }
-    }
-    println!("{table}");
-    print_goals(&report.goals, &report.versions);
 }

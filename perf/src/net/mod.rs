@@ -50,7 +50,7 @@ pub fn run(options: &Options) -> anyhow::Result<()> {
     let mut report = Report {
         area: "net",
         time: jiff::Timestamp::now().to_string(),
-        machine: crate::state::machine(),
+        machine: crate::machine::describe(),
         versions: versions(),
         method: method(rounds, duration),
         samples: Vec::new(),

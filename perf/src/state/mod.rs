@@ -5,16 +5,14 @@ mod server;
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
-use std::process::Command;
 use std::time::Duration;
 
 use anyhow::Context as _;
-use comfy_table::{Table, presets};
-use indicatif::{ProgressBar, ProgressStyle};
 
 use self::load::Work;
 use self::server::{Cluster, Peer, Programs};
-use crate::command::{Common, print_goals};
+use crate::command::{Common, own_program, print_figures, print_goals, progress, version_of};
+use crate::machine;
 use crate::report::{Report, Sample, Wanted};
 
 /// Compares keelson-state with etcd: the same client code, the same disk, the same durability,
@@ -48,7 +46,7 @@ pub fn run(options: &Options) -> anyhow::Result<()> {
     let mut report = Report {
         area: "state",
         time: jiff::Timestamp::now().to_string(),
-        machine: machine(),
+        machine: machine::describe(),
         versions: versions(&programs)?,
         method: format!(
             "Rounds: {rounds}, {seconds} s of each work for each peer, alternating who is first. 256-byte values, \
@@ -70,14 +68,25 @@ pub fn run(options: &Options) -> anyhow::Result<()> {
         &options.folder,
     ))?;
     add_goals(&mut report, &plan);
-    print(&report);
+    let peers = Peer::ALL.map(Peer::name);
+    let columns = [
+        ("operations_per_s", "op/s"),
+        ("p50_us", "p50 µs"),
+        ("p99_us", "p99 µs"),
+        ("p99.9_us", "p99.9 µs"),
+        ("cpu_us_per_operation", "CPU µs/op"),
+        ("written_bytes_per_value_byte", "written/put"),
+        ("peak_memory_mib", "memory MiB"),
+    ];
+    print_figures(&report, &peers, &columns);
+    print_goals(&report.goals, &report.versions);
     let plots = [
         ("operations_per_s", "Operations per second"),
         ("p99_us", "99th percentile, µs"),
         ("cpu_us_per_operation", "Server's CPU per operation, µs"),
         ("peak_memory_mib", "Peak memory so far, MiB"),
     ];
-    common.write(&report, &Peer::ALL.map(Peer::name), &plots)
+    common.write(&report, &peers, &plots)
 }
 
 fn quick() -> Plan {
@@ -140,9 +149,7 @@ async fn measure(
     folder: &Path,
 ) -> anyhow::Result<()> {
     let steps = plan.len() as u64 * u64::from(rounds) * 2;
-    let progress = ProgressBar::new(steps).with_style(ProgressStyle::with_template(
-        "{bar:30} {pos}/{len} {msg} {eta}",
-    )?);
+    let progress = progress(steps)?;
     for round in 0..rounds {
         for members in [1, 3] {
             let works: Vec<_> = plan.iter().filter(|(_, _, of)| *of == members).collect();
@@ -246,69 +253,18 @@ fn add_goals(report: &mut Report, plan: &Plan) {
     }
 }
 
-fn print(report: &Report) {
-    let mut table = Table::new();
-    table.load_style(presets::NOTHING);
-    table.set_header([
-        "",
-        "",
-        "op/s",
-        "p50 µs",
-        "p99 µs",
-        "p99.9 µs",
-        "CPU µs/op",
-        "written/put",
-        "memory MiB",
-    ]);
-    for work in report.works() {
-        for peer in Peer::ALL {
-            let figure = |name: &str| {
-                let value = report.figure(peer.name(), work, name).unwrap_or(f64::NAN);
-                if value >= 100.0 {
-                    format!("{value:.0}")
-                } else {
-                    format!("{value:.1}")
-                }
-            };
-            table.add_row([
-                if peer == Peer::Keelson {
-                    work.to_owned()
-                } else {
-                    String::new()
-                },
-                peer.name().to_owned(),
-                figure("operations_per_s"),
-                figure("p50_us"),
-                figure("p99_us"),
-                figure("p99.9_us"),
-                figure("cpu_us_per_operation"),
-                figure("written_bytes_per_value_byte"),
-                figure("peak_memory_mib"),
-            ]);
-        }
-    }
-    println!("{table}");
-    print_goals(&report.goals, &report.versions);
-}
-
 fn programs(options: &Options) -> anyhow::Result<Programs> {
-    let beside = std::env::current_exe()?.with_file_name("keelson-state");
     let cache = std::env::var_os("KEELSON_CACHE").map_or_else(
         || PathBuf::from(std::env::var_os("HOME").unwrap_or_default()).join(".cache/keelson"),
         PathBuf::from,
     );
     let programs = Programs {
-        keelson: options.keelson_state.clone().unwrap_or(beside),
+        keelson: own_program(options.keelson_state.as_ref(), "keelson-state")?,
         etcd: options
             .etcd
             .clone()
             .unwrap_or_else(|| cache.join("etcd/etcd")),
     };
-    anyhow::ensure!(
-        programs.keelson.exists(),
-        "{} is missing: run cargo build --release -p keelson-state -p keelson-perf",
-        programs.keelson.display()
-    );
     anyhow::ensure!(
         programs.etcd.exists(),
         "{} is missing: run setup/etcd",
@@ -318,33 +274,8 @@ fn programs(options: &Options) -> anyhow::Result<Programs> {
 }
 
 fn versions(programs: &Programs) -> anyhow::Result<BTreeMap<String, String>> {
-    let mut versions = BTreeMap::new();
-    for (name, program) in [
-        ("keelson-state", &programs.keelson),
-        ("etcd", &programs.etcd),
-    ] {
-        let output = Command::new(program).arg("--version").output()?;
-        let text = String::from_utf8_lossy(&output.stdout)
-            .lines()
-            .next()
-            .unwrap_or_default()
-            .to_owned();
-        let version = text.rsplit(' ').next().unwrap_or_default().to_owned();
-        versions.insert(name.to_owned(), version);
-    }
-    Ok(versions)
-}
-
-pub fn machine() -> String {
-    let read = |path: &str| std::fs::read_to_string(path).unwrap_or_default();
-    let cores = std::thread::available_parallelism().map_or(0, std::num::NonZero::get);
-    let model = read("/proc/cpuinfo")
-        .lines()
-        .find_map(|line| line.strip_prefix("model name"))
-        .map(|line| line.trim_start_matches([' ', '\t', ':']).to_owned())
-        .unwrap_or_default();
-    format!(
-        "{model}, {cores} cores, Linux {}",
-        read("/proc/sys/kernel/osrelease").trim()
-    )
+    Ok(BTreeMap::from([
+        ("keelson-state".to_owned(), version_of(&programs.keelson)?),
+        ("etcd".to_owned(), version_of(&programs.etcd)?),
+    ]))
 }

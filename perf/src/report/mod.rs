@@ -1,7 +1,8 @@
 //! Reports: every sample and every goal, as JSON and as a page.
 
+mod page;
+
 use std::collections::BTreeMap;
-use std::fmt::Write as _;
 use std::path::Path;
 
 use anyhow::Context as _;
@@ -121,8 +122,34 @@ impl Report {
         });
     }
 
+    /// Adds a goal for a figure by itself, if it was measured.
+    pub fn goal_at_most(
+        &mut self,
+        name: String,
+        (peer, work, figure): (&str, &str, &str),
+        limit: f64,
+        unit: &'static str,
+    ) {
+        let Some((measured, least, most)) = self.spread(peer, work, figure) else {
+            return;
+        };
+        self.goals.push(Goal {
+            name,
+            goal: format!("at most {limit}"),
+            measured,
+            unit,
+            spread: (least, most),
+            met: measured <= limit,
+        });
+    }
+
     /// The median of a figure over the rounds.
     pub fn figure(&self, peer: &str, work: &str, figure: &str) -> Option<f64> {
+        self.spread(peer, work, figure).map(|(median, ..)| median)
+    }
+
+    /// The median, the least and the most of a figure over the rounds.
+    pub fn spread(&self, peer: &str, work: &str, figure: &str) -> Option<(f64, f64, f64)> {
         let samples = self
             .samples
             .iter()
@@ -131,7 +158,7 @@ impl Report {
             .filter_map(|sample| sample.figures.get(figure).copied())
             .collect();
         values.sort_by(f64::total_cmp);
-        median(&values)
+        Some((median(&values)?, *values.first()?, *values.last()?))
     }
 
     /// Every kind of work, in the order of its first sample.
@@ -158,77 +185,8 @@ impl Report {
         peers: &[&str],
         plots: &[(&str, &str)],
     ) -> anyhow::Result<()> {
-        std::fs::write(path, self.html(peers, plots))
+        std::fs::write(path, page::page(self, peers, plots))
             .with_context(|| format!("write {}", path.display()))
-    }
-
-    fn html(&self, peers: &[&str], plots: &[(&str, &str)]) -> String {
-        let mut page = String::from(
-            "<!doctype html><meta charset=utf-8><title>perf</title><style>body{font:15px sans-serif;max-width:60em;\
-             margin:2em auto;padding:0 1em}table{border-collapse:collapse}td,th{padding:.2em .8em;text-align:right;\
-             border-bottom:1px solid #ddd}td:first-child,th:first-child{text-align:left}svg text{font:12px sans-serif}\
-             </style>",
-        );
-        let _ = write!(
-            page,
-            "<h1>perf {}</h1><p>{}, {}</p><p>{}</p>",
-            self.area, self.time, self.machine, self.method
-        );
-        for (program, version) in &self.versions {
-            let _ = write!(page, "<p>{program}: {version}</p>");
-        }
-        page.push_str(
-            "<h2>Goals</h2><table><tr><th>goal<th>wanted<th>measured<th>spread<th>met</tr>",
-        );
-        for goal in &self.goals {
-            let _ = write!(
-                page,
-                "<tr><td>{}<td>{}<td>{:.2}<td>{:.2}–{:.2}<td>{}</tr>",
-                goal.name,
-                goal.goal,
-                goal.measured,
-                goal.spread.0,
-                goal.spread.1,
-                if goal.met { "yes" } else { "no" }
-            );
-        }
-        page.push_str("</table>");
-        for (figure, title) in plots {
-            let _ = write!(page, "<h2>{title}</h2>{}", self.bars(peers, figure));
-        }
-        page
-    }
-
-    /// Horizontal bars, one group for each kind of work, one bar for each peer.
-    fn bars(&self, peers: &[&str], figure: &str) -> String {
-        let mut rows = Vec::new();
-        for work in self.works() {
-            for (at, peer) in peers.iter().enumerate() {
-                if let Some(value) = self.figure(peer, work, figure) {
-                    rows.push((if at == 0 { work } else { "" }, *peer, at, value));
-                }
-            }
-        }
-        let most = rows
-            .iter()
-            .map(|row| row.3)
-            .fold(f64::MIN_POSITIVE, f64::max);
-        let mut svg = format!("<svg width=900 height={}>", rows.len() * 20 + 10);
-        for (row, (work, peer, color, value)) in rows.iter().enumerate() {
-            let (y, width) = (row * 20, value / most * 400.0);
-            let fill = ["#3266a8", "#c9822b", "#777777"]
-                .get(*color)
-                .unwrap_or(&"#777777");
-            let _ = write!(
-                svg,
-                "<text x=0 y={0}>{work}</text><rect x=330 y={1} width={width:.1} height=16 fill='{fill}'/>\
-                 <text x={2:.1} y={0}>{peer} {value:.1}</text>",
-                y + 15,
-                y + 2,
-                335.0 + width
-            );
-        }
-        svg + "</svg>"
     }
 }
 

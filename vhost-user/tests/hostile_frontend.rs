@@ -8,14 +8,17 @@
 mod harness;
 
 use std::fs::File;
-use std::io::{Read, Write};
-use std::os::fd::AsRawFd;
+use std::io::{IoSlice, Read, Write};
+use std::mem::MaybeUninit;
+use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::net::UnixStream;
+use std::time::{Duration, Instant};
 
 use harness::driver::{Driver, USUAL};
 use harness::raw_guest::{DATA, RawGuest};
-use harness::{Backend, Scene, pattern};
+use harness::{Backend, PATIENCE, Scene, pattern};
 use rustix::fs::{MemfdFlags, memfd_create};
+use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
 use vhost::vhost_user::VhostUserFrontend;
 use vhost::{VhostBackend, VhostUserMemoryRegionInfo, VringConfigData};
 
@@ -70,6 +73,81 @@ fn headers_that_are_no_headers_end_the_connection() {
         connection.shutdown(std::net::Shutdown::Write).unwrap();
         let _ = connection.read_to_end(&mut Vec::new());
     }
+    assert_serving(&scene, &mut backend);
+}
+
+/// Descriptors of the process, and its mappings of guests' memory.
+fn holdings(backend: &Backend) -> [usize; 2] {
+    let folder = format!("/proc/{}", backend.id());
+    let descriptors = std::fs::read_dir(format!("{folder}/fd")).unwrap();
+    let mappings = std::fs::read_to_string(format!("{folder}/maps")).unwrap();
+    let of_guests = |line: &&str| line.contains("/memfd:");
+    [
+        descriptors.count(),
+        mappings.lines().filter(of_guests).count(),
+    ]
+}
+
+#[test]
+fn frontends_that_come_with_too_much_and_leave_in_the_middle_leave_nothing_behind() {
+    let scene = Scene::new(1 << 20);
+    let mut backend = scene.start(&[]);
+    let memory = memfd_create("surplus", MemfdFlags::CLOEXEC).unwrap();
+    let round = |number: usize| {
+        let mut guest = RawGuest::connect(&scene.socket, 0);
+        match number % 4 {
+            0 => {
+                guest.chain(0, 0, (DATA, 4096), true);
+                guest.submit(0);
+            }
+            1 => {
+                guest.cut_memory_off();
+                guest.kick.write(1).unwrap();
+            }
+            2 => {
+                // Queue 0 again and again, each time with new descriptors.
+                for _ in 0..8 {
+                    guest.set_up_queue(0);
+                }
+                let missing = region(&memory, 0, 4096);
+                assert!(guest.frontend.set_mem_table(&[missing]).is_err());
+            }
+            _ => {}
+        }
+        drop(guest);
+        // Descriptors where none belong, and more than any message has.
+        for count in [1, 9, 64] {
+            let connection = UnixStream::connect(&scene.socket).unwrap();
+            let descriptors = vec![memory.as_fd(); count];
+            let mut space = vec![MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(64))];
+            let mut control = SendAncillaryBuffer::new(&mut space);
+            assert!(control.push(SendAncillaryMessage::ScmRights(&descriptors)));
+            let bytes = message(1, 1, &[]);
+            let bytes = [IoSlice::new(&bytes)];
+            sendmsg(&connection, &bytes, &mut control, SendFlags::NOSIGNAL).unwrap();
+            connection.shutdown(std::net::Shutdown::Write).unwrap();
+            let _ = (&connection).read_to_end(&mut Vec::new());
+        }
+    };
+    let settle = |wanted: &dyn Fn([usize; 2]) -> bool| {
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            let now = holdings(&backend);
+            if wanted(now) {
+                return now;
+            }
+            assert!(Instant::now() < deadline, "it stays at {now:?}");
+            std::thread::sleep(Duration::from_millis(20));
+        }
+    };
+    // What comes with the first is there to stay: threads, tables.
+    (0..4).for_each(round);
+    let mut before = settle(&|[_, mappings]| mappings == 0);
+    // The last connection is closed a moment after its memory.
+    std::thread::sleep(Duration::from_millis(300));
+    before[0] = holdings(&backend)[0];
+    (0..60).for_each(round);
+    settle(&|now| now == before);
     assert_serving(&scene, &mut backend);
 }
 

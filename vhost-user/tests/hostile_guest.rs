@@ -164,6 +164,29 @@ fn data_outside_guest_memory_fails_the_request_only() {
 }
 
 #[test]
+fn what_the_device_may_only_read_is_never_written() {
+    let scene = Scene::new(1 << 20);
+    scene.fill(0, &pattern(1, 1 << 20));
+    let _backend = scene.start(&[]);
+    let mut guest = RawGuest::connect(&scene.socket, 0);
+    let own = pattern(9, 512);
+    guest.put(DATA, &own);
+    for kind in [IN, GET_ID] {
+        // Nothing can be put there, so nothing is.
+        guest.chain(kind, 0, (DATA, 512), false);
+        let (_, len) = guest.perform();
+        assert_eq!(len, 1, "{kind}");
+        assert!(guest.get(DATA, 512) == own, "{kind}");
+    }
+    // And what it may write is not what it takes for a disk.
+    guest.chain(OUT, 0, (DATA, 512), true);
+    let (_, len) = guest.perform();
+    assert_eq!(len, 1);
+    assert!(guest.get(DATA, 512) == own);
+    assert!(scene.image_bytes(0, 1 << 20) == pattern(1, 1 << 20));
+}
+
+#[test]
 fn clause_2_7_4_1_header_and_status_may_be_framed_in_any_way() {
     let scene = Scene::new(1 << 20);
     scene.fill(1024, &pattern(2, 1024));

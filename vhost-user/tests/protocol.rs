@@ -18,7 +18,7 @@ use harness::{Scene, pattern};
 use rustix::fs::{MemfdFlags, memfd_create};
 use vhost::vhost_user::message::{VhostTransferStateDirection, VhostTransferStatePhase};
 use vhost::vhost_user::{VhostUserFrontend, VhostUserProtocolFeatures};
-use vhost::{VhostBackend, VhostUserDirtyLogRegion};
+use vhost::{VhostBackend, VhostUserDirtyLogRegion, VhostUserMemoryRegionInfo};
 
 const READ: u32 = 0;
 const LOG_ALL: u64 = 1 << 26;
@@ -120,6 +120,58 @@ fn pages_that_reads_write_are_in_the_dirty_log() {
         (0, 1, 1)
     );
     assert_eq!((page(DATA + 12288), page(STATUS)), (0, 1));
+}
+
+#[test]
+fn memory_comes_and_goes_by_regions_while_queues_run() {
+    const MIB: u64 = 1 << 20;
+    let scene = Scene::new(MIB);
+    scene.fill(0, &pattern(1, 8192));
+    let _backend = scene.start(&[]);
+    let mut guest = RawGuest::connect(&scene.socket, 0);
+    let protocol = guest.frontend.get_protocol_features().unwrap();
+    assert!(protocol.contains(VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS));
+    guest.frontend.set_protocol_features(protocol).unwrap();
+    let mut frontend = guest.frontend.clone();
+    let slots = frontend.get_max_mem_slots().unwrap();
+    let more = File::from(memfd_create("more", MemfdFlags::CLOEXEC).unwrap());
+    more.set_len(slots * MIB).unwrap();
+    // Behind the guest's own memory, a hole between each and the next.
+    let region = |slot: u64| VhostUserMemoryRegionInfo {
+        guest_phys_addr: (1 << 30) + slot * 2 * MIB,
+        memory_size: MIB,
+        userspace_addr: (1 << 40) + slot * 2 * MIB,
+        mmap_offset: slot * MIB,
+        mmap_handle: more.as_raw_fd(),
+    };
+    let mut read_to = |slot: u64| {
+        guest.chain(READ, 8, (region(slot).guest_phys_addr, 4096), true);
+        guest.perform().0
+    };
+    assert_eq!(read_to(0), 1, "it isn't there yet");
+    // The table has one already.
+    for slot in 0..slots - 1 {
+        frontend.add_mem_region(&region(slot)).unwrap();
+    }
+    let content = pattern(1, 8192);
+    for slot in [0, 1, slots - 2] {
+        assert_eq!(read_to(slot), 0, "{slot}");
+        let mut found = vec![0; 4096];
+        more.read_exact_at(&mut found, slot * MIB).unwrap();
+        assert!(found == content[4096..], "{slot}");
+    }
+    frontend.remove_mem_region(&region(1)).unwrap();
+    assert_eq!([0, 1, 2].map(&mut read_to), [0, 1, 0]);
+    frontend.add_mem_region(&region(slots - 1)).unwrap();
+    assert_eq!([1, slots - 1].map(&mut read_to), [1, 0]);
+    // One too many, or one that isn't there, ends the connection as other nonsense does.
+    assert!(frontend.add_mem_region(&region(1)).is_err());
+    drop(guest);
+    let guest = RawGuest::connect(&scene.socket, 0);
+    let mut frontend = guest.frontend.clone();
+    let protocol = frontend.get_protocol_features().unwrap();
+    frontend.set_protocol_features(protocol).unwrap();
+    assert!(frontend.remove_mem_region(&region(1)).is_err());
 }
 
 #[test]

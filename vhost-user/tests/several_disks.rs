@@ -7,11 +7,19 @@
 
 mod harness;
 
+use std::os::unix::fs::FileExt;
 use std::process::Command;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use harness::driver::{Driver, USUAL};
+use harness::raw_guest::{
+    DATA, HEADER, INDIRECT, INDIRECT_FLAG, MEMORY_BYTES, NEXT, QUEUE_SIZE, RawGuest, STATUS, TABLE,
+    WRITE, descriptor_bytes,
+};
 use harness::{Backend, Scene, pattern, refusal};
+
+const INDIRECT_DESC: u64 = 1 << 28;
 
 fn several(scenes: &[Scene], arguments: &[&str]) -> Backend {
     let mut command = Command::new(env!("CARGO_BIN_EXE_keelson-blk"));
@@ -83,13 +91,68 @@ fn a_guest_that_breaks_its_memory_does_not_stop_another_disk() {
     let scenes: Vec<Scene> = (0..2).map(|_| Scene::new(1 << 20)).collect();
     let _backend = several(&scenes, &["--workers", "1"]);
     let mut good = Driver::connect(scenes[0].socket_path(), USUAL, 1, 1 << 20);
-    let bad = harness::raw_guest::RawGuest::connect(&scenes[1].socket, 0);
+    let bad = RawGuest::connect(&scenes[1].socket, 0);
     assert_eq!(good.write(0, &[1; 4096]), 0);
     bad.cut_memory_off();
     bad.kick.write(1).unwrap();
     bad.wait_broken();
     assert_eq!(good.write(4096, &[2; 4096]), 0);
     assert_eq!(good.read(0, 4096).unwrap(), [1; 4096]);
+}
+
+#[test]
+fn descriptors_that_change_while_they_are_read_reach_no_other_guest() {
+    let scenes: Vec<Scene> = (0..2).map(|_| Scene::new(1 << 20)).collect();
+    let mut backend = several(&scenes, &["--workers", "1"]);
+    let mut good = Driver::connect(scenes[0].socket_path(), USUAL, 1, 1 << 20);
+    let content = pattern(7, 1 << 19);
+    assert_eq!(good.write(0, &content), 0);
+    let mut bad = RawGuest::connect(&scenes[1].socket, INDIRECT_DESC);
+    // What a descriptor of data may be from one moment to the next; and that of the status.
+    let data = [
+        (DATA, 512, NEXT, 2),
+        (DATA, 4096, NEXT | WRITE, 2),
+        (DATA, u32::MAX, NEXT | WRITE, 2),
+        (MEMORY_BYTES - 256, 512, NEXT | WRITE, 2),
+        (u64::MAX - 255, 512, NEXT, 2),
+        (DATA, 512, NEXT, 1),
+        (DATA, 512, NEXT, QUEUE_SIZE),
+        (INDIRECT, 32, INDIRECT_FLAG, 0),
+    ];
+    let (memory, stop) = (bad.memory_file(), AtomicBool::new(false));
+    let outcomes = std::thread::scope(|scope| {
+        scope.spawn(|| {
+            for fields in data.iter().cycle() {
+                let bytes = descriptor_bytes(*fields);
+                memory.write_all_at(&bytes, TABLE + 16).unwrap();
+                memory.write_all_at(&bytes, INDIRECT).unwrap();
+                if stop.load(Ordering::Relaxed) {
+                    return;
+                }
+            }
+        });
+        let mut outcomes = [0; 2];
+        for round in 0..3000_u64 {
+            // Reads and writes, of sectors that are there and that aren't.
+            bad.header(u32::from(round % 2 == 0), round);
+            bad.descriptor(TABLE, 0, (HEADER, 16, NEXT, 1));
+            bad.descriptor(TABLE, 2, (STATUS, 1, WRITE, 0));
+            bad.submit(0);
+            let used = bad.wait_used_or_broken();
+            outcomes[usize::from(used)] += 1;
+            if !used {
+                let base = bad.frontend_base();
+                bad.set_up_queue(base);
+            }
+        }
+        stop.store(true, Ordering::Relaxed);
+        outcomes
+    });
+    assert!(outcomes.iter().all(|count| *count > 0), "{outcomes:?}");
+    assert!(backend.is_running());
+    assert!(good.read(0, 1 << 19).unwrap() == content);
+    assert!(scenes[0].image_bytes(0, 1 << 19) == content);
+    assert_eq!(scenes[1].image.metadata().unwrap().len(), 1 << 20);
 }
 
 #[test]

@@ -1,5 +1,6 @@
 //! A guest without a driver: it writes descriptors and rings byte by byte, right or wrong.
 
+use std::fs::File;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, RawFd};
 use std::path::Path;
 use std::sync::atomic::{AtomicU16, Ordering};
@@ -68,7 +69,7 @@ impl RawGuest {
         let protocol = frontend.get_protocol_features().unwrap();
         frontend.set_protocol_features(protocol & PROTOCOL).unwrap();
         frontend.set_hdr_flags(VhostUserHeaderFlag::NEED_REPLY);
-        let file = std::fs::File::from(memfd_create("guest", MemfdFlags::CLOEXEC).unwrap());
+        let file = File::from(memfd_create("guest", MemfdFlags::CLOEXEC).unwrap());
         file.set_len(MEMORY_BYTES).unwrap();
         let descriptor = file.as_raw_fd();
         let size = usize::try_from(MEMORY_BYTES).unwrap();
@@ -111,6 +112,13 @@ impl RawGuest {
         // SAFETY: the mapping keeps the descriptor open.
         let file = unsafe { BorrowedFd::borrow_raw(self.memory_file) };
         rustix::fs::ftruncate(file, 0).unwrap();
+    }
+
+    /// The file behind the memory, which a thread may write to meanwhile.
+    pub fn memory_file(&self) -> File {
+        // SAFETY: the mapping keeps the descriptor open.
+        let file = unsafe { BorrowedFd::borrow_raw(self.memory_file) };
+        file.try_clone_to_owned().unwrap().into()
     }
 
     /// Gives queue 0 any descriptor as its kick.
@@ -184,12 +192,7 @@ impl RawGuest {
 
     /// Writes a `struct virtq_desc`.
     pub fn descriptor(&self, table: u64, index: u16, fields: (u64, u32, u16, u16)) {
-        let (address, len, flags, next) = fields;
-        let mut bytes = address.to_le_bytes().to_vec();
-        bytes.extend_from_slice(&len.to_le_bytes());
-        bytes.extend_from_slice(&flags.to_le_bytes());
-        bytes.extend_from_slice(&next.to_le_bytes());
-        self.put(table + u64::from(index) * 16, &bytes);
+        self.put(table + u64::from(index) * 16, &descriptor_bytes(fields));
     }
 
     /// Writes a `struct virtio_blk_req` header, and a status that no device gives.
@@ -246,6 +249,22 @@ impl RawGuest {
         )
     }
 
+    /// Waits until the next chain is used, or the queue is announced broken. Whether it was used.
+    pub fn wait_used_or_broken(&mut self) -> bool {
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            if self.index(USED + 2).load(Ordering::Acquire) != self.used_seen {
+                self.wait_used();
+                return true;
+            }
+            if self.error.read().is_ok() {
+                return false;
+            }
+            assert!(Instant::now() < deadline, "the request never ends");
+            std::thread::yield_now();
+        }
+    }
+
     /// Submits descriptor 0 and returns the status byte and the used length.
     pub fn perform(&mut self) -> (u8, u32) {
         self.submit(0);
@@ -265,4 +284,13 @@ impl RawGuest {
             std::thread::sleep(Duration::from_micros(200));
         }
     }
+}
+
+/// A `struct virtq_desc` of an address, a length, flags and a next index.
+pub fn descriptor_bytes((address, len, flags, next): (u64, u32, u16, u16)) -> Vec<u8> {
+    let mut bytes = address.to_le_bytes().to_vec();
+    bytes.extend_from_slice(&len.to_le_bytes());
+    bytes.extend_from_slice(&flags.to_le_bytes());
+    bytes.extend_from_slice(&next.to_le_bytes());
+    bytes
 }

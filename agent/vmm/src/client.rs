@@ -8,8 +8,8 @@ use std::time::Duration;
 use serde::de::DeserializeOwned;
 
 use crate::api::{
-    Acknowledged, ErrorBody, Event, MAX_LINE, Request, Response, SnapshotRequest, SnapshotTaken,
-    Status,
+    Acknowledged, BalloonAnswer, ErrorBody, Event, MAX_LINE, Request, Response, SnapshotRequest,
+    SnapshotTaken, Status,
 };
 
 /// How long a request may take before the client gives up. The server answers from memory.
@@ -115,6 +115,17 @@ impl VmmClient {
     /// Takes a snapshot; returns when it is on the disk.
     pub fn snapshot(&mut self, request: SnapshotRequest) -> Result<SnapshotTaken, ClientError> {
         self.call_long(&Request::Snapshot(request))
+    }
+
+    /// What the guest's balloon has, and how the guest uses its memory.
+    pub fn balloon(&mut self) -> Result<BalloonAnswer, ClientError> {
+        self.call(&Request::Balloon)
+    }
+
+    /// Asks the guest to give so much memory back in all, in MiB.
+    pub fn resize_balloon(&mut self, size_mib: u64) -> Result<(), ClientError> {
+        self.call::<Acknowledged>(&Request::ResizeBalloon { size_mib })
+            .map(drop)
     }
 
     /// Turns the connection into an iterator of events, which ends when the VMM does.

@@ -5,6 +5,7 @@
 //! what it may be.
 
 mod cpu;
+mod devices;
 mod mac_address;
 
 use std::collections::HashSet;
@@ -14,6 +15,7 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 
 pub use cpu::{CpuConfig, CpuTemplate, Topology};
+pub use devices::{BalloonConfig, EndAction, PanicConfig, VsockConfig, WatchdogConfig};
 pub use mac_address::MacAddress;
 
 /// The most vCPUs a guest can have.
@@ -27,8 +29,8 @@ pub const MAX_MEMORY_MIB: u64 = 4 << 20;
 pub const MAX_COMMAND_LINE: usize = 2047;
 /// The highest number of a host's NUMA node (`CONFIG_NODES_SHIFT` of Linux is at most 10).
 pub const MAX_NUMA_NODE: u16 = 1023;
-/// The most disks and interfaces together: each takes one PCI slot of the one bus, whose slot 0
-/// is the host bridge and whose slot 1 is the entropy device.
+/// The most disks, interfaces and other devices of the configuration together: each takes one PCI
+/// slot of the one bus, whose slot 0 is the host bridge and whose slot 1 is the entropy device.
 pub const MAX_DEVICES: usize = 30;
 /// The most request queues of one disk.
 pub const MAX_DISK_QUEUES: u16 = 16;
@@ -95,6 +97,18 @@ pub struct GuestConfig {
     /// The network interfaces, in the order in which the guest finds them, after the disks.
     #[serde(default)]
     pub interfaces: Vec<InterfaceConfig>,
+    /// The memory balloon.
+    #[serde(default)]
+    pub balloon: Option<BalloonConfig>,
+    /// The socket device.
+    #[serde(default)]
+    pub vsock: Option<VsockConfig>,
+    /// The device by which the guest's kernel tells that it panicked.
+    #[serde(default)]
+    pub panic: Option<PanicConfig>,
+    /// The watchdog.
+    #[serde(default)]
+    pub watchdog: Option<WatchdogConfig>,
     /// What a reboot that the guest asks for does.
     #[serde(default)]
     pub on_reboot: OnReboot,
@@ -253,7 +267,12 @@ impl GuestConfig {
             ))));
         }
         let text = std::fs::read(path).map_err(read)?;
-        let parser = &mut serde_json::Deserializer::from_slice(&text);
+        Self::parse(&text, path)
+    }
+
+    /// Parses and validates what was read of the file at `path`.
+    pub fn parse(text: &[u8], path: &Path) -> Result<Self, ConfigError> {
+        let parser = &mut serde_json::Deserializer::from_slice(text);
         let config: Self =
             serde_path_to_error::deserialize(parser).map_err(|e| ConfigError::Parse {
                 path: path.into(),
@@ -272,12 +291,28 @@ impl GuestConfig {
         self.memory.validate()?;
         self.kernel.validate()?;
         self.console.validate()?;
-        let devices = self.disks.len() + self.interfaces.len();
+        let others = [
+            self.balloon.is_some(),
+            self.vsock.is_some(),
+            self.panic.is_some(),
+            self.watchdog.is_some(),
+        ];
+        let others = others.into_iter().filter(|there| *there).count();
+        let devices = self.disks.len() + self.interfaces.len() + others;
         if devices > MAX_DEVICES {
             return Err(field(
                 "disks",
-                format!("{devices} disks and interfaces, but the PCI bus has {MAX_DEVICES} slots"),
+                format!(
+                    "{devices} disks, interfaces and other devices, but the PCI bus has \
+                     {MAX_DEVICES} slots"
+                ),
             ));
+        }
+        if let Some(balloon) = &self.balloon {
+            balloon.validate(self.memory.size_mib)?;
+        }
+        if let Some(vsock) = &self.vsock {
+            vsock.validate()?;
         }
         let mut unique = Unique::default();
         for (index, disk) in self.disks.iter().enumerate() {

@@ -11,26 +11,32 @@ use std::sync::{Arc, Mutex, PoisonError};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use crate::api::{
-    Acknowledged, AfterSnapshot, ApiServer, ApiThread, Control, ControlSender, Event, ExitReason,
-    ExitStatus, GuestState, Reply, SharedState, SnapshotKind, SnapshotRequest, SnapshotTaken,
+    Acknowledged, AfterSnapshot, ApiServer, ApiThread, BalloonAnswer, Control, ControlSender,
+    Event, ExitReason, ExitStatus, GuestState, Reply, SharedState, SnapshotKind, SnapshotRequest,
+    SnapshotTaken,
 };
 use crate::boot::BootFiles;
-use crate::config::{GuestConfig, InterfaceConfig, OnReboot};
+use crate::config::{BalloonConfig, EndAction, GuestConfig, InterfaceConfig, OnReboot};
 use crate::console::{ConsoleLog, ConsoleOutput, ConsoleServer};
+use crate::devices::panic::GuestPanic;
 use crate::error::VmmError;
 use crate::isolation::seccomp::{self, Mode, Thread};
 use crate::isolation::{Jail, JailUser};
-use crate::machine::{HostResources, Kind, Machine, Order, Reporters, open_kvm};
+use crate::machine::{Distress, HostResources, Kind, Machine, Order, Reporters, open_kvm};
+use crate::memory::PAGE;
 use crate::signals;
 use crate::snapshot::Snapshot;
 use crate::vcpu::{VcpuEnd, install_kick_signal};
+use crate::virtio::balloon::BalloonControl;
 use crate::virtio::block::DiskEvent;
 use crate::virtio::net::Tap;
+use crate::virtio::vsock::UnixHost;
 
 /// What the thread that owns the guest waits for.
 enum Message {
     Control(Control),
     Vcpu(VcpuEnd),
+    Distress(Distress),
 }
 
 /// What a boot of the guest ended with.
@@ -80,6 +86,9 @@ impl Launch {
             for disk in &config.disks {
                 jail.allow_read(parent(&disk.socket));
             }
+            if let Some(vsock) = &config.vsock {
+                jail.allow_read(parent(&vsock.socket));
+            }
             jail.allow_write(parent(&config.console.log));
             if let Some(directory) = &options.snapshot_directory {
                 jail.allow_write(directory);
@@ -125,6 +134,13 @@ pub fn run(launch: &Launch) -> Result<ExitStatus, VmmError> {
     })?;
     let console_listener = listen("console", &config.console.socket)?;
     let api_listener = listen("API", api_socket)?;
+    let vsock = match &config.vsock {
+        Some(vsock) => {
+            let listener = listen("vsock", &vsock.socket)?;
+            Some(UnixHost::new(listener, &vsock.socket))
+        }
+        None => None,
+    };
 
     // The API shows why the guest can't start, so that what fails from here on is told there too.
     let resources = open_boot_files(launch).and_then(|files| Ok((files, open_taps(config)?)));
@@ -144,6 +160,13 @@ pub fn run(launch: &Launch) -> Result<ExitStatus, VmmError> {
             kvm,
             boot_files,
             taps,
+            vsock,
+            balloon: Arc::new(BalloonControl::new(
+                config
+                    .balloon
+                    .as_ref()
+                    .map_or(0, |balloon| BalloonConfig::pages(balloon.size_mib)),
+            )),
             console,
             seccomp,
         };
@@ -167,7 +190,7 @@ pub fn run(launch: &Launch) -> Result<ExitStatus, VmmError> {
             message: e.to_string(),
         },
     };
-    let failed = matches!(exit.reason, ExitReason::TripleFault | ExitReason::Error);
+    let failed = exit.reason.is_failure();
     shared.finish(
         if failed {
             GuestState::Failed
@@ -177,7 +200,11 @@ pub fn run(launch: &Launch) -> Result<ExitStatus, VmmError> {
         exit,
     );
     api.finish();
-    for socket in [api_socket, &config.console.socket] {
+    let vsock = config.vsock.as_ref().map(|vsock| &vsock.socket);
+    for socket in [api_socket, &config.console.socket]
+        .into_iter()
+        .chain(vsock)
+    {
         // Somebody may have removed it already.
         let _ = fs::remove_file(socket);
     }
@@ -190,9 +217,15 @@ fn control_sender(messages: &Sender<Message>) -> ControlSender {
 }
 
 fn reporters(messages: &Sender<Message>, shared: &Arc<SharedState>) -> Reporters {
+    let distressed = Mutex::new(messages.clone());
     let messages = Mutex::new(messages.clone());
     let shared = Arc::clone(shared);
     Reporters {
+        distress: Arc::new(move |distress| {
+            let messages = distressed.lock().unwrap_or_else(PoisonError::into_inner);
+            // Fails only while the process ends.
+            let _ = messages.send(Message::Distress(distress));
+        }),
         end: Arc::new(move |end| {
             let messages = messages.lock().unwrap_or_else(PoisonError::into_inner);
             // Fails only while the process ends.
@@ -279,12 +312,6 @@ impl Guest<'_> {
 
     fn wait(&self, machine: &mut Machine) -> BootEnd {
         let mut paused = false;
-        let exit = |reason, message: &str| {
-            BootEnd::Final(ExitStatus {
-                reason,
-                message: message.to_owned(),
-            })
-        };
         loop {
             // The sender is this guest's own, so the channel is never closed.
             let Ok(message) = self.inbox.recv() else {
@@ -299,6 +326,17 @@ impl Guest<'_> {
                 Message::Control(Control::Snapshot(request, reply)) => {
                     self.snapshot(machine, &mut paused, &request, reply);
                 }
+                Message::Control(Control::Balloon(reply)) => {
+                    self.balloon(machine, paused, reply);
+                }
+                Message::Control(Control::ResizeBalloon(size_mib, reply)) => {
+                    self.resize_balloon(size_mib, reply);
+                }
+                Message::Distress(distress) => {
+                    if let Some(end) = self.distressed(distress) {
+                        return end;
+                    }
+                }
                 Message::Control(Control::Reset) => return BootEnd::Again,
                 Message::Control(Control::Kill) => {
                     self.shared.set_state(GuestState::Stopping);
@@ -307,10 +345,7 @@ impl Guest<'_> {
                 Message::Vcpu(VcpuEnd::Shutdown) => {
                     return exit(ExitReason::Shutdown, "the guest shut down");
                 }
-                Message::Vcpu(VcpuEnd::Reset) => match self.config.on_reboot {
-                    OnReboot::Reboot => return BootEnd::Again,
-                    OnReboot::Exit => return exit(ExitReason::Reboot, "the guest rebooted"),
-                },
+                Message::Vcpu(VcpuEnd::Reset) => return self.reset("the guest rebooted"),
                 Message::Vcpu(VcpuEnd::TripleFault(message)) => {
                     return exit(ExitReason::TripleFault, &message);
                 }
@@ -318,6 +353,76 @@ impl Guest<'_> {
                 Message::Vcpu(VcpuEnd::Stopped) => {}
             }
         }
+    }
+
+    /// A reset that the guest asked for.
+    fn reset(&self, message: &str) -> BootEnd {
+        match self.config.on_reboot {
+            OnReboot::Reboot => BootEnd::Again,
+            OnReboot::Exit => exit(ExitReason::Reboot, message),
+        }
+    }
+
+    /// The guest's kernel is in trouble: what the configuration says for that.
+    fn distressed(&self, distress: Distress) -> Option<BootEnd> {
+        let (event, action, reason, message) = match distress {
+            Distress::Panic(panic) => (
+                Event::GuestPanic {
+                    crash_loaded: panic == GuestPanic::CrashLoaded,
+                },
+                self.config.panic.as_ref().map(|panic| panic.action),
+                ExitReason::GuestPanic,
+                "the guest's kernel panicked",
+            ),
+            Distress::Watchdog => (
+                Event::Watchdog,
+                self.config
+                    .watchdog
+                    .as_ref()
+                    .map(|watchdog| watchdog.action),
+                ExitReason::Watchdog,
+                "the guest has not fed its watchdog in time",
+            ),
+        };
+        tracing::warn!("{message}");
+        self.shared.emit(event);
+        // A crash kernel is at work; what it does is its own affair.
+        if distress == Distress::Panic(GuestPanic::CrashLoaded) {
+            return None;
+        }
+        match action.unwrap_or_default() {
+            EndAction::None => None,
+            EndAction::Reset => Some(self.reset(message)),
+            EndAction::Exit => Some(exit(reason, message)),
+        }
+    }
+
+    fn balloon(&self, machine: &Machine, paused: bool, reply: Reply) {
+        if self.config.balloon.is_none() {
+            return reply.refuse("no_balloon", "the guest has no balloon");
+        }
+        let status = machine.balloon(paused);
+        let bytes = |pages| u64::from(pages) * PAGE;
+        let (statistics, age) = status.statistics.unzip();
+        reply.send(Ok(serde_json::json!(BalloonAnswer {
+            wanted_bytes: bytes(status.wanted_pages),
+            actual_bytes: bytes(status.actual_pages),
+            reported_bytes: status.reported_bytes,
+            statistics,
+            statistics_age_ms: age.map(|age| u64::try_from(age.as_millis()).unwrap_or(u64::MAX)),
+        })));
+    }
+
+    fn resize_balloon(&self, size_mib: u64, reply: Reply) {
+        if self.config.balloon.is_none() {
+            return reply.refuse("no_balloon", "the guest has no balloon");
+        }
+        let memory_mib = self.config.memory.size_mib;
+        if let Err(e) = BalloonConfig::check_size("size_mib", size_mib, memory_mib) {
+            return reply.refuse("out_of_range", e.to_string());
+        }
+        self.host.balloon.resize(BalloonConfig::pages(size_mib));
+        acknowledge(reply);
     }
 
     fn press_power_button(&self, machine: &Machine) {
@@ -396,6 +501,13 @@ impl Guest<'_> {
             let _ = self.messages.send(message);
         }
     }
+}
+
+fn exit(reason: ExitReason, message: &str) -> BootEnd {
+    BootEnd::Final(ExitStatus {
+        reason,
+        message: message.to_owned(),
+    })
 }
 
 fn acknowledge(reply: Reply) {

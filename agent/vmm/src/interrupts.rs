@@ -11,7 +11,7 @@ use kvm_bindings::{
     KVM_IRQ_ROUTING_IRQCHIP, KVM_IRQ_ROUTING_MSI, KVM_IRQCHIP_IOAPIC, KvmIrqRouting,
     kvm_irq_routing_entry,
 };
-use kvm_ioctls::VmFd;
+use kvm_ioctls::{IoEventAddress, NoDatamatch, VmFd};
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::boot::layout;
@@ -29,10 +29,47 @@ pub struct Message {
     pub data: u32,
 }
 
+/// The eventfds of a virtual machine: what they raise, and what writes them. KVM has them; without it
+/// (tests, fuzzers) devices work as well, each of their doorbells by an exit.
+pub trait EventWiring: std::fmt::Debug + Send + Sync {
+    /// Replaces the table of interrupts' routes.
+    fn route(&self, table: &KvmIrqRouting) -> Result<(), kvm_ioctls::Error>;
+    /// Lets a write to `event` raise interrupt `gsi`.
+    fn connect(&self, event: &EventFd, gsi: u32) -> Result<(), kvm_ioctls::Error>;
+    /// Undoes [`Self::connect`].
+    fn disconnect(&self, event: &EventFd, gsi: u32) -> Result<(), kvm_ioctls::Error>;
+    /// Lets a store of any length to the guest-physical `address` write `event`.
+    fn ring(&self, event: &EventFd, address: u64) -> Result<(), kvm_ioctls::Error>;
+    /// Undoes [`Self::ring`].
+    fn unring(&self, event: &EventFd, address: u64) -> Result<(), kvm_ioctls::Error>;
+}
+
+impl EventWiring for VmFd {
+    fn route(&self, table: &KvmIrqRouting) -> Result<(), kvm_ioctls::Error> {
+        self.set_gsi_routing(table)
+    }
+
+    fn connect(&self, event: &EventFd, gsi: u32) -> Result<(), kvm_ioctls::Error> {
+        self.register_irqfd(event, gsi)
+    }
+
+    fn disconnect(&self, event: &EventFd, gsi: u32) -> Result<(), kvm_ioctls::Error> {
+        self.unregister_irqfd(event, gsi)
+    }
+
+    fn ring(&self, event: &EventFd, address: u64) -> Result<(), kvm_ioctls::Error> {
+        self.register_ioevent(event, &IoEventAddress::Mmio(address), NoDatamatch)
+    }
+
+    fn unring(&self, event: &EventFd, address: u64) -> Result<(), kvm_ioctls::Error> {
+        self.unregister_ioevent(event, &IoEventAddress::Mmio(address), NoDatamatch)
+    }
+}
+
 /// The routing table of one virtual machine.
 #[derive(Debug)]
 pub struct InterruptRouter {
-    vm: Arc<VmFd>,
+    vm: Arc<dyn EventWiring>,
     state: Mutex<Routes>,
 }
 
@@ -45,7 +82,7 @@ struct Routes {
 impl InterruptRouter {
     /// Routes the I/O APIC's pins, and nothing to the PIC, which a hardware-reduced guest leaves
     /// in its reset state with all inputs unmasked.
-    pub fn new(vm: Arc<VmFd>) -> Result<Self, VmmError> {
+    pub fn new(vm: Arc<dyn EventWiring>) -> Result<Self, VmmError> {
         let routes = Routes {
             next_gsi: layout::IO_APIC_PINS,
             messages: BTreeMap::new(),
@@ -97,12 +134,12 @@ impl InterruptRouter {
     /// Lets a write to `event` raise interrupt `gsi`. An event that is pending already raises it
     /// at once.
     pub fn connect(&self, event: &EventFd, gsi: u32) -> Result<(), kvm_ioctls::Error> {
-        self.vm.register_irqfd(event, gsi)
+        self.vm.connect(event, gsi)
     }
 
     /// Undoes [`Self::connect`]: later writes stay pending in `event`.
     pub fn disconnect(&self, event: &EventFd, gsi: u32) -> Result<(), kvm_ioctls::Error> {
-        self.vm.unregister_irqfd(event, gsi)
+        self.vm.disconnect(event, gsi)
     }
 
     fn commit(&self, routes: &Routes) -> Result<(), kvm_ioctls::Error> {
@@ -130,6 +167,6 @@ impl InterruptRouter {
         }
         let table = KvmIrqRouting::from_entries(&entries)
             .map_err(|_| kvm_ioctls::Error::new(libc::ENOMEM))?;
-        self.vm.set_gsi_routing(&table)
+        self.vm.route(&table)
     }
 }

@@ -13,6 +13,8 @@ compile_error!("keelson-vmm runs on x86-64 Linux only");
 pub mod api;
 pub mod client;
 pub mod config;
+#[cfg(any(test, feature = "fuzzing"))]
+pub mod fuzzing;
 pub mod guest;
 pub mod isolation;
 pub mod snapshot;

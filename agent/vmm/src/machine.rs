@@ -2,9 +2,11 @@
 //!
 //! A reboot drops the machine and builds another one, so nothing of the old boot is left.
 
+mod slots;
 mod snapshot;
 
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
 use kvm_ioctls::{Cap, Kvm, VmFd};
 use vm_memory::{Bytes, GuestAddress};
@@ -14,29 +16,27 @@ use crate::config::GuestConfig;
 use crate::console::ConsoleOutput;
 use crate::cpuid;
 use crate::devices::legacy::Clock;
+use crate::devices::panic::GuestPanic;
 use crate::devices::power::Power;
 use crate::devices::serial::{SerialPort, SerialState};
 use crate::error::VmmError;
-use crate::interrupts::InterruptRouter;
+use crate::interrupts::{EventWiring, InterruptRouter};
 use crate::isolation::seccomp::Mode;
 use crate::memory::{self, GuestMemory, Ram};
 use crate::pci::PciBus;
 use crate::platform::Platform;
 use crate::vcpu::{EndReporter, ExitHandler, Vcpu, VcpuThreads};
-use crate::virtio::block::{Block, DiskEvent, DiskLink, DiskWatcher};
-use crate::virtio::net::{Net, Tap};
-use crate::virtio::rng::Rng;
-use crate::virtio::{VirtioDevice, VirtioPci};
+use crate::virtio::balloon::{BalloonControl, BalloonStatus};
+use crate::virtio::block::{DiskEvent, DiskLink, DiskWatcher};
+use crate::virtio::net::Tap;
+use crate::virtio::vsock::UnixHost;
 
+use slots::{Functions, SlotBuilder};
 use snapshot::Base;
 pub use snapshot::{Kind, Order};
 
-/// PCI class codes: mass storage, Ethernet, and a device that fits no class.
-const CLASS_STORAGE: u32 = 0x01_8000;
-const CLASS_ETHERNET: u32 = 0x02_0000;
-const CLASS_OTHER: u32 = 0xff_0000;
-#[allow(clippy::cast_possible_truncation, reason = "the window is below 4 GiB")]
-const PCI_WINDOW: u32 = layout::PCI_WINDOW as u32;
+/// How long a guest may take to tell how it uses its memory; then what it said before is shown.
+const STATISTICS_LIMIT: Duration = Duration::from_millis(200);
 
 /// What KVM must offer; all of it is older than any kernel that this crate runs on.
 const REQUIRED: [(Cap, &str); 6] = [
@@ -54,7 +54,8 @@ pub struct Machine {
     vcpus: VcpuThreads,
     _disk_watcher: Option<DiskWatcher>,
     platform: Arc<Platform>,
-    functions: Vec<Arc<Mutex<VirtioPci>>>,
+    functions: Functions,
+    balloon: Arc<BalloonControl>,
     kvm: Arc<Kvm>,
     vm: Arc<VmFd>,
     has_disks: bool,
@@ -71,6 +72,10 @@ pub struct HostResources {
     pub boot_files: Option<BootFiles>,
     /// The TAPs, in the order of the configuration's interfaces.
     pub taps: Vec<Arc<Tap>>,
+    /// The socket device's socket, if there is one.
+    pub vsock: Option<UnixHost>,
+    /// The balloon's size, if there is one.
+    pub balloon: Arc<BalloonControl>,
     /// Where the guest's output goes.
     pub console: Arc<ConsoleOutput>,
     /// What becomes of system calls that no thread has a need for.
@@ -84,6 +89,17 @@ pub struct Reporters {
     pub end: EndReporter,
     /// A disk's backend went away or came back.
     pub disk: Arc<dyn Fn(DiskEvent) + Send + Sync>,
+    /// The guest's kernel panicked, or does nothing any more.
+    pub distress: Arc<dyn Fn(Distress) + Send + Sync>,
+}
+
+/// What a guest's devices say about its kernel.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Distress {
+    /// The panic device was told.
+    Panic(GuestPanic),
+    /// The watchdog was not fed in time.
+    Watchdog,
 }
 
 /// Opens `/dev/kvm` and checks what it can do.
@@ -117,7 +133,7 @@ impl Machine {
         reporters: &Reporters,
     ) -> Result<Self, VmmError> {
         let memory = memory::allocate(&config.memory)?;
-        let board = Board::assemble(host, config, memory, false, None)?;
+        let board = Board::assemble(host, config, memory, false, None, reporters)?;
         let topology = config.cpu.topology(config.vcpus);
         let acpi = AcpiConfig {
             vcpus: config.vcpus,
@@ -154,6 +170,20 @@ impl Machine {
     pub fn press_power_button(&self) -> std::io::Result<()> {
         self.platform.power.press_button()
     }
+
+    /// What is known of the balloon, after the guest was asked how it uses its memory. A paused one
+    /// isn't asked.
+    pub fn balloon(&self, paused: bool) -> BalloonStatus {
+        if !paused {
+            self.balloon.await_statistics(STATISTICS_LIMIT, || {
+                for function in &self.functions.virtio {
+                    let mut function = function.lock().unwrap_or_else(PoisonError::into_inner);
+                    function.ask_for_statistics();
+                }
+            });
+        }
+        self.balloon.status()
+    }
 }
 
 /// A machine without vCPUs.
@@ -161,7 +191,7 @@ struct Board {
     vm: Arc<VmFd>,
     memory: GuestMemory,
     platform: Arc<Platform>,
-    functions: Vec<Arc<Mutex<VirtioPci>>>,
+    functions: Functions,
     disks: Vec<Arc<DiskLink>>,
 }
 
@@ -173,6 +203,7 @@ impl Board {
         memory: GuestMemory,
         log: bool,
         serial: Option<&SerialState>,
+        reporters: &Reporters,
     ) -> Result<Self, VmmError> {
         let vm = host
             .kvm
@@ -181,23 +212,17 @@ impl Board {
         let vm = Arc::new(vm);
         memory::register(&vm, &memory, log)?;
         create_interrupt_controllers(&vm)?;
-        let router = Arc::new(InterruptRouter::new(Arc::clone(&vm))?);
+        let wiring: Arc<dyn EventWiring> = Arc::clone(&vm) as _;
+        let router = Arc::new(InterruptRouter::new(Arc::clone(&wiring))?);
         let platform = Arc::new(Platform {
             serial: SerialPort::new(&router, &host.console, serial)?,
             power: Power::new(&router)?,
             pci: PciBus::new(),
             clock: Mutex::new(Clock::default()),
         });
-        let mut slots = SlotBuilder {
-            bus: &platform.pci,
-            next: 1,
-            vm: &vm,
-            router,
-            memory: &memory,
-            functions: Vec::new(),
-        };
-        let disks = slots.add_all(host, config)?;
-        let functions = slots.functions;
+        let mut slots = SlotBuilder::new(&platform.pci, &wiring, router, &memory);
+        let disks = slots.add_all(host, config, reporters)?;
+        let functions = slots.finish();
         Ok(Self {
             vm,
             memory,
@@ -226,6 +251,7 @@ impl Board {
             _disk_watcher: disk_watcher,
             platform: self.platform,
             functions: self.functions,
+            balloon: Arc::clone(&host.balloon),
             kvm: Arc::clone(&host.kvm),
             vm: self.vm,
             has_disks,
@@ -280,54 +306,4 @@ fn watch_disks(
     DiskWatcher::start(links, move |event| report(event), seccomp)
         .map(Some)
         .map_err(VmmError::os("start the thread that watches the disks"))
-}
-
-/// Puts virtio devices into the PCI bus's slots, in order.
-struct SlotBuilder<'a> {
-    bus: &'a PciBus,
-    next: u32,
-    vm: &'a Arc<VmFd>,
-    router: Arc<InterruptRouter>,
-    memory: &'a GuestMemory,
-    functions: Vec<Arc<Mutex<VirtioPci>>>,
-}
-
-impl SlotBuilder<'_> {
-    /// The entropy device, the disks and the interfaces; returns the disks' connections.
-    fn add_all(
-        &mut self,
-        host: &HostResources,
-        config: &GuestConfig,
-    ) -> Result<Vec<Arc<DiskLink>>, VmmError> {
-        self.add("rng", Box::new(Rng::default()), CLASS_OTHER)?;
-        let mut disks = Vec::with_capacity(config.disks.len());
-        for disk in &config.disks {
-            let block = Block::connect(disk)?;
-            disks.push(block.link());
-            self.add(&disk.id, Box::new(block), CLASS_STORAGE)?;
-        }
-        for (interface, tap) in config.interfaces.iter().zip(&host.taps) {
-            let net = Net::new(interface, Arc::clone(tap), host.seccomp);
-            self.add(&interface.id, Box::new(net), CLASS_ETHERNET)?;
-        }
-        Ok(disks)
-    }
-
-    fn add(
-        &mut self,
-        name: &str,
-        device: Box<dyn VirtioDevice>,
-        class: u32,
-    ) -> Result<(), VmmError> {
-        let base = PCI_WINDOW + self.next * VirtioPci::BAR_BYTES;
-        let parts = (self.vm, &self.router, self.memory);
-        let function = VirtioPci::new(name.to_owned(), device, class, base, parts)?;
-        let function = Arc::new(Mutex::new(function));
-        // The configuration limits the devices to the slots that there are.
-        if self.bus.add(Arc::clone(&function) as _).is_some() {
-            self.next += 1;
-            self.functions.push(function);
-        }
-        Ok(())
-    }
 }

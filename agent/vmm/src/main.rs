@@ -7,7 +7,6 @@ use std::process::ExitCode;
 
 use clap::Parser;
 use keelson_vmm::VmmError;
-use keelson_vmm::api::ExitReason;
 use keelson_vmm::config::GuestConfig;
 use keelson_vmm::guest::{JailOptions, Launch, Restore};
 use keelson_vmm::isolation::JailUser;
@@ -93,16 +92,15 @@ fn main() -> ExitCode {
         match supervisor::split()? {
             Role::Inside => keelson_vmm::guest::run(&launch),
             Role::Supervisor(child) => {
-                let sockets = [launch.api_socket, launch.config.console.socket];
+                let config = launch.config;
+                let mut sockets = vec![launch.api_socket, config.console.socket];
+                sockets.extend(config.vsock.map(|vsock| vsock.socket));
                 std::process::exit(supervisor::supervise(child, &sockets, launch.seccomp).into());
             }
         }
     });
     match result {
-        Ok(exit) => {
-            let failed = matches!(exit.reason, ExitReason::TripleFault | ExitReason::Error);
-            fail(u8::from(failed), &exit.message)
-        }
+        Ok(exit) => fail(u8::from(exit.reason.is_failure()), &exit.message),
         Err(e) => fail(e.exit_code(), &e.to_string()),
     }
 }
@@ -121,6 +119,9 @@ fn launch(arguments: RunArguments) -> Result<Launch, VmmError> {
         resolve(&mut config.console.log);
         for disk in &mut config.disks {
             resolve(&mut disk.socket);
+        }
+        if let Some(vsock) = &mut config.vsock {
+            resolve(&mut vsock.socket);
         }
         restore = restore.map(|path| path.canonicalize().unwrap_or(path));
     }

@@ -12,7 +12,7 @@ use kvm_ioctls::VmFd;
 use vm_memory::bitmap::AtomicBitmap;
 use vm_memory::{
     FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion,
-    GuestRegionMmap, MmapRegion,
+    GuestRegionMmap, MemoryRegionAddress, MmapRegion,
 };
 
 use crate::boot::layout;
@@ -205,6 +205,35 @@ pub fn take_dirty(vm: &VmFd, memory: &Ram) -> Result<Vec<Vec<u64>>, kvm_ioctls::
         bitmaps.push(pages);
     }
     Ok(bitmaps)
+}
+
+/// Gives whole pages of a region back to the host. They are zero when they are touched again, or, of
+/// a restored guest, what the snapshot has there: the guest expects nothing of them.
+pub fn discard(
+    region: &GuestRegionMmap<AtomicBitmap>,
+    start: MemoryRegionAddress,
+    length: u64,
+) -> io::Result<()> {
+    let inside = region.checked_offset(start, 0).is_some() && length <= region.len() - start.0;
+    let (Ok(length), Ok(address), true) = (
+        usize::try_from(length),
+        region.get_host_address(start),
+        inside,
+    ) else {
+        return Err(io::ErrorKind::InvalidInput.into());
+    };
+    // In a shared mapping the pages are the file's.
+    let advice = if region.flags() & libc::MAP_SHARED != 0 {
+        libc::MADV_REMOVE
+    } else {
+        libc::MADV_DONTNEED
+    };
+    // SAFETY: the range is the region's, checked; guest memory may change at any time, and nothing in
+    // this process refers to its content.
+    match unsafe { libc::madvise(address.cast(), length, advice) } {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
 }
 
 fn create_memfd(config: &MemoryConfig) -> Result<File, MemoryError> {

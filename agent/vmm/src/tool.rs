@@ -14,6 +14,14 @@ pub enum Tool {
     Pause(Target),
     /// Let a paused guest go on.
     Resume(Target),
+    /// Show what a guest's balloon has and how the guest uses its memory, as JSON; or change its size.
+    Balloon {
+        #[command(flatten)]
+        target: Target,
+        /// What the guest is to give back in all, in MiB.
+        #[arg(long, value_name = "MIB")]
+        resize: Option<u64>,
+    },
     /// Take snapshots and look after them.
     #[command(subcommand)]
     Snapshot(SnapshotTool),
@@ -101,6 +109,13 @@ impl Tool {
         match self {
             Self::Pause(target) => Ok(VmmClient::connect(target.api_socket)?.pause()?),
             Self::Resume(target) => Ok(VmmClient::connect(target.api_socket)?.resume()?),
+            Self::Balloon { target, resize } => {
+                let mut client = VmmClient::connect(target.api_socket)?;
+                match resize {
+                    Some(size_mib) => Ok(client.resize_balloon(size_mib)?),
+                    None => show(&client.balloon()?),
+                }
+            }
             Self::Snapshot(tool) => tool.run(),
         }
     }

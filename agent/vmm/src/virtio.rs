@@ -1,5 +1,6 @@
 //! Virtio devices (virtio 1.2) on the PCI transport.
 
+pub mod balloon;
 pub mod block;
 mod capabilities;
 mod common_config;
@@ -9,6 +10,7 @@ mod queue;
 pub mod rng;
 mod transport;
 mod used_ring;
+pub mod vsock;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, Ordering};
@@ -73,6 +75,8 @@ pub trait VirtioDevice: Send {
     }
     /// The driver notified queue `index`, on its vCPU's thread.
     fn notify(&mut self, _index: u16) {}
+    /// Asks the driver for statistics, of a device that has any.
+    fn ask_for_statistics(&mut self) {}
 }
 
 /// Why a device can't start.
@@ -114,13 +118,22 @@ pub struct ActiveQueue {
 }
 
 /// Marks a device as needing a reset (virtio 1.2, 2.1.2).
-#[derive(Clone)]
+#[derive(Debug, Clone)]
 pub struct DeviceHealth {
     status: Arc<AtomicU8>,
     config_event: Arc<EventFd>,
 }
 
 impl DeviceHealth {
+    /// Of a device without a transport.
+    #[cfg(any(test, feature = "fuzzing"))]
+    pub(crate) fn of(config_event: EventFd) -> Self {
+        Self {
+            status: Arc::default(),
+            config_event: Arc::new(config_event),
+        }
+    }
+
     /// Sets `DEVICE_NEEDS_RESET` and interrupts the driver.
     pub fn needs_reset(&self) {
         self.status.fetch_or(STATUS_NEEDS_RESET, Ordering::AcqRel);

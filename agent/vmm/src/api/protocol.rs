@@ -7,6 +7,8 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
+pub use crate::virtio::balloon::BalloonStatistics;
+
 /// The longest line in either direction, in bytes with its newline.
 pub const MAX_LINE: usize = 16 * 1024;
 
@@ -28,6 +30,14 @@ pub enum Request {
     Resume,
     /// Take a snapshot. Answered with [`SnapshotTaken`], when it is on the disk.
     Snapshot(SnapshotRequest),
+    /// What the guest's balloon has, and how the guest uses its memory. Answered with
+    /// [`BalloonAnswer`].
+    Balloon,
+    /// Ask the guest to give more memory back, or to take some of it again.
+    ResizeBalloon {
+        /// What it is to give back in all, in MiB; at least 16 MiB must be left.
+        size_mib: u64,
+    },
     /// Send every later [`Event`] on this connection.
     Subscribe,
 }
@@ -44,6 +54,22 @@ pub struct SnapshotRequest {
     /// What a running guest does after it. A paused one stays paused.
     #[serde(default)]
     pub then: AfterSnapshot,
+}
+
+/// The answer to [`Request::Balloon`].
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct BalloonAnswer {
+    /// What the guest is to give back, in bytes.
+    pub wanted_bytes: u64,
+    /// What it says it has given back, in bytes.
+    pub actual_bytes: u64,
+    /// Free memory that it has reported since it booted or was restored, in bytes; the same memory counts
+    /// as often as it was reported.
+    pub reported_bytes: u64,
+    /// How it uses its memory, if it said so.
+    pub statistics: Option<BalloonStatistics>,
+    /// How long ago it said that, in milliseconds.
+    pub statistics_age_ms: Option<u64>,
 }
 
 /// What of the guest's memory a snapshot has.
@@ -91,7 +117,7 @@ pub enum Response<T> {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ErrorBody {
     /// A stable word for programs: `bad_request`, `not_running`, `too_many_clients`,
-    /// `not_paused`, `pause_failed`, `snapshot_failed`.
+    /// `not_paused`, `pause_failed`, `snapshot_failed`, `no_balloon`, `out_of_range`.
     pub kind: String,
     /// One sentence for people.
     pub message: String,
@@ -131,8 +157,22 @@ pub enum ExitReason {
     Killed,
     /// A vCPU triple-faulted.
     TripleFault,
+    /// The guest's kernel panicked, and the configuration says to exit then.
+    GuestPanic,
+    /// The watchdog was not fed in time, and the configuration says to exit then.
+    Watchdog,
     /// The VMM or KVM failed; the message says how.
     Error,
+}
+
+impl ExitReason {
+    /// Whether neither the guest nor anybody else wanted that end.
+    pub const fn is_failure(self) -> bool {
+        match self {
+            Self::Shutdown | Self::Reboot | Self::Killed => false,
+            Self::TripleFault | Self::GuestPanic | Self::Watchdog | Self::Error => true,
+        }
+    }
 }
 
 /// How the guest ended.
@@ -188,6 +228,13 @@ pub enum Event {
         /// The disk's `id`.
         id: String,
     },
+    /// The guest's kernel panicked, as it told the panic device.
+    GuestPanic {
+        /// It goes on with a crash kernel, which was loaded for that.
+        crash_loaded: bool,
+    },
+    /// The guest has not fed its watchdog in time.
+    Watchdog,
     /// The guest ended; the process is about to exit.
     Exit {
         /// The kind of end.

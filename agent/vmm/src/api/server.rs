@@ -290,6 +290,10 @@ impl Client {
             Request::Pause => Control::Pause(self.reply(guest)),
             Request::Resume => Control::Resume(self.reply(guest)),
             Request::Snapshot(request) => Control::Snapshot(request, self.reply(guest)),
+            Request::Balloon => Control::Balloon(self.reply(guest)),
+            Request::ResizeBalloon { size_mib } => {
+                Control::ResizeBalloon(size_mib, self.reply(guest))
+            }
         };
         let ended = matches!(
             shared.status().state,

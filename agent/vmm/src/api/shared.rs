@@ -25,6 +25,10 @@ pub(crate) enum Control {
     Resume(Reply),
     /// Take a snapshot.
     Snapshot(SnapshotRequest, Reply),
+    /// What is known of the balloon.
+    Balloon(Reply),
+    /// Change what the balloon is to have, in MiB.
+    ResizeBalloon(u64, Reply),
 }
 
 /// Where the answer of a request goes that takes a while. Dropped, it says that the guest has ended.

@@ -107,6 +107,23 @@ impl BootFiles {
     }
 }
 
+#[cfg(any(test, feature = "fuzzing"))]
+impl BootFiles {
+    /// Files without names.
+    pub(crate) fn of(kernel: File, initrd: Option<File>) -> Self {
+        let boot_file = |what: &'static str, file: File| BootFile {
+            what,
+            path: what.into(),
+            length: file.metadata().map_or(0, |metadata| metadata.len()),
+            file,
+        };
+        Self {
+            kernel: boot_file("kernel", kernel),
+            initrd: initrd.map(|initrd| boot_file("initrd", initrd)),
+        }
+    }
+}
+
 impl BootFile {
     /// Opens a regular file.
     fn open(what: &'static str, path: &Path) -> Result<Self, BootError> {

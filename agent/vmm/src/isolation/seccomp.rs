@@ -29,6 +29,10 @@ pub enum Thread {
     Disks,
     /// One that serves an interface.
     Net,
+    /// The one that serves the socket device.
+    Vsock,
+    /// The one that waits for the watchdog's end.
+    Watchdog,
     /// The one that waits for signals.
     Signals,
     /// The process outside of the jail.
@@ -43,6 +47,8 @@ impl Thread {
             Self::Api => "api",
             Self::Disks => "disks",
             Self::Net => "net",
+            Self::Vsock => "vsock",
+            Self::Watchdog => "watchdog",
             Self::Signals => "signals",
             Self::Supervisor => "supervisor",
         }
@@ -54,6 +60,18 @@ impl Thread {
 }
 
 const NET: &[i64] = &[libc::SYS_epoll_pwait, libc::SYS_epoll_wait, libc::SYS_readv];
+
+/// The host's streams: those that ask for the guest, and those that the guest asks for.
+const VSOCK: &[i64] = &[
+    libc::SYS_accept4,
+    libc::SYS_connect,
+    libc::SYS_epoll_ctl,
+    libc::SYS_epoll_pwait,
+    libc::SYS_epoll_wait,
+    libc::SYS_recvfrom,
+    libc::SYS_sendto,
+    libc::SYS_shutdown,
+];
 
 /// The vhost-user protocol over a connection that is there or made anew.
 const DISKS: &[i64] = &[
@@ -148,17 +166,23 @@ fn restrict(thread: Thread, mode: Mode) -> Result<(), RestrictError> {
 fn list(thread: Thread) -> SystemCalls {
     let mut calls = SystemCalls::of(match thread {
         Thread::Net => &[NET],
+        Thread::Vsock => &[VSOCK],
+        Thread::Watchdog => &[],
         Thread::Disks => &[DISKS],
-        Thread::Vcpu => &[NET, DISKS, VCPU],
+        Thread::Vcpu => &[NET, VSOCK, DISKS, VCPU],
         Thread::Api => &[API],
         Thread::Signals => &[SIGNALS],
         Thread::Supervisor => &[SUPERVISOR],
-        Thread::Owner => &[NET, DISKS, VCPU, API, SIGNALS, OWNER],
+        Thread::Owner => &[NET, VSOCK, DISKS, VCPU, API, SIGNALS, OWNER],
     });
     calls.allow_if(libc::SYS_ioctl, Argument::is(1, FIONBIO));
     if matches!(thread, Thread::Vcpu | Thread::Owner) {
         calls.allow_if(libc::SYS_ioctl, Argument::masked(1, TYPE_MASK, KVM_TYPE));
         calls.allow_if(libc::SYS_ioctl, Argument::is(1, TUNSETOFFLOAD));
+    }
+    if thread == Thread::Vsock {
+        let local = Argument::is(0, libc::AF_UNIX.unsigned_abs());
+        calls.allow_if(libc::SYS_socket, local);
     }
     if matches!(thread, Thread::Disks | Thread::Vcpu | Thread::Owner) {
         let local = Argument::is(0, libc::AF_UNIX.unsigned_abs());
@@ -181,12 +205,14 @@ mod tests {
         trial::outcome_of(|| restrict(thread, Mode::Enforce), call, arguments)
     }
 
-    const ALL: [Thread; 7] = [
+    const ALL: [Thread; 9] = [
         Thread::Owner,
         Thread::Vcpu,
         Thread::Api,
         Thread::Disks,
         Thread::Net,
+        Thread::Vsock,
+        Thread::Watchdog,
         Thread::Signals,
         Thread::Supervisor,
     ];
@@ -221,7 +247,14 @@ mod tests {
 
     #[test]
     fn threads_of_the_guest_open_no_files() {
-        for thread in [Thread::Vcpu, Thread::Disks, Thread::Net, Thread::Signals] {
+        for thread in [
+            Thread::Vcpu,
+            Thread::Disks,
+            Thread::Net,
+            Thread::Vsock,
+            Thread::Watchdog,
+            Thread::Signals,
+        ] {
             for call in [libc::SYS_open, libc::SYS_unlink, libc::SYS_kill] {
                 assert_eq!(outcome_of(thread, call, [0; 3]), ENDED, "{thread:?} {call}");
             }

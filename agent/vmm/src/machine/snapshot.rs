@@ -7,6 +7,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use kvm_bindings::{KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE};
 use kvm_bindings::{kvm_clock_data, kvm_irqchip};
 
+use super::slots::Functions;
 use super::{Board, HostResources, Machine, Reporters, random, write_generation_id};
 use crate::config::GuestConfig;
 use crate::cpuid;
@@ -71,11 +72,8 @@ impl Machine {
         check_fits(config, snapshot)?;
         let memory = restore_memory(config, snapshot)?;
         let serial = Some(&state.platform.serial);
-        let board = Board::assemble(host, config, memory, track, serial)?;
-        if board.functions.len() != state.functions.len() {
-            let message = "it has another number of disks and interfaces".to_owned();
-            return Err(SnapshotError::Mismatch(message).into());
-        }
+        let board = Board::assemble(host, config, memory, track, serial, reporters)?;
+        board.functions.check(state)?;
         let topology = config.cpu.topology(config.vcpus);
         let mut vcpus = Vec::with_capacity(state.vcpus.len());
         for (index, saved) in (0u8..).zip(&state.vcpus) {
@@ -97,14 +95,7 @@ impl Machine {
         };
         let set = board.vm.set_clock(&clock);
         set.map_err(SnapshotError::kvm("restore the clock"))?;
-        for (function, saved) in board.functions.iter().zip(&state.functions) {
-            let mut function = function.lock().unwrap_or_else(PoisonError::into_inner);
-            let restored = function.restore(saved);
-            restored.map_err(|reason| SnapshotError::Device {
-                device: function.name().to_owned(),
-                reason,
-            })?;
-        }
+        board.functions.restore(state)?;
         let platform = &board.platform;
         platform.pci.restore(state.platform.config_address);
         platform
@@ -129,7 +120,7 @@ impl Machine {
     /// Stops the vCPUs, then the devices. On an error all of them go on.
     pub fn pause(&self) -> Result<(), SnapshotError> {
         self.vcpus.pause();
-        for (index, function) in self.functions.iter().enumerate() {
+        for (index, function) in self.functions.virtio.iter().enumerate() {
             let mut function = function.lock().unwrap_or_else(PoisonError::into_inner);
             if let Err(reason) = function.pause() {
                 let device = function.name().to_owned();
@@ -139,17 +130,23 @@ impl Machine {
                 return Err(SnapshotError::Device { device, reason });
             }
         }
+        if let Some(watchdog) = self.functions.watchdog() {
+            watchdog.pause();
+        }
         Ok(())
     }
 
     /// Lets a paused machine go on.
     pub fn resume(&self) {
-        self.resume_functions(self.functions.len());
+        self.resume_functions(self.functions.virtio.len());
+        if let Some(watchdog) = self.functions.watchdog() {
+            watchdog.resume();
+        }
         self.vcpus.resume();
     }
 
     fn resume_functions(&self, count: usize) {
-        for function in self.functions.iter().take(count) {
+        for function in self.functions.virtio.iter().take(count) {
             function
                 .lock()
                 .unwrap_or_else(PoisonError::into_inner)
@@ -267,9 +264,12 @@ impl Machine {
                     .unwrap_or_else(PoisonError::into_inner)
                     .selected(),
                 config_address: platform.pci.config_address(),
+                panic: self.functions.panic().map(|device| device.save()),
+                watchdog: self.functions.watchdog().map(|device| device.save()),
             },
             functions: self
                 .functions
+                .virtio
                 .iter()
                 .map(|f| f.lock().unwrap_or_else(PoisonError::into_inner).save())
                 .collect(),
@@ -281,6 +281,42 @@ impl Machine {
         let bitmaps = memory::take_dirty(&self.vm, &self.memory)
             .map_err(SnapshotError::kvm("tell which pages the guest wrote"))?;
         Ok(pages_of(&self.memory, &bitmaps))
+    }
+}
+
+impl Functions {
+    /// Whether these are the functions of `state`.
+    fn check(&self, state: &MachineState) -> Result<(), SnapshotError> {
+        let platform = &state.platform;
+        let message = if self.virtio.len() != state.functions.len() {
+            "it has another number of disks, interfaces and other devices"
+        } else if self.panic.is_some() != platform.panic.is_some() {
+            "the panic device is in only one of them"
+        } else if self.watchdog.is_some() != platform.watchdog.is_some() {
+            "the watchdog is in only one of them"
+        } else {
+            return Ok(());
+        };
+        Err(SnapshotError::Mismatch(message.to_owned()))
+    }
+
+    /// Takes the functions' states; they stay paused.
+    fn restore(&self, state: &MachineState) -> Result<(), SnapshotError> {
+        for (function, saved) in self.virtio.iter().zip(&state.functions) {
+            let mut function = function.lock().unwrap_or_else(PoisonError::into_inner);
+            let restored = function.restore(saved);
+            restored.map_err(|reason| SnapshotError::Device {
+                device: function.name().to_owned(),
+                reason,
+            })?;
+        }
+        if let (Some(mut device), Some(saved)) = (self.panic(), &state.platform.panic) {
+            device.restore(saved);
+        }
+        if let (Some(mut device), Some(saved)) = (self.watchdog(), &state.platform.watchdog) {
+            device.restore(saved);
+        }
+        Ok(())
     }
 }
 

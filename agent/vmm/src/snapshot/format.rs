@@ -18,7 +18,7 @@ use serde::de::DeserializeOwned;
 
 const MAGIC: [u8; 8] = *b"KEELSNAP";
 /// The version that this program writes and reads.
-pub const VERSION: u32 = 1;
+pub const VERSION: u32 = 2;
 /// `EM_X86_64`.
 const ARCHITECTURE: u32 = 62;
 /// Bytes of the header.
@@ -67,24 +67,35 @@ pub enum FormatError {
 pub fn encode(state: &impl Serialize) -> Result<Vec<u8>, FormatError> {
     let mut file = vec![0; HEADER_BYTES];
     file = postcard::to_extend(state, file).map_err(|e| FormatError::Invalid(e.to_string()))?;
-    let body = &file[HEADER_BYTES..];
-    let length = body.len() as u64;
+    let length = (file.len() - HEADER_BYTES) as u64;
     if length > MAX_BODY_BYTES {
         return Err(FormatError::Invalid(format!(
             "the state has {length} bytes"
         )));
     }
-    let checksum = crc32fast::hash(body);
+    let header = header(&file[HEADER_BYTES..]);
+    file[..HEADER_BYTES].copy_from_slice(&header);
+    Ok(file)
+}
+
+/// A file with this body, whatever it is.
+#[cfg(any(test, feature = "fuzzing"))]
+pub(crate) fn with_header(body: &[u8]) -> Vec<u8> {
+    let mut file = header(body);
+    file.extend_from_slice(body);
+    file
+}
+
+fn header(body: &[u8]) -> Vec<u8> {
     let mut header = Vec::with_capacity(HEADER_BYTES);
     header.extend_from_slice(&MAGIC);
     header.extend_from_slice(&VERSION.to_le_bytes());
     header.extend_from_slice(&ARCHITECTURE.to_le_bytes());
-    header.extend_from_slice(&length.to_le_bytes());
-    header.extend_from_slice(&checksum.to_le_bytes());
+    header.extend_from_slice(&(body.len() as u64).to_le_bytes());
+    header.extend_from_slice(&crc32fast::hash(body).to_le_bytes());
     let checksum = crc32fast::hash(&header);
     header.extend_from_slice(&checksum.to_le_bytes());
-    file[..HEADER_BYTES].copy_from_slice(&header);
-    Ok(file)
+    header
 }
 
 /// The state in a file's bytes.
@@ -188,8 +199,11 @@ mod tests {
         );
         assert_eq!(refusal(b""), FormatError::NotASnapshot);
         let mut newer = sample();
-        newer[8] = 2;
-        assert_eq!(refusal(&resealed(newer)), FormatError::Version { found: 2 });
+        newer[8] = 99;
+        assert_eq!(
+            refusal(&resealed(newer)),
+            FormatError::Version { found: 99 }
+        );
         let mut foreign = sample();
         foreign[12] = 183;
         assert_eq!(

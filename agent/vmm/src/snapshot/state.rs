@@ -7,6 +7,7 @@ use super::SnapshotError;
 use super::format::{self, FormatError};
 use crate::config::GuestConfig;
 use crate::devices::serial::SerialState;
+use crate::devices::watchdog::WatchdogState;
 use crate::memory::PAGE;
 use crate::vcpu::VcpuState;
 use crate::virtio::FunctionState;
@@ -80,6 +81,9 @@ pub(crate) struct PlatformState {
     pub(crate) pending_events: u8,
     pub(crate) clock_index: u8,
     pub(crate) config_address: u32,
+    /// The panic device's configuration registers.
+    pub(crate) panic: Option<Vec<u8>>,
+    pub(crate) watchdog: Option<WatchdogState>,
 }
 
 impl SnapshotState {

@@ -25,6 +25,8 @@ use super::{
 use crate::config::InterfaceConfig;
 use crate::isolation::seccomp::Mode;
 
+#[cfg(any(test, feature = "fuzzing"))]
+pub use queues::{PacketQueue, Receiver, Transmitter};
 pub use tap::{Tap, TapError};
 use worker::Worker;
 

@@ -58,6 +58,13 @@ impl VirtioPci {
         }
     }
 
+    /// Asks the driver for statistics, of a device that has any.
+    pub fn ask_for_statistics(&mut self) {
+        if self.serves() {
+            self.device.ask_for_statistics();
+        }
+    }
+
     /// The state of a paused function.
     pub fn save(&self) -> FunctionState {
         FunctionState {

@@ -14,7 +14,6 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, Ordering};
 
-use kvm_ioctls::{IoEventAddress, NoDatamatch, VmFd};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::common_config::{
@@ -25,7 +24,7 @@ use super::{
     capabilities,
 };
 use crate::error::VmmError;
-use crate::interrupts::InterruptRouter;
+use crate::interrupts::{EventWiring, InterruptRouter};
 use crate::memory::GuestMemory;
 use crate::pci::msix::Msix;
 use crate::pci::{BarWindow, ConfigSpace, Identity, PciFunction};
@@ -57,7 +56,7 @@ pub struct VirtioPci {
     pub(super) common: CommonConfig,
     pub(super) msix: Msix,
     pub(super) device: Box<dyn VirtioDevice>,
-    vm: Arc<VmFd>,
+    vm: Arc<dyn EventWiring>,
     memory: GuestMemory,
     /// Shared with the device's threads, which may set `DEVICE_NEEDS_RESET`.
     pub(super) status: Arc<AtomicU8>,
@@ -79,7 +78,7 @@ impl VirtioPci {
         device: Box<dyn VirtioDevice>,
         class: u32,
         base: u32,
-        (vm, router, memory): (&Arc<VmFd>, &Arc<InterruptRouter>, &GuestMemory),
+        (vm, router, memory): (&Arc<dyn EventWiring>, &Arc<InterruptRouter>, &GuestMemory),
     ) -> Result<Self, VmmError> {
         let queues = device.queue_sizes().len();
         let config_event = event()?;
@@ -237,7 +236,7 @@ impl VirtioPci {
         if let Some(base) = self.doorbells.take() {
             for (kick, address) in self.kicks.iter().zip(doorbells(base)) {
                 // Any length: the driver may write the queue's index with 16 bits or 32.
-                if let Err(e) = self.vm.unregister_ioevent(kick, &address, NoDatamatch) {
+                if let Err(e) = self.vm.unring(kick, address) {
                     tracing::debug!("{}: a doorbell can't be removed: {e}", self.name);
                 }
             }
@@ -245,7 +244,7 @@ impl VirtioPci {
         if let Some(base) = wanted {
             for (kick, address) in self.kicks.iter().zip(doorbells(base)) {
                 // Where KVM refuses, as for two devices at one address, the exit does the work.
-                if let Err(e) = self.vm.register_ioevent(kick, &address, NoDatamatch) {
+                if let Err(e) = self.vm.ring(kick, address) {
                     tracing::debug!("{}: a doorbell needs an exit: {e}", self.name);
                 }
             }
@@ -330,10 +329,8 @@ impl Drop for VirtioPci {
     }
 }
 
-fn doorbells(base: u64) -> impl Iterator<Item = IoEventAddress> {
-    (base..)
-        .step_by(NOTIFY_MULTIPLIER as usize)
-        .map(IoEventAddress::Mmio)
+fn doorbells(base: u64) -> impl Iterator<Item = u64> {
+    (base..).step_by(NOTIFY_MULTIPLIER as usize)
 }
 
 fn event() -> Result<EventFd, VmmError> {

@@ -27,17 +27,28 @@
 //! | `net-ping` | `interface` (0), `address`, `target`, `count` (3), `size` (56) | pings the target |
 //! | `net-serve` | `interface` (0), `address`, `ms` (2000), `echoes` (no limit) | answers ARP and pings |
 //! | `net-spoof` | `interface` (0), `mac`, `address`, `target`, `count` (1) | sends ARP requests and echoes as somebody else |
+//! | `balloon` | `reporting` (4), `ms` (600000) | reports free memory, gives pages when some are wanted and takes them again; answers for statistics |
+//! | `vsock-serve` | `port` (52), `ms` (60000) | takes a connection of the host and sends back what comes |
+//! | `vsock-connect` | `port` (1024), `bytes` (65536), `ms` (60000) | connects to the host, which sends back what comes |
+//! | `vsock-refused` | `port` (1025) | nobody must listen there |
+//! | `vsock-wait-reset` | `ms` (600000) | waits for the event that says that all connections are gone |
+//! | `vsock-hostile` | | breaks the rules of sockets; the device must go on |
+//! | `panic` | `times` (1) | tells the panic device |
+//! | `watchdog` | `ms` (1000), `feeds` (0) | starts the watchdog, feeds it, and stops to |
 //! | `remember` | `mib` (16), `ms` (600000) | fills memory; for each console line `next` checks it and changes some, at `done` ends |
 //! | `wait-generation` | `ms` (600000) | waits for another VM generation ID, and its event |
 //! | `hammer` | `seed` (1), `rounds` (2000) | random accesses to ports and device registers |
 
+mod balloon;
 mod block;
 mod block_request;
 mod hammer;
+mod health;
 mod hostile;
 mod machine;
 mod network;
 mod snapshot;
+mod socket;
 
 use crate::acpi::Tables;
 use crate::arguments::{self, Step};
@@ -135,6 +146,14 @@ fn take(machine: &Machine<'_>, step: Step<'_>) -> Result<(), Error> {
         "net-ping" => network::ping(machine, arguments),
         "net-serve" => network::serve(machine, arguments),
         "net-spoof" => network::spoof(machine, arguments),
+        "balloon" => balloon::run(machine, arguments),
+        "vsock-serve" => socket::serve(machine, arguments),
+        "vsock-connect" => socket::connect(machine, arguments),
+        "vsock-refused" => socket::refused(machine, arguments),
+        "vsock-wait-reset" => socket::wait_reset(machine, arguments),
+        "vsock-hostile" => socket::hostile(machine, arguments),
+        "panic" => health::panic(machine, arguments),
+        "watchdog" => health::watchdog(machine, arguments),
         "remember" => snapshot::remember(arguments),
         "wait-generation" => snapshot::wait_generation(machine, arguments),
         "hammer" => hammer::run(machine, arguments),

@@ -4,6 +4,7 @@ pub mod block;
 pub mod device;
 pub mod net;
 pub mod queue;
+pub mod socket;
 
 /// `VIRTIO_F_RING_INDIRECT_DESC` (6).
 pub const FEATURE_INDIRECT: u64 = 1 << 28;

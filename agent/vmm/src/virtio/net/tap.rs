@@ -118,6 +118,15 @@ impl Tap {
         Ok(tap)
     }
 
+    /// Whatever carries packets.
+    #[cfg(any(test, feature = "fuzzing"))]
+    pub fn of(file: File) -> Self {
+        Self {
+            file,
+            name: String::new(),
+        }
+    }
+
     /// Lets the host's stack send what the driver of these features takes: packets without a
     /// checksum, and TCP segments larger than the MTU.
     pub fn set_offloads(&self, features: u64) -> Result<(), TapError> {

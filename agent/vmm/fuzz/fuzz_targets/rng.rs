@@ -1,0 +1,6 @@
+//! The entropy device's virtqueue.
+#![no_main]
+
+use libfuzzer_sys::fuzz_target;
+
+fuzz_target!(|input: &[u8]| keelson_vmm::fuzzing::rng(input));

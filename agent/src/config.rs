@@ -24,6 +24,8 @@ pub struct Config {
     pub run_directory: PathBuf,
     /// Consoles and the logs of the guests' processes.
     pub log_directory: PathBuf,
+    /// Guests' snapshots.
+    pub snapshot_directory: PathBuf,
     /// Where eBPF maps and links are pinned, in a mounted bpffs.
     pub bpf_directory: PathBuf,
     /// The folder of `keelson-vmm` and `keelson-blk`; the daemon's own where not given.
@@ -60,6 +62,7 @@ impl Default for Config {
             socket: DEFAULT_SOCKET.into(),
             run_directory: "/run/keelson".into(),
             log_directory: "/var/log/keelson".into(),
+            snapshot_directory: "/var/lib/keelson/snapshots".into(),
             bpf_directory: "/sys/fs/bpf/keelson".into(),
             program_directory: None,
             network_hook: NetworkHook::default(),

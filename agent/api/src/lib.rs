@@ -18,6 +18,7 @@
 //! # Ok::<(), keelson_api::ApiError>(())
 //! ```
 
+mod devices;
 mod disk;
 mod error;
 mod event;
@@ -26,18 +27,21 @@ mod metadata;
 mod network;
 mod object;
 mod rate_limit;
+mod resource_limits;
 mod rule;
 mod security_group;
 mod units;
 mod virtual_machine;
 
+pub use devices::{Balloon, Devices, EndAction, PanicDevice, Vsock, Watchdog};
 pub use disk::{Disk, DiskBase, DiskEncryption, DiskFormat, DiskLimits, DiskSpec, DiskStatus};
 pub use error::{ApiError, FieldError};
 pub use event::{Event, EventType, ObjectReference};
-pub use metadata::{Condition, ConditionStatus, ObjectMeta, set_condition};
+pub use metadata::{Condition, ConditionStatus, ObjectMeta, set_condition, validate_name};
 pub use network::{Network, NetworkSpec, NetworkStatus};
 pub use object::{Kind, Object, Resource};
 pub use rate_limit::{InterfaceLimits, RateLimit};
+pub use resource_limits::{CpuAmount, ResourceLimits};
 pub use rule::{IcmpType, PortRange, Protocol};
 pub use security_group::{
     EgressRule, IngressRule, RuleParts, SecurityGroup, SecurityGroupSpec, SecurityGroupStatus,

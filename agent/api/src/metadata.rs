@@ -72,7 +72,7 @@ impl ObjectMeta {
 }
 
 /// Checks that `name` is an RFC 1123 label: lower-case letters, digits and inner hyphens.
-pub(crate) fn validate_name(name: &str) -> Result<(), String> {
+pub fn validate_name(name: &str) -> Result<(), String> {
     let is_inner = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '-';
     if name.is_empty() {
         return Err("is empty; give the object a name".into());

@@ -15,6 +15,9 @@ const GIB: u64 = 1 << 30;
 pub struct MemorySize(u64);
 
 impl MemorySize {
+    /// Nothing.
+    pub const ZERO: Self = Self(0);
+
     /// So many MiB; `None` where that is not countable in bytes.
     pub fn from_mib(mib: u64) -> Option<Self> {
         mib.checked_mul(MIB).map(Self)

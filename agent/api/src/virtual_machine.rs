@@ -8,9 +8,11 @@ use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
 use crate::FieldError;
+use crate::devices::Devices;
 use crate::metadata::{Condition, ObjectMeta, validate_name};
 use crate::object::absolute_path;
 use crate::rate_limit::InterfaceLimits;
+use crate::resource_limits::ResourceLimits;
 use crate::units::{MacAddress, MemorySize, TimeLimit};
 
 /// The most vCPUs a guest may have.
@@ -19,6 +21,8 @@ const CPU_LIMIT: u8 = 64;
 const MEMORY_MINIMUM_MIB: u64 = 32;
 /// PCI slots for disks and interfaces.
 const DEVICE_LIMIT: usize = 16;
+/// PCI slots of all devices together: the bus' 32, less the host bridge and the entropy device.
+const SLOT_LIMIT: usize = 30;
 /// The kernel's own limit on x86 (`COMMAND_LINE_SIZE`), less what the agent appends.
 const COMMAND_LINE_LIMIT: usize = 1792;
 /// As long as Linux' own interface names; the name stands in paths of sockets, which are short.
@@ -60,6 +64,12 @@ pub struct VirtualMachineSpec {
     /// Its network interfaces, in the order in which it finds them.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub interfaces: Vec<Interface>,
+    /// Its other devices.
+    #[serde(default, skip_serializing_if = "Devices::is_empty")]
+    pub devices: Devices,
+    /// What of the host its virtual machine may use.
+    #[serde(default, skip_serializing_if = "ResourceLimits::is_unlimited")]
+    pub limits: ResourceLimits,
     /// Whether it should run.
     #[serde(default)]
     pub power_state: PowerState,
@@ -187,6 +197,22 @@ impl VirtualMachineSpec {
             interfaces.map(|interface| (&interface.name, "network", &interface.network));
         validate_devices("spec.interfaces", interfaces, errors);
         self.validate_interfaces(errors);
+        self.validate_slots(errors);
+        self.devices.validate(self.memory, errors);
+        self.limits.validate(self.memory, errors);
+    }
+
+    /// Each kind of device has its own limit; together they need as many slots as there are.
+    fn validate_slots(&self, errors: &mut Vec<FieldError>) {
+        let devices = self.disks.len() + self.interfaces.len() + self.devices.count();
+        if devices > SLOT_LIMIT {
+            errors.push(FieldError::new(
+                "spec",
+                format!(
+                    "has {devices} disks, interfaces and other devices; at most {SLOT_LIMIT} fit"
+                ),
+            ));
+        }
     }
 
     fn validate_memory(&self, errors: &mut Vec<FieldError>) {
@@ -309,6 +335,8 @@ pub enum Phase {
     Starting,
     /// Its virtual machine runs.
     Running,
+    /// Its virtual machine stands still, until it is resumed.
+    Paused,
     /// It was asked to shut down.
     Stopping,
     /// It does not run, as it should be, or as its restart policy has it.
@@ -324,6 +352,7 @@ impl std::fmt::Display for Phase {
             Self::Pending => "Pending",
             Self::Starting => "Starting",
             Self::Running => "Running",
+            Self::Paused => "Paused",
             Self::Stopping => "Stopping",
             Self::Stopped => "Stopped",
             Self::Failed => "Failed",

@@ -261,7 +261,7 @@ impl GuestActor {
                 .await?;
             return Ok(Next::After(RESYNC));
         }
-        self.runtime.remove_logs()?;
+        self.runtime.remove_kept()?;
         self.agent
             .objects
             .remove(Kind::VirtualMachine, &self.name)
@@ -346,6 +346,8 @@ impl GuestExit {
                     ExitReason::Reboot => (true, "GuestRebooted"),
                     ExitReason::Killed => (true, "Killed"),
                     ExitReason::TripleFault => (false, "TripleFault"),
+                    ExitReason::GuestPanic => (false, "GuestPanicked"),
+                    ExitReason::Watchdog => (false, "WatchdogExpired"),
                     ExitReason::Error => (false, "MachineFailed"),
                 };
                 Self {

@@ -90,6 +90,7 @@ pub async fn start(
         unit: format!("keelson-disk-{guest}-{disk}"),
         log: paths.disk_log(disk),
         record: paths.disk_record(disk),
+        limits: keelson_api::ResourceLimits::default(),
         inherited: key,
     };
     let process = ProcessHandle::launch(&request)?;

@@ -46,7 +46,8 @@ impl JailUser {
         self.own(&paths.disk_socket(disk))
     }
 
-    fn own(self, path: &Path) -> Result<()> {
+    /// Gives it one file or folder.
+    pub fn own(self, path: &Path) -> Result<()> {
         let Self(id) = self;
         chown(path, Some(id), Some(id)).map_err(AgentError::io(format!(
             "give {} to the guest's user {id}",

@@ -1,20 +1,26 @@
 //! The keelson-vmm process of a guest.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use keelson_vmm::api::{Event, ExitStatus, GuestState, Request, Response, Status};
+use keelson_vmm::api::{
+    Event, ExitStatus, GuestState, Request, Response, SnapshotRequest, SnapshotTaken, Status,
+};
 use keelson_vmm::client::{ClientError, VmmClient};
 use keelson_vmm::config::{
-    ConsoleConfig, CpuConfig, DiskConfig, GuestConfig, HugepageSize, InterfaceConfig, KernelConfig,
-    MemoryConfig, OnReboot,
+    BalloonConfig, ConsoleConfig, CpuConfig, DiskConfig, EndAction, GuestConfig, HugepageSize,
+    InterfaceConfig, KernelConfig, MemoryConfig, OnReboot, PanicConfig, VsockConfig,
+    WatchdogConfig,
 };
 use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
 use tokio::net::UnixStream;
 
+use keelson_api::Kind;
+
 use super::GuestPaths;
 use super::jail::JailUser;
 use super::plan::Plan;
+use crate::events::EventRecorder;
 use crate::host::{Exit, LaunchRequest, ProcessHandle};
 use crate::{AgentError, error::Result};
 
@@ -23,6 +29,15 @@ const READY_LIMIT: Duration = Duration::from_secs(30);
 const READY_POLL: Duration = Duration::from_millis(2);
 /// How long keelson-vmm keeps of a console; the log is rotated at half of it.
 const CONSOLE_LOG_LIMIT_MIB: u64 = 16;
+
+/// Where a virtual machine comes from, and where it lives.
+#[derive(Clone, Debug, Default)]
+pub struct Origin {
+    /// Its user, and the folder of its snapshots, if it is jailed.
+    pub jail: Option<(JailUser, PathBuf)>,
+    /// The snapshot that it goes on from, instead of booting.
+    pub snapshot: Option<PathBuf>,
+}
 
 /// A guest's virtual machine.
 #[derive(Clone, Debug)]
@@ -41,7 +56,7 @@ impl Machine {
         programs: &Path,
         paths: &GuestPaths,
         plan: &Plan,
-        jail: Option<JailUser>,
+        origin: &Origin,
     ) -> Result<Self> {
         let config = vmm_config(paths, plan)?;
         crate::host::write_atomically(&paths.vmm_config(), &config)?;
@@ -51,9 +66,15 @@ impl Machine {
             "--api-socket".into(),
             paths.api_socket().into(),
         ];
-        if let Some(user) = jail {
+        if let Some((user, snapshots)) = &origin.jail {
             arguments.push("--jail".into());
             arguments.push(user.to_string().into());
+            arguments.push("--snapshot-directory".into());
+            arguments.push(snapshots.into());
+        }
+        if let Some(snapshot) = &origin.snapshot {
+            arguments.push("--restore".into());
+            arguments.push(snapshot.into());
         }
         let request = LaunchRequest {
             program: programs.join("keelson-vmm"),
@@ -61,6 +82,7 @@ impl Machine {
             unit: format!("keelson-vm-{}", plan.name),
             log: paths.vmm_log(),
             record: paths.vmm_record(),
+            limits: plan.limits,
             inherited: None,
         };
         let process = ProcessHandle::launch(&request)?;
@@ -100,9 +122,25 @@ impl Machine {
         self.call(VmmClient::power_button).await
     }
 
-    /// Writes down how the guest ended, for the agent that cleans up after it. Returns when
+    /// Stops the guest's processors and devices, its disks' requests finished.
+    pub async fn pause(&self) -> Result<()> {
+        self.call(VmmClient::pause).await
+    }
+
+    /// Lets a paused guest go on.
+    pub async fn resume(&self) -> Result<()> {
+        self.call(VmmClient::resume).await
+    }
+
+    /// Takes a snapshot; returns when it is on the disk.
+    pub async fn snapshot(&self, request: SnapshotRequest) -> Result<SnapshotTaken> {
+        self.call(move |client| client.snapshot(request)).await
+    }
+
+    /// Tells as events what the guest's devices say about its kernel, and writes down how the guest
+    /// ended, for the agent that cleans up after it. Returns when
     /// keelson-vmm closes its socket.
-    pub async fn keep_exit_status(self) -> Result<()> {
+    pub async fn follow(self, events: &EventRecorder, name: &str) -> Result<()> {
         let what = || format!("follow {}", self.paths.api_socket().display());
         let stream = UnixStream::connect(self.paths.api_socket()).await;
         let (reader, mut writer) = stream.map_err(AgentError::io(what()))?.into_split();
@@ -113,10 +151,29 @@ impl Machine {
             .write_all(line.as_bytes())
             .await
             .map_err(AgentError::io(what()))?;
+        let warn = |reason, message| events.warning(Kind::VirtualMachine, name, reason, message);
         let mut lines = BufReader::new(reader).lines();
         while let Some(line) = lines.next_line().await.map_err(AgentError::io(what()))? {
-            if let Ok(Event::Exit { reason, message }) = serde_json::from_str(&line) {
-                crate::host::write_atomically(&self.paths.exit(), &ExitStatus { reason, message })?;
+            if let Ok(event) = serde_json::from_str(&line) {
+                match event {
+                    Event::Exit { reason, message } => {
+                        let status = ExitStatus { reason, message };
+                        crate::host::write_atomically(&self.paths.exit(), &status)?;
+                    }
+                    Event::GuestPanic {
+                        crash_loaded: false,
+                    } => {
+                        warn("GuestPanicked", "its kernel panicked").await;
+                    }
+                    Event::GuestPanic { crash_loaded: true } => {
+                        let message = "its kernel panicked and started its crash kernel";
+                        warn("GuestPanicked", message).await;
+                    }
+                    Event::Watchdog => {
+                        warn("WatchdogExpired", "it has not fed its watchdog in time").await;
+                    }
+                    _ => {}
+                }
             } else if let Ok(Response::<Status>::Error(error)) = serde_json::from_str(&line) {
                 tracing::warn!(
                     kind = error.kind,
@@ -134,10 +191,13 @@ impl Machine {
                 self.process.reap();
                 return Err(start_failure(&exit));
             }
-            match self.status().await.map(|status| status.state) {
-                Ok(GuestState::Starting) | Err(_) => tokio::time::sleep(READY_POLL).await,
-                Ok(_) => return Ok(()),
+            match self.status().await {
+                // It has not come to its first instruction, and is about to exit with the reason.
+                Ok(status) if status.state == GuestState::Failed && status.boots == 0 => {}
+                Ok(status) if status.state != GuestState::Starting => return Ok(()),
+                Ok(_) | Err(_) => {}
             }
+            tokio::time::sleep(READY_POLL).await;
         }
     }
 
@@ -150,9 +210,12 @@ impl Machine {
         let answer = tokio::task::spawn_blocking(call)
             .await
             .map_err(|error| AgentError::io("call keelson-vmm")(std::io::Error::other(error)))?;
-        answer.map_err(|error| AgentError::Process {
-            reason: "MachineUnreachable",
-            message: error.to_string(),
+        answer.map_err(|error| match error {
+            ClientError::Refused(body) => AgentError::Precondition(vec![body.message]),
+            error => AgentError::Process {
+                reason: "MachineUnreachable",
+                message: error.to_string(),
+            },
         })
     }
 }
@@ -161,6 +224,7 @@ impl Machine {
 fn start_failure(exit: &Exit) -> AgentError {
     let reason = match exit.code {
         Some(2) => "MachineConfigurationInvalid",
+        // With the message, which names the kernel, the initrd or the snapshot.
         Some(3) => "KernelUnusable",
         Some(4) => "KvmUnavailable",
         Some(5) => "DeviceUnavailable",
@@ -172,8 +236,17 @@ fn start_failure(exit: &Exit) -> AgentError {
     }
 }
 
+fn end_action(action: keelson_api::EndAction) -> EndAction {
+    match action {
+        keelson_api::EndAction::None => EndAction::None,
+        keelson_api::EndAction::Reset => EndAction::Reset,
+        keelson_api::EndAction::End => EndAction::Exit,
+    }
+}
+
 fn vmm_config(paths: &GuestPaths, plan: &Plan) -> Result<GuestConfig> {
     let hardware = &plan.hardware;
+    let devices = &hardware.devices;
     let disks = hardware.disks.iter().map(|(name, spec)| DiskConfig {
         id: format!("disk-{name}"),
         socket: paths.disk_socket(name),
@@ -218,6 +291,22 @@ fn vmm_config(paths: &GuestPaths, plan: &Plan) -> Result<GuestConfig> {
         },
         disks: disks.collect(),
         interfaces,
+        balloon: devices.balloon.map(|balloon| BalloonConfig {
+            size_mib: balloon.size.mib(),
+            deflate_on_oom: balloon.deflate_on_oom,
+            free_page_reporting: balloon.free_page_reporting,
+            statistics: true,
+        }),
+        vsock: devices.vsock.map(|vsock| VsockConfig {
+            cid: vsock.cid,
+            socket: paths.vsock_socket(),
+        }),
+        panic: devices.panic.map(|panic| PanicConfig {
+            action: end_action(panic.action),
+        }),
+        watchdog: devices.watchdog.map(|watchdog| WatchdogConfig {
+            action: end_action(watchdog.action),
+        }),
         on_reboot: OnReboot::Reboot,
     };
     config

@@ -10,6 +10,7 @@ mod paths;
 mod plan;
 mod runtime;
 mod served_disks;
+mod snapshots;
 mod status;
 
 pub use actor::{GuestActor, GuestMailbox};
@@ -18,3 +19,4 @@ pub use machine::Machine;
 pub use paths::GuestPaths;
 pub use runtime::Runtime;
 pub use served_disks::{ServedDisk, served_disks, snapshot};
+pub use snapshots::{GuestSnapshots, SnapshotEntry};

@@ -89,6 +89,11 @@ impl GuestPaths {
         self.run.join("api.sock")
     }
 
+    /// The socket of its socket device.
+    pub fn vsock_socket(&self) -> PathBuf {
+        self.run.join("vsock.sock")
+    }
+
     /// Its serial console.
     pub fn console_socket(&self) -> PathBuf {
         self.run.join("console.sock")

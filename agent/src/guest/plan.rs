@@ -1,7 +1,8 @@
 //! Everything that a guest needs, with all references resolved.
 
 use keelson_api::{
-    Disk, DiskSpec, HugepageSize, KernelSource, MemorySize, Network, SecurityGroup, VirtualMachine,
+    Devices, Disk, DiskSpec, HugepageSize, KernelSource, MemorySize, Network, ResourceLimits,
+    SecurityGroup, VirtualMachine,
 };
 use serde::{Deserialize, Serialize};
 
@@ -21,6 +22,8 @@ pub struct Plan {
     pub hardware: Hardware,
     /// Its interfaces, with the rules in force.
     pub ports: Vec<GuestPort>,
+    /// What of the host its virtual machine may use.
+    pub limits: ResourceLimits,
 }
 
 /// The part of a guest that can't change while it runs.
@@ -38,6 +41,9 @@ pub struct Hardware {
     pub disks: Vec<(String, DiskSpec)>,
     /// Its interfaces: name, network, Ethernet address, MTU.
     pub interfaces: Vec<(String, String, String, u16)>,
+    /// Its other devices.
+    #[serde(default)]
+    pub devices: Devices,
 }
 
 /// A plan as it is kept on disk while the guest runs.
@@ -51,6 +57,9 @@ pub struct RunningPlan {
     pub started_at_unix_ms: i64,
     /// Starts before this one that ended by themselves.
     pub restarts: u32,
+    /// What of the host its virtual machine may use, which can change while it runs.
+    #[serde(default)]
+    pub limits: ResourceLimits,
 }
 
 impl Plan {
@@ -112,12 +121,14 @@ impl Plan {
             kernel,
             disks,
             interfaces: interfaces.collect(),
+            devices: spec.devices,
         };
         Ok(Self {
             name: guest.metadata.name.clone(),
             generation: guest.metadata.generation,
             hardware,
             ports,
+            limits: spec.limits,
         })
     }
 }

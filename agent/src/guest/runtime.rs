@@ -2,27 +2,36 @@
 
 use std::collections::BTreeMap;
 use std::fs;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use futures::FutureExt;
 use jiff::Timestamp;
 use keelson_api::DiskSpec;
-use keelson_vmm::api::ExitStatus;
+use keelson_vmm::api::{ExitStatus, GuestState};
 use tokio::task::JoinHandle;
 
 use super::actor::{GuestExit, first_ended};
 use super::jail::JailUser;
+use super::machine::Origin;
 use super::plan::{Plan, RunningPlan};
 use super::{GuestPaths, Machine, disk_backend, disk_image};
+use super::snapshots::GuestSnapshots;
 use crate::host::{GuestPort, ProcessHandle, write_atomically};
-use crate::{Agent, error::Result};
+use crate::{Agent, AgentError, error::Result};
 
 /// How long the last words of a keelson-vmm that has ended may take to be written down.
 const LAST_WORDS_LIMIT: Duration = Duration::from_secs(2);
 
 /// How long another file may be at a disk's path, while a snapshot is made, before it is served.
 const SNAPSHOT_TIME: Duration = Duration::from_millis(300);
+/// What keelson-vmm ends with before a guest runs.
+const REFUSED: [&str; 4] = [
+    "MachineConfigurationInvalid",
+    "KernelUnusable",
+    "KvmUnavailable",
+    "DeviceUnavailable",
+];
 
 /// A problem of a guest that goes on running: one CamelCase word, and a sentence.
 pub type Problem = (&'static str, String);
@@ -33,6 +42,7 @@ pub struct Runtime {
     agent: Agent,
     name: String,
     paths: GuestPaths,
+    snapshots: GuestSnapshots,
     machine: Option<Machine>,
     /// Writes down how the guest ends.
     follower: Option<JoinHandle<()>>,
@@ -50,6 +60,7 @@ impl Runtime {
     pub fn new(agent: &Agent, name: &str) -> Self {
         Self {
             paths: GuestPaths::new(&agent.config, name),
+            snapshots: GuestSnapshots::new(&agent.config, name),
             agent: agent.clone(),
             name: name.into(),
             machine: None,
@@ -115,21 +126,47 @@ impl Runtime {
             self.agent.network.ensure_port(port).await?;
         }
         self.ports.clone_from(&plan.ports);
+        let snapshots = self.snapshots.create()?;
         let jail = self.agent.config.jail.then(|| JailUser::of(&self.name));
         if let Some(user) = jail {
             user.take_over(&self.paths, &plan.hardware.disks)?;
         }
-        let machine = Machine::start(&programs, &self.paths, plan, jail).await?;
+        let restored = self.snapshots.to_restore();
+        let origin = Origin {
+            snapshot: restored.as_ref().map(|snapshot| snapshots.join(snapshot)),
+            jail: jail.map(|user| (user, snapshots)),
+        };
+        let machine = self.start_machine(&programs, plan, &origin).await?;
+        self.snapshots.forget_restore()?;
         let running = RunningPlan {
             generation: plan.generation,
             hardware: plan.hardware.clone(),
             started_at_unix_ms: Timestamp::now().as_millisecond(),
             restarts,
+            limits: plan.limits,
         };
         write_atomically(&self.paths.plan(), &running)?;
         self.running = Some(running);
         self.follow(machine);
         Ok(())
+    }
+
+    /// Starts the virtual machine. From here on the disks may change, unless it never came so far.
+    async fn start_machine(
+        &self,
+        programs: &Path,
+        plan: &Plan,
+        origin: &Origin,
+    ) -> Result<Machine> {
+        let disks_as_of = self.snapshots.disks_as_of();
+        self.snapshots.forget_disks()?;
+        let started = Machine::start(programs, &self.paths, plan, origin).await;
+        if let (Err(AgentError::Process { reason, .. }), Some(snapshot)) = (&started, disks_as_of)
+            && REFUSED.contains(reason)
+        {
+            self.snapshots.keep_disks(&snapshot)?;
+        }
+        started
     }
 
     /// Puts changed rules in force and replaces disk backends that ended. Returns what is wrong
@@ -144,6 +181,7 @@ impl Runtime {
         let problem = self.keep_backends().await?;
         // Those that were replaced are asked as well.
         self.adjust_disks(plan).await?;
+        self.adjust_limits(plan)?;
         Ok(problem)
     }
 
@@ -213,6 +251,17 @@ impl Runtime {
         Ok(())
     }
 
+    fn adjust_limits(&mut self, plan: &Plan) -> Result<()> {
+        if let (Some(running), Some(machine)) = (&mut self.running, &self.machine)
+            && running.limits != plan.limits
+        {
+            machine.process.limit(&plan.limits)?;
+            running.limits = plan.limits;
+            write_atomically(&self.paths.plan(), running)?;
+        }
+        Ok(())
+    }
+
     async fn replace_backend(&mut self, disk: &str, spec: &DiskSpec) -> Result<Problem> {
         let reason = match self.disks.remove(disk) {
             Some(process) => {
@@ -266,12 +315,31 @@ impl Runtime {
             .map(Duration::from_millis)
     }
 
-    /// Presses the guest's power button.
-    pub async fn press_power_button(&self) -> Result<()> {
+    /// Whether the guest stands still.
+    pub async fn is_paused(&self) -> bool {
         match &self.machine {
-            Some(machine) => machine.press_power_button().await,
-            None => Ok(()),
+            Some(machine) => machine
+                .status()
+                .await
+                .is_ok_and(|status| status.state == GuestState::Paused),
+            None => false,
         }
+    }
+
+    /// Presses the guest's power button; one that stands still goes on for that. A guest that was
+    /// paused by a snapshot after which it is to be shut off takes no further step.
+    pub async fn press_power_button(&self) -> Result<()> {
+        let Some(machine) = &self.machine else {
+            return Ok(());
+        };
+        if self.is_paused().await {
+            if self.snapshots.disks_as_of().is_some() {
+                machine.process.kill().await;
+                return Ok(());
+            }
+            machine.resume().await?;
+        }
+        machine.press_power_button().await
     }
 
     /// Ends the guest at once. What belongs to it is left to [`Self::tear_down`].
@@ -343,8 +411,9 @@ impl Runtime {
         self.paths.remove()
     }
 
-    /// Removes the guest's logs.
-    pub fn remove_logs(&self) -> Result<()> {
+    /// Removes the guest's logs and snapshots.
+    pub fn remove_kept(&self) -> Result<()> {
+        self.snapshots.remove_all()?;
         self.paths.remove_logs()
     }
 
@@ -360,8 +429,9 @@ impl Runtime {
     fn follow(&mut self, machine: Machine) {
         let follower = machine.clone();
         let name = self.name.clone();
+        let events = self.agent.events.clone();
         self.follower = Some(tokio::spawn(async move {
-            if let Err(error) = follower.keep_exit_status().await {
+            if let Err(error) = follower.follow(&events, &name).await {
                 tracing::debug!(guest = name, %error, "keelson-vmm can't be followed");
             }
         }));

@@ -54,19 +54,30 @@ impl StatusWriter {
         problem: Option<Problem>,
     ) -> Result<()> {
         let host = self.agent.inventory.hostname.clone();
+        let paused = runtime.is_paused().await;
         let process_id = runtime.process_id();
         let running = runtime.running();
         let restart = plan
             .zip(running)
             .map(|(plan, running)| plan.hardware != running.hardware);
         self.write(guest, |status| {
-            status.phase = Phase::Running;
+            status.phase = if paused {
+                Phase::Paused
+            } else {
+                Phase::Running
+            };
             status.host = Some(host.clone());
             status.process_id = process_id;
             status.running_generation = running.map(|running| running.generation);
             status.started_at = running
                 .and_then(|running| Timestamp::from_millisecond(running.started_at_unix_ms).ok());
             match &problem {
+                None if paused => ready(
+                    status,
+                    ConditionStatus::False,
+                    "Paused",
+                    "it stands still until it is resumed",
+                ),
                 None => ready(
                     status,
                     ConditionStatus::True,

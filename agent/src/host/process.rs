@@ -11,6 +11,7 @@ use std::process::{Command, Stdio};
 use std::sync::Arc;
 use std::time::Duration;
 
+use keelson_api::ResourceLimits;
 use rustix::io::FdFlags;
 use rustix::process::{
     Pid, PidfdFlags, Signal, WaitId, WaitIdOptions, pidfd_open, pidfd_send_signal, waitid,
@@ -40,6 +41,8 @@ pub struct LaunchRequest {
     pub log: PathBuf,
     /// The file that lets a later agent find the process.
     pub record: PathBuf,
+    /// What its control group keeps it to.
+    pub limits: ResourceLimits,
     /// A descriptor that the program gets under its own number, beside the usual three.
     pub inherited: Option<Arc<OwnedFd>>,
 }
@@ -86,7 +89,8 @@ impl ProcessHandle {
             .map_err(AgentError::io(format!("create {}", request.log.display())))?;
         let errors = log.try_clone().map_err(AgentError::io(what()))?;
         let keeper = GroupKeeper::detect();
-        let (program, mut arguments) = keeper.wrap(&request.unit, &request.program);
+        let (program, mut arguments) =
+            keeper.wrap(&request.unit, &request.program, &request.limits);
         arguments.extend(request.arguments.iter().cloned());
         let mut command = Command::new(program);
         command
@@ -114,7 +118,7 @@ impl ProcessHandle {
                 log: request.log.clone(),
             };
             keeper
-                .place(&request.unit, process_id)
+                .place(&request.unit, process_id, &request.limits)
                 .map_err(io::Error::other)?;
             write_atomically(&request.record, &record).map_err(io::Error::other)?;
             launched = Self::open(record).map_err(io::Error::other)?;
@@ -168,6 +172,14 @@ impl ProcessHandle {
             record,
             pidfd: Arc::new(pidfd),
         }))
+    }
+
+    /// Changes what its control group keeps it to.
+    ///
+    /// # Errors
+    /// Where the host can't.
+    pub fn limit(&self, limits: &ResourceLimits) -> Result<()> {
+        GroupKeeper::detect().change(&self.record.unit, limits)
     }
 
     /// Its process id.
@@ -290,6 +302,7 @@ mod tests {
             unit: format!("keelson-test-{}", std::process::id()),
             log: directory.join("log"),
             record: directory.join("record"),
+            limits: ResourceLimits::default(),
             inherited: None,
         }
     }

@@ -7,6 +7,7 @@ mod events;
 mod host;
 mod objects;
 mod packets;
+mod snapshots;
 mod virtual_machines;
 
 use std::fs;

@@ -8,9 +8,11 @@ use futures::{Stream, StreamExt};
 use keelson_api::proto::virtual_machines_server::VirtualMachines;
 use keelson_api::proto::{
     CaptureRequest, CapturedPacket, ConsoleInput, ConsoleOutput, CountersRequest, CountersResponse,
-    DirectionCounters, DropCounter, FlowsRequest, FlowsResponse, InterfaceCounters, LogsChunk,
-    LogsRequest, Object, PacketCounter, PacketEvent, PacketsRequest, RateLimit, RuleCounter,
-    StartRequest, StopRequest,
+    DeleteSnapshotRequest, DeleteSnapshotResponse, DirectionCounters, DropCounter, FlowsRequest,
+    FlowsResponse, InterfaceCounters, ListSnapshotsRequest, ListSnapshotsResponse, LogsChunk,
+    LogsRequest, Object, PacketCounter, PacketEvent, PacketsRequest, PauseRequest, RateLimit,
+    RestoreRequest, ResumeRequest, RuleCounter, StartRequest, StopRequest, TakeSnapshotRequest,
+    TakeSnapshotResponse,
 };
 use keelson_api::{BitRate, PowerState, SecurityGroup, VirtualMachine};
 use keelson_ebpf::{Direction, Tally};
@@ -18,8 +20,8 @@ use tokio::fs::File;
 use tokio::io::{AsyncReadExt, AsyncSeekExt};
 use tonic::{Request, Response, Status, Streaming};
 
-use super::{capture, console, packets, status, to_proto};
-use crate::guest::{GuestPaths, Machine, rule_counters};
+use super::{capture, console, packets, snapshots, status, to_proto};
+use crate::guest::{GuestPaths, GuestSnapshots, Machine, rule_counters};
 use crate::objects::set_power_state;
 use crate::{Agent, AgentError};
 
@@ -76,6 +78,10 @@ impl VirtualMachines for VirtualMachinesService {
         let StopRequest { name, force } = request.into_inner();
         let object = set_power_state(&self.agent.objects, &name, PowerState::Stopped).await;
         let object = object.map_err(status)?;
+        // A start that doesn't come about is given up, with what it was to begin from.
+        GuestSnapshots::new(&self.agent.config, &name)
+            .forget_restore()
+            .map_err(status)?;
         if force {
             let paths = GuestPaths::new(&self.agent.config, &name);
             if let Some(Ok(machine)) = Machine::find(&paths).map_err(status)? {
@@ -83,6 +89,54 @@ impl VirtualMachines for VirtualMachinesService {
             }
         }
         Ok(Response::new(to_proto(&object)?))
+    }
+
+    async fn pause(&self, request: Request<PauseRequest>) -> Result<Response<Object>, Status> {
+        let name = request.into_inner().name;
+        self.guest(&name).await?;
+        let object = snapshots::pause(&self.agent, &name).await.map_err(status)?;
+        Ok(Response::new(to_proto(&object)?))
+    }
+
+    async fn resume(&self, request: Request<ResumeRequest>) -> Result<Response<Object>, Status> {
+        let name = request.into_inner().name;
+        self.guest(&name).await?;
+        let object = snapshots::resume(&self.agent, &name).await;
+        Ok(Response::new(to_proto(&object.map_err(status)?)?))
+    }
+
+    async fn take_snapshot(
+        &self,
+        request: Request<TakeSnapshotRequest>,
+    ) -> Result<Response<TakeSnapshotResponse>, Status> {
+        let taken = snapshots::take(&self.agent, request.into_inner()).await;
+        Ok(Response::new(taken.map_err(status)?))
+    }
+
+    async fn list_snapshots(
+        &self,
+        request: Request<ListSnapshotsRequest>,
+    ) -> Result<Response<ListSnapshotsResponse>, Status> {
+        let list = snapshots::list(&self.agent, &request.into_inner().name).await;
+        Ok(Response::new(ListSnapshotsResponse {
+            snapshots: list.map_err(status)?,
+        }))
+    }
+
+    async fn delete_snapshot(
+        &self,
+        request: Request<DeleteSnapshotRequest>,
+    ) -> Result<Response<DeleteSnapshotResponse>, Status> {
+        let DeleteSnapshotRequest { name, snapshot } = request.into_inner();
+        let deleted = snapshots::delete(&self.agent, &name, &snapshot).await;
+        deleted.map_err(status)?;
+        Ok(Response::new(DeleteSnapshotResponse {}))
+    }
+
+    async fn restore(&self, request: Request<RestoreRequest>) -> Result<Response<Object>, Status> {
+        let RestoreRequest { name, snapshot } = request.into_inner();
+        let object = snapshots::restore(&self.agent, &name, &snapshot).await;
+        Ok(Response::new(to_proto(&object.map_err(status)?)?))
     }
 
     type ConsoleStream = Pin<Box<dyn Stream<Item = Result<ConsoleOutput, Status>> + Send>>;

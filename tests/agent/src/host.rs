@@ -99,7 +99,7 @@ impl Host {
     pub fn configure(&self, more: &str) {
         let config = format!(
             "state = \"embedded:{0}/state\"\nsocket = \"{0}/run/keelsond.sock\"\n\
-             run_directory = \"{0}/run\"\nlog_directory = \"{0}/log\"\nbpf_directory = \"{1}\"\n{more}",
+             run_directory = \"{0}/run\"\nlog_directory = \"{0}/log\"\nsnapshot_directory = \"{0}/snapshots\"\nbpf_directory = \"{1}\"\n{more}",
             self.folder().display(),
             self.pins.display()
         );

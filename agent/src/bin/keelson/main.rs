@@ -15,6 +15,7 @@ mod logs;
 mod net;
 mod output;
 mod power;
+mod snapshot;
 mod wait;
 
 use std::path::PathBuf;
@@ -54,6 +55,15 @@ enum Command {
     Start(power::Start),
     /// Shut a guest down: its power button first, a kill after its time limit.
     Stop(power::Stop),
+    /// Let a guest stand still, in the middle of whatever it does.
+    Pause(snapshot::Pause),
+    /// Let a guest that stands still go on.
+    Resume(snapshot::Resume),
+    /// Take guests' snapshots and look after them.
+    #[command(subcommand)]
+    Snapshot(snapshot::SnapshotCommand),
+    /// Start a guest from a snapshot instead of its kernel.
+    Restore(snapshot::Restore),
     /// Wait until an object is in a condition.
     Wait(wait::Wait),
     /// Use a guest's serial console; Ctrl-] leaves it.
@@ -106,6 +116,10 @@ async fn run(arguments: Arguments) -> Result<(), Failure> {
         Command::Delete(command) => command.run(&mut client).await,
         Command::Start(command) => command.run(&mut client).await,
         Command::Stop(command) => command.run(&mut client).await,
+        Command::Pause(command) => command.run(&mut client).await,
+        Command::Resume(command) => command.run(&mut client).await,
+        Command::Snapshot(command) => command.run(&mut client).await,
+        Command::Restore(command) => command.run(&mut client).await,
         Command::Wait(command) => command.run(&mut client).await,
         Command::Console(command) => command.run(&mut client).await,
         Command::Logs(command) => command.run(&mut client).await,

@@ -1,5 +1,7 @@
 //! `keelson start` and `keelson stop`
 
+use std::time::Duration;
+
 use clap::Args;
 use keelson_api::proto::{StartRequest, StopRequest};
 use keelson_api::{Kind, Object, Phase, TimeLimit};
@@ -53,36 +55,8 @@ impl Start {
         if self.no_wait {
             return line(&format!("VirtualMachine/{} is starting", self.name));
         }
-        let mut failure = None;
-        let started = |object: Option<&Object>| {
-            let Some(Object::VirtualMachine(guest)) = object else {
-                return true;
-            };
-            let current = guest.status.observed_generation >= generation;
-            if current && guest.status.phase == Phase::Failed {
-                failure = guest
-                    .status
-                    .conditions
-                    .first()
-                    .map(|ready| ready.message.clone());
-                return true;
-            }
-            current && guest.status.phase == Phase::Running
-        };
-        let limit = self.timeout.duration();
-        wait::until(
-            client,
-            Kind::VirtualMachine,
-            &self.name,
-            limit,
-            "running",
-            started,
-        )
-        .await?;
-        match failure {
-            Some(message) => Err(anyhow::anyhow!("VirtualMachine/{}: {message}", self.name).into()),
-            None => line(&format!("VirtualMachine/{} runs", self.name)),
-        }
+        wait_until_runs(client, &self.name, generation, self.timeout.duration()).await?;
+        line(&format!("VirtualMachine/{} runs", self.name))
     }
 }
 
@@ -100,23 +74,69 @@ impl Stop {
         if self.no_wait {
             return line(&format!("VirtualMachine/{} is stopping", self.name));
         }
-        let stopped = |object: Option<&Object>| match object {
-            Some(Object::VirtualMachine(guest)) => {
-                guest.status.phase == Phase::Stopped
-                    && guest.status.observed_generation >= generation
-            }
-            _ => true,
-        };
-        let limit = self.timeout.duration();
-        wait::until(
-            client,
-            Kind::VirtualMachine,
-            &self.name,
-            limit,
-            "stopped",
-            stopped,
-        )
-        .await?;
+        wait_until_stopped(client, &self.name, generation, self.timeout.duration()).await?;
         line(&format!("VirtualMachine/{} is stopped", self.name))
     }
+}
+
+/// Waits until a guest runs that was started with this generation of its object, or can't.
+pub async fn wait_until_runs(
+    client: &mut Client,
+    name: &str,
+    generation: i64,
+    limit: Duration,
+) -> Result<(), Failure> {
+    let mut failure = None;
+    let started = |object: Option<&Object>| {
+        let Some(Object::VirtualMachine(guest)) = object else {
+            return true;
+        };
+        let current = guest.status.observed_generation >= generation;
+        if current && guest.status.phase == Phase::Failed {
+            failure = guest
+                .status
+                .conditions
+                .first()
+                .map(|ready| ready.message.clone());
+            return true;
+        }
+        current && guest.status.phase == Phase::Running
+    };
+    wait::until(
+        client,
+        Kind::VirtualMachine,
+        name,
+        limit,
+        "running",
+        started,
+    )
+    .await?;
+    match failure {
+        Some(message) => Err(anyhow::anyhow!("VirtualMachine/{name}: {message}").into()),
+        None => Ok(()),
+    }
+}
+
+/// Waits until a guest is shut off, as of this generation of its object.
+pub async fn wait_until_stopped(
+    client: &mut Client,
+    name: &str,
+    generation: i64,
+    limit: Duration,
+) -> Result<(), Failure> {
+    let stopped = |object: Option<&Object>| match object {
+        Some(Object::VirtualMachine(guest)) => {
+            guest.status.phase == Phase::Stopped && guest.status.observed_generation >= generation
+        }
+        _ => true,
+    };
+    wait::until(
+        client,
+        Kind::VirtualMachine,
+        name,
+        limit,
+        "stopped",
+        stopped,
+    )
+    .await
 }

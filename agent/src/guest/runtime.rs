@@ -15,8 +15,8 @@ use super::actor::{GuestExit, first_ended};
 use super::jail::JailUser;
 use super::machine::Origin;
 use super::plan::{Plan, RunningPlan};
-use super::{GuestPaths, Machine, disk_backend, disk_image};
 use super::snapshots::GuestSnapshots;
+use super::{GuestPaths, Machine, disk_backend, disk_image};
 use crate::host::{GuestPort, ProcessHandle, write_atomically};
 use crate::{Agent, AgentError, error::Result};
 

@@ -28,6 +28,17 @@ const MODULES: &[&str] = &[
     "af_packet",
 ];
 
+/// What further devices need, as far as the kernel has it: in the archive, but loaded only by those who
+/// want it, with `load-devices`.
+const DEVICE_MODULES: &[&str] = &[
+    "virtio_balloon",
+    "vmw_vsock_virtio_transport",
+    "pvpanic_pci",
+    "i6300esb",
+];
+
+const LOAD_DEVICES: &str =
+    "#!/bin/sh\nwhile read -r module; do insmod \"$module\"; done </lib/modules/devices\n";
 const INIT: &str = include_str!("guest_initrd/init");
 const POWER_BUTTON: &str = include_str!("guest_initrd/power-button");
 
@@ -42,7 +53,13 @@ pub fn write(kernel: &KernelFiles, to: &Path) -> Result<(), LabError> {
 pub fn cached(kernel: &KernelFiles) -> Result<PathBuf, LabError> {
     let folder = cache_subfolder("guest-initrd")?;
     // A new version of this crate's scripts must not meet an old archive.
-    let key = fingerprint(&[INIT, POWER_BUTTON, &MODULES.join(" ")]);
+    let key = fingerprint(&[
+        INIT,
+        LOAD_DEVICES,
+        POWER_BUTTON,
+        &MODULES.join(" "),
+        &DEVICE_MODULES.join(" "),
+    ]);
     let path = folder.join(format!("{}-{key:016x}.cpio", kernel.release));
     if path.is_file() {
         return Ok(path);
@@ -66,29 +83,38 @@ pub fn build(kernel: &KernelFiles) -> Result<Vec<u8>, LabError> {
     let mut initramfs = Initramfs::default();
     let busybox = static_busybox()?;
     initramfs.copy(&busybox, "bin/busybox", 0o755)?;
-    let mut load = String::new();
-    for (number, path) in ModuleIndex::read(kernel)?
-        .load_order(MODULES)?
-        .iter()
-        .enumerate()
-    {
+    let index = ModuleIndex::read(kernel)?;
+    let at_boot = index.load_order(MODULES)?;
+    let mut wanted = DEVICE_MODULES.to_vec();
+    wanted.retain(|module| index.has(module));
+    let mut later = index.load_order(&wanted)?;
+    later.retain(|path| !at_boot.contains(path));
+    let (mut load, mut devices) = (String::new(), String::new());
+    for (number, path) in at_boot.iter().chain(&later).enumerate() {
         let name = format!("lib/modules/{number:02}.ko");
         initramfs.copy(path, &name, 0o644)?;
-        load.extend(["/", &name, "\n"]);
+        let list = if number < at_boot.len() {
+            &mut load
+        } else {
+            &mut devices
+        };
+        list.extend(["/", &name, "\n"]);
     }
-    pack(&mut initramfs, &load).map_err(file("pack", Path::new("initramfs")))?;
+    pack(&mut initramfs, &load, &devices).map_err(file("pack", Path::new("initramfs")))?;
     initramfs
         .finish()
         .map_err(file("pack", Path::new("initramfs")))
 }
 
-fn pack(initramfs: &mut Initramfs, load: &str) -> std::io::Result<()> {
+fn pack(initramfs: &mut Initramfs, load: &str, devices: &str) -> std::io::Result<()> {
     for folder in [
         "dev", "proc", "sys", "run", "tmp", "root", "data", "etc", "usr/bin", "usr/sbin", "sbin",
     ] {
         initramfs.folder(folder)?;
     }
     initramfs.file("lib/modules/load", 0o644, load.as_bytes())?;
+    initramfs.file("lib/modules/devices", 0o644, devices.as_bytes())?;
+    initramfs.file("usr/bin/load-devices", 0o755, LOAD_DEVICES.as_bytes())?;
     initramfs.file("init", 0o755, INIT.as_bytes())?;
     // busybox's acpid runs this for KEY_POWER of an input device.
     initramfs.file("etc/acpi/PWRF/00000080", 0o755, POWER_BUTTON.as_bytes())?;

@@ -45,6 +45,12 @@ impl ModuleIndex {
         }
     }
 
+    /// Whether the kernel has a module, built in or not.
+    pub(crate) fn has(&self, module: &str) -> bool {
+        let name = module_name(module);
+        self.built_in.contains(&name) || self.dependencies.contains_key(&name)
+    }
+
     /// The files to load, dependencies first, each once. Modules that are built in need none.
     pub(crate) fn load_order(&self, modules: &[&str]) -> Result<Vec<PathBuf>, LabError> {
         let mut order: Vec<&str> = Vec::new();

@@ -48,10 +48,11 @@ const COMMON_LEAF7_EBX: u32 = 1 | 1 << 7 | 1 << 9 | 1 << 10 | 1 << 18 | 1 << 19 
 /// CPUID.7.0:EDX: what mitigations of the processors' bugs need (MD_CLEAR, IBRS, STIBP, L1D_FLUSH,
 /// ARCH_CAPABILITIES, SSBD). Hiding them would make guests less safe.
 const SAFETY_LEAF7_EDX: u32 = 1 << 10 | 1 << 26 | 1 << 27 | 1 << 28 | 1 << 29 | 1 << 31;
-/// CPUID.0x80000001:ECX: LAHF in 64-bit mode (v2), LZCNT (v3); CR8 and 3DNow prefetch on AMD.
+/// CPUID.0x80000001:ECX: LAHF in 64-bit mode (v2), LZCNT (v3); CR8, 3DNow prefetch and the topology
+/// leaves on AMD, without which Linux takes threads for cores.
 const LAHF: u32 = 1;
 const LZCNT: u32 = 1 << 5;
-const COMMON_EXTENDED_ECX: u32 = 1 << 4 | 1 << 8;
+const COMMON_EXTENDED_ECX: u32 = 1 << 4 | 1 << 8 | 1 << 22;
 /// CPUID.0x80000001:EDX: SYSCALL, NX, long mode; 1 GiB pages, RDTSCP, and AMD's copies of leaf 1.
 const EXTENDED_EDX_NEEDED: u32 = 1 << 11 | 1 << 20 | 1 << 29;
 const EXTENDED_EDX: u32 = EXTENDED_EDX_NEEDED | 1 << 26 | 1 << 27 | 1 << 25 | 0x0183_f3ff;

@@ -3,22 +3,29 @@
 //! `keelson-lab` as arguments. Prints a line for each step, and panics where one fails.
 
 use std::fs;
+use std::io::{Read, Write};
+use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::process::Command;
 
 use keelson_vmm::api::{AfterSnapshot, SnapshotKind, SnapshotRequest};
-use keelson_vmm_tests::{Backend, Guest, GuestBuilder};
+use keelson_vmm_tests::{Backend, Guest, GuestBuilder, wait_until};
+use serde_json::json;
 
 const CLONES: usize = 10;
+const STEPS: [&str; 4] = ["disk", "clones", "devices", "processors"];
 
 fn main() {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
-    let [kernel, initrd] = &arguments[..] else {
-        panic!("usage: keelson-stock-guest KERNEL INITRD");
+    let [kernel, initrd, chosen @ ..] = &arguments[..] else {
+        panic!("usage: keelson-stock-guest KERNEL INITRD [STEP…]");
     };
     let stock = Stock { kernel, initrd };
-    stock.goes_on_from_a_snapshot_with_its_disk();
-    stock.clones_draw_different_random_numbers();
+    for step in STEPS {
+        if chosen.is_empty() || chosen.iter().any(|chosen| chosen == step) {
+            stock.take(step);
+        }
+    }
     println!("stock-guest: all passed");
 }
 
@@ -28,6 +35,15 @@ struct Stock<'a> {
 }
 
 impl Stock<'_> {
+    fn take(&self, step: &str) {
+        match step {
+            "disk" => self.goes_on_from_a_snapshot_with_its_disk(),
+            "clones" => self.clones_draw_different_random_numbers(),
+            "devices" => self.finds_its_devices(),
+            _ => self.comes_up_with_what_its_processors_are_to_be(),
+        }
+    }
+
     fn builder(&self, vcpus: u8, memory_mib: u64) -> GuestBuilder {
         GuestBuilder::new("")
             .set("/kernel/image", self.kernel)
@@ -88,6 +104,78 @@ impl Stock<'_> {
         let ended = clone.wait();
         assert_eq!(ended.code, Some(0), "{ended:?}");
         run(Command::new("e2fsck").arg("-fn").arg(&copy));
+    }
+
+    /// The kernel's own drivers of balloon, sockets, watchdog and panic device.
+    fn finds_its_devices(&self) {
+        let builder = self.builder(1, 256);
+        let socket = builder.directory().join("vsock.sock");
+        let mut guest = builder
+            .set("/balloon", json!({}))
+            .set("/vsock", json!({"socket": socket}))
+            .set("/watchdog", json!({}))
+            .set("/panic", json!({"action": "exit"}))
+            .start();
+        guest.wait_for_line("keelson-guest: ready");
+        guest.shell("load-devices");
+        let balloon = || guest.client().balloon().expect("it has a balloon");
+        let total = wait_until("statistics", || balloon().statistics?.total_bytes);
+        assert!((200 << 20..=256 << 20).contains(&total), "{total}");
+        guest
+            .client()
+            .resize_balloon(32)
+            .expect("it can be resized");
+        wait_until("full balloon", || {
+            (balloon().actual_bytes == 32 << 20).then_some(())
+        });
+        let reported = wait_until("reported memory", || {
+            Some(balloon().reported_bytes).filter(|bytes| *bytes > 16 << 20)
+        });
+        println!("stock-guest: it gives memory back, and reports {reported} bytes that are free");
+        // Nobody listens in the guest: its kernel refuses.
+        let mut stream = UnixStream::connect(&socket).expect("the device listens");
+        writeln!(stream, "CONNECT 52").expect("it takes a line");
+        assert_eq!(stream.read(&mut [0]).expect("an end"), 0);
+        say(
+            "its kernel answers sockets",
+            &guest.shell("ls /sys/bus/virtio/drivers/vmw_vsock_virtio_transport | grep -c virtio"),
+            "1",
+        );
+        // Fed once, and then no more for long.
+        guest.type_line("watchdog -T 2 -t 1000 /dev/watchdog");
+        wait_until("second boot", || {
+            let ready = guest.log().matches("keelson-guest: ready").count();
+            (ready == 2).then_some(())
+        });
+        println!("stock-guest: its watchdog resets it");
+        guest.shell("load-devices");
+        guest.type_line("echo c > /proc/sysrq-trigger");
+        let ended = guest.wait();
+        ended.assert_refused(1, &["panicked"]);
+        println!("stock-guest: its panic is told");
+    }
+
+    /// Topology, a CPU template and pinning, each alone and all together.
+    fn comes_up_with_what_its_processors_are_to_be(&self) {
+        let topology = json!({"sockets": 1, "cores": 2, "threads": 2});
+        let pinning = json!([[0], [1], [0], [1]]);
+        let all = json!({"topology": topology, "template": "x86-64-v2", "pinning": pinning});
+        for (name, cpu) in [
+            ("nothing", json!({})),
+            ("topology", json!({"topology": topology})),
+            ("template", json!({"template": "x86-64-v2"})),
+            ("pinning", json!({"pinning": pinning})),
+            ("all", all),
+        ] {
+            let began = std::time::Instant::now();
+            let mut guest = self.builder(4, 128).set("/cpu", cpu).start();
+            guest.wait_for_line("keelson-guest: ready");
+            println!("stock-guest: up with {name} after {:?}", began.elapsed());
+            if name == "topology" || name == "all" {
+                let siblings = "cat /sys/devices/system/cpu/cpu0/topology/thread_siblings_list";
+                say("its threads are siblings", &guest.shell(siblings), "0-1");
+            }
+        }
     }
 
     fn clones_draw_different_random_numbers(&self) {

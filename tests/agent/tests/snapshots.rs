@@ -100,7 +100,9 @@ fn a_guest_without_disks_goes_back_as_often_as_one_likes() {
     host.keelson(&["restore", "web", "three"])
         .refused(IN_THE_WAY, &["no snapshot", "three"]);
     // Another machine than the snapshot's: refused, until it is stopped.
-    let larger = Guest::new("web", "hang").field("memory: 96Mi");
+    let larger = Guest::new("web", "hang")
+        .field("memory: 96Mi")
+        .field("stopTimeout: 1s");
     host.apply(&larger.manifest()).done();
     host.keelson(&["stop", "web", "--force"]).done();
     host.keelson(&["restore", "web", "one"])

@@ -15,6 +15,7 @@ mod limit;
 #[cfg(feature = "host")]
 mod pod;
 mod policy;
+mod question;
 mod rules;
 
 pub use address::{Address, IPV4_PREFIX_BITS, NO_ADDRESS, from_ipv4};
@@ -26,10 +27,13 @@ pub use event::{EVENTS_BYTES, Event, happening};
 pub use flow::{FlowKey, FlowState, FragmentKey, FragmentState, local, phase, timeout};
 pub use limit::{BYTE_COST_BITS, Bucket, HORIZON, Limit, TICKS_PER_NS};
 pub use policy::{NAME_LENGTH, Neighbour, NeighbourKey, PolicyEntry, StationKey, flag};
+pub use question::{
+    ANSWER_MARK, QUESTION_BURST_NS, QUESTION_INTERVAL_NS, QUESTION_LIMIT, QUESTIONS_BYTES, Question,
+};
 pub use rules::{ALLOW_ALL, PeerKey, PortKey, RuleKey, UNCOUNTED, port_prefix_length};
 
 /// Version of the pinned maps' layout. The host refuses pinned maps of another version.
-pub const LAYOUT_VERSION: u64 = 5;
+pub const LAYOUT_VERSION: u64 = 6;
 
 /// Guest interfaces that one host can have, plus one: slot zero is nobody's.
 pub const SLOTS: u32 = 4096;
@@ -66,6 +70,11 @@ pub mod map_name {
     pub const CAPTURING: &str = "CAPTURING";
     /// Ring buffer of [`CaptureHeader`](crate::CaptureHeader) and a packet's bytes.
     pub const CAPTURED: &str = "CAPTURED";
+    /// Ring buffer of [`Question`](crate::Question).
+    pub const QUESTIONS: &str = "QUESTIONS";
+    /// Slot → until when the questions that the interface asked are paid for, in nanoseconds of the
+    /// monotonic clock.
+    pub const QUESTION_TIMES: &str = "QUESTION_TIMES";
     /// Ring buffer of [`Event`](crate::Event).
     pub const EVENTS: &str = "EVENTS";
     /// One element: which kinds of events someone waits for.

@@ -51,6 +51,10 @@ pub mod flag {
     pub const LIMITED_TO_GUEST: u8 = 4;
     /// Packets are captured.
     pub const CAPTURED: u8 = 8;
+    /// The host answers the guest's DHCP, of both versions of IP.
+    pub const ANSWERS_DHCP: u8 = 16;
+    /// The host answers the guest's router solicitations.
+    pub const ANSWERS_SOLICITATIONS: u8 = 32;
 }
 
 /// A guest's place in a network, by its MAC address.

@@ -446,7 +446,7 @@ pub(crate) fn entries(object: &Object) -> Result<BTreeMap<u32, PolicyEntry>, Dat
 
 fn flags(policy: &InterfacePolicy) -> u8 {
     let isolated = if policy.isolated { flag::ISOLATED } else { 0 };
-    isolated | policy.limits.flags()
+    isolated | policy.limits.flags() | policy.answers.flags()
 }
 
 fn target<'a>(name: &'a str, ifindex: u32, entry: &PolicyEntry) -> Target<'a> {

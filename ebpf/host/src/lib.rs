@@ -24,6 +24,7 @@ mod limits;
 mod object;
 mod pin_root;
 mod policy;
+mod questions;
 mod rule_counters;
 mod rule_tables;
 mod slots;
@@ -43,4 +44,5 @@ pub use limits::{InterfaceLimits, RateLimit};
 pub use policy::{
     EgressPolicy, InterfacePolicy, MAX_COUNTERS, MAX_RULES, Protocol, Rule, UnknownProtocol,
 };
+pub use questions::{AnswerSender, Answers, Question, QuestionReader};
 pub use trial::{RunCost, Verdict, count_run_costs};

@@ -43,9 +43,12 @@ pub struct Object {
     pub allowed: PerCpuHashMap<MapData, RuleKey, Tally>,
     pub limits: Array<MapData, Limit>,
     pub buckets: Array<MapData, Bucket>,
+    pub question_times: Array<MapData, u64>,
     pub observed: Array<MapData, u32>,
     /// Until someone takes it.
     pub captured: Option<RingBuf<MapData>>,
+    /// Until someone takes it.
+    pub questions: Option<RingBuf<MapData>>,
     /// Until someone takes it.
     pub events: Option<RingBuf<MapData>>,
 }
@@ -71,6 +74,8 @@ impl Object {
             map_name::BUCKETS,
             map_name::CAPTURING,
             map_name::CAPTURED,
+            map_name::QUESTIONS,
+            map_name::QUESTION_TIMES,
             map_name::EVENTS,
             map_name::OBSERVED,
         ] {
@@ -98,8 +103,10 @@ impl Object {
             allowed: take(&mut ebpf, map_name::ALLOWED)?,
             limits: take(&mut ebpf, map_name::LIMITS)?,
             buckets: take(&mut ebpf, map_name::BUCKETS)?,
+            question_times: take(&mut ebpf, map_name::QUESTION_TIMES)?,
             observed: take(&mut ebpf, map_name::OBSERVED)?,
             captured: Some(take(&mut ebpf, map_name::CAPTURED)?),
+            questions: Some(take(&mut ebpf, map_name::QUESTIONS)?),
             events: Some(take(&mut ebpf, map_name::EVENTS)?),
             ebpf,
         })

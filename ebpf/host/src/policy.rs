@@ -11,6 +11,7 @@ use keelson_ebpf_common::UNCOUNTED;
 use crate::address::{IpPrefix, MacAddress};
 use crate::error::DatapathError;
 use crate::limits::InterfaceLimits;
+use crate::questions::Answers;
 
 /// Rules that one interface may have per direction.
 pub const MAX_RULES: usize = 1 << 17;
@@ -36,6 +37,8 @@ pub struct InterfacePolicy {
     pub isolated: bool,
     /// The largest IP packet that the guest may send, in bytes.
     pub mtu: u16,
+    /// Which questions about the guest's configuration are answered.
+    pub answers: Answers,
     /// How much may pass per second.
     pub limits: InterfaceLimits,
     /// What may reach the guest besides replies to what it opened itself, ARP and neighbour discovery.
@@ -55,6 +58,7 @@ impl Default for InterfacePolicy {
             network: 0,
             isolated: false,
             mtu: 1500,
+            answers: Answers::default(),
             limits: InterfaceLimits::default(),
             ingress: Vec::new(),
             egress: EgressPolicy::AllowAll,

@@ -39,7 +39,10 @@ pub fn fill(object: &mut Object, slot: u32, max_flows: u32) -> Result<(), Datapa
             .set(passed_index(slot, direction), zeros, 0)
             .map_err(DatapathError::map("write", map_name::PASSED))?;
     }
-    Ok(())
+    object
+        .question_times
+        .set(slot, 0, 0)
+        .map_err(DatapathError::map("write", map_name::QUESTION_TIMES))
 }
 
 /// Gives the memory of a slot's maps back. After no policy refers to it any more.

@@ -1,9 +1,9 @@
 //! Decides what a guest may send: frames from its own MAC address; IPv4 and IPv6 from its own
 //! addresses; ARP and neighbour discovery in its own name; nothing that only routers and DHCP
 //! servers send; and of that what its flows and egress rules allow. What is for a guest of the same
-//! network on this host goes straight to it.
+//! network on this host goes straight to it; what asks for the guest's configuration, to the agent.
 //!
-//! Maps: those of `flows`, `rules`, `fragments` and `stations`.
+//! Maps: those of `flows`, `rules`, `fragments`, `stations` and `questions`.
 
 use aya_ebpf::programs::TcContext;
 use keelson_ebpf_common::{Direction, DropReason, NO_ADDRESS, PolicyEntry, flag, from_ipv4, local};
@@ -12,7 +12,7 @@ use crate::flows::{self, Ends};
 use crate::frame::{self, Head, Payload};
 use crate::ip::{self, Ip, protocol};
 use crate::transport::{Transport, icmp_type};
-use crate::{Passed, fragments, neighbour_discovery, stations, transport};
+use crate::{Passed, fragments, neighbour_discovery, questions, stations, transport};
 
 const DHCP_PORTS: [u16; 2] = [67, 68];
 const DHCPV6_PORTS: [u16; 2] = [547, 546];
@@ -32,8 +32,19 @@ pub fn decide(packet: &TcContext, policy: &PolicyEntry) -> Result<Passed, DropRe
     let (ip, ends) = if payload == Payload::Ipv4 {
         let ip = ip::ipv4(packet, &head)?;
         let own = from_ipv4(policy.ipv4);
-        if policy.ipv4 == 0 || !ip::same(ip.source, own) {
+        if policy.ipv4 == 0 {
             return Err(DropReason::SpoofedIpv4);
+        }
+        if !ip::same(ip.source, own) {
+            // Who has no address yet may ask for it.
+            return if questions::is_dhcp(policy, &ip) && ip::same(ip.source, from_ipv4(0)) {
+                Ok(Passed::ToAgent)
+            } else {
+                Err(DropReason::SpoofedIpv4)
+            };
+        }
+        if questions::is_dhcp(policy, &ip) {
+            return Ok(Passed::ToAgent);
         }
         let ends = Ends {
             own,
@@ -46,9 +57,15 @@ pub fn decide(packet: &TcContext, policy: &PolicyEntry) -> Result<Passed, DropRe
         if neighbour_discovery::is_housekeeping(&ip) {
             check_ipv6_source(policy, &ip, true)?;
             neighbour_discovery::sent(packet, policy, &ip)?;
+            if questions::is_solicitation(policy, &ip) {
+                return Ok(Passed::ToAgent);
+            }
             return Ok(stations::answer_solicitation(packet, policy, &ip));
         }
         let local = check_ipv6_source(policy, &ip, false)?;
+        if questions::is_dhcp(policy, &ip) {
+            return Ok(Passed::ToAgent);
+        }
         let ends = Ends {
             own: ip.source,
             local,

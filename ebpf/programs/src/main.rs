@@ -18,6 +18,7 @@ mod ip;
 mod limits;
 mod maps;
 mod neighbour_discovery;
+mod questions;
 mod rules;
 mod stations;
 mod to_guest;
@@ -35,6 +36,8 @@ pub enum Passed {
     On,
     /// Out of the interface with this index.
     To(u32),
+    /// To the host's agent, and nowhere else.
+    ToAgent,
 }
 
 /// Decides about a packet that a guest sent.
@@ -71,6 +74,9 @@ fn enforce(
     capture::begin(packet, policy);
     let decided = decide(packet, policy).and_then(|passed| {
         limits::charge(packet, policy, direction)?;
+        if matches!(passed, Passed::ToAgent) {
+            questions::ask(packet, policy)?;
+        }
         Ok(passed)
     });
     match decided {
@@ -79,6 +85,7 @@ fn enforce(
             capture::end(packet, policy, direction, length, NOT_DROPPED);
             match passed {
                 Passed::On => TC_ACT_UNSPEC,
+                Passed::ToAgent => TC_ACT_SHOT,
                 // SAFETY: the helper takes two numbers; an index that is gone drops the packet.
                 Passed::To(ifindex) => unsafe { bpf_redirect(ifindex, 0) as i32 },
             }

@@ -7,7 +7,7 @@ use aya_ebpf::maps::{Array, HashMap, LpmTrie, PerCpuArray, PerCpuHashMap, RingBu
 use keelson_ebpf_common::{
     Bucket, CAPTURED_BYTES, CaptureRecord, CounterKey, DirectionTallies, EVENTS_BYTES, FlowKey,
     FlowState, FragmentKey, FragmentState, Limit, Neighbour, NeighbourKey, PeerKey, PolicyEntry,
-    PortKey, RuleKey, SLOTS, StationKey, Tally,
+    PortKey, QUESTIONS_BYTES, RuleKey, SLOTS, StationKey, Tally,
 };
 
 /// Interface index → what the programs enforce there.
@@ -82,6 +82,14 @@ pub static CAPTURING: PerCpuArray<CaptureRecord> = PerCpuArray::with_max_entries
 /// Captured packets, for whoever reads them.
 #[map]
 pub static CAPTURED: RingBuf = RingBuf::with_byte_size(CAPTURED_BYTES, 0);
+
+/// What guests ask the host about their configuration.
+#[map]
+pub static QUESTIONS: RingBuf = RingBuf::with_byte_size(QUESTIONS_BYTES, 0);
+
+/// Slot → until when the questions that were asked are paid for.
+#[map]
+pub static QUESTION_TIMES: Array<u64> = Array::with_max_entries(SLOTS, 0);
 
 /// What happened to packets, for whoever waits for it.
 #[map]

@@ -1,5 +1,5 @@
-//! Decides what may reach a guest: ARP and neighbour discovery that concern it, and what its flows
-//! and ingress rules allow.
+//! Decides what may reach a guest: ARP and neighbour discovery that concern it, what the agent answers,
+//! and what its flows and ingress rules allow.
 //!
 //! Maps: those of `flows`, `rules`, `fragments` and `stations`.
 
@@ -9,7 +9,7 @@ use keelson_ebpf_common::{Direction, DropReason, NO_ADDRESS, PolicyEntry, flag, 
 use crate::flows::{self, Ends};
 use crate::frame::{self, Payload};
 use crate::ip::{self, Ip};
-use crate::{Passed, fragments, neighbour_discovery, stations, transport};
+use crate::{Passed, fragments, neighbour_discovery, questions, stations, transport};
 
 /// The decision; see the module.
 #[inline(always)]
@@ -19,6 +19,9 @@ pub fn decide(packet: &TcContext, policy: &PolicyEntry) -> Result<Passed, DropRe
     let is_group = head.destination[0].to_ne_bytes()[0] & 1 != 0;
     if !is_group && !frame::same_mac(head.destination, policy.mac) {
         return Err(DropReason::WrongDestination);
+    }
+    if questions::is_answer(packet) {
+        return Ok(Passed::On);
     }
     if policy.flags & flag::ISOLATED != 0 && stations::find(policy, head.source).is_some() {
         return Err(DropReason::Isolated);

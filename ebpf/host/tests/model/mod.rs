@@ -103,6 +103,9 @@ impl Model {
                     return Err(DropReason::Oversized);
                 }
                 let packet = packet::read(frame)?;
+                if from_guest && self.is_dhcp(&packet, frame) {
+                    return Ok(());
+                }
                 self.check_addresses(direction, &packet)?;
                 if packet.is_housekeeping() {
                     return self.judge_housekeeping(from_guest, &packet, frame);
@@ -119,6 +122,34 @@ impl Model {
             0x8100 | 0x88a8 | 0x9100 => Err(DropReason::Vlan),
             _ => Err(DropReason::UnknownProtocol),
         }
+    }
+
+    /// A question for a DHCP server, which the agent is, from the guest or of one without an address.
+    fn is_dhcp(&self, packet: &Packet, frame: &[u8]) -> bool {
+        let (client, server) = match packet.source {
+            IpAddr::V4(source) => {
+                let may_ask = source.is_unspecified() || Some(source) == self.policy.ipv4;
+                if self.policy.ipv4.is_none() || !may_ask {
+                    return false;
+                }
+                (68, 67)
+            }
+            IpAddr::V6(source) => {
+                if !self.own_ipv6().contains(&source) || is_mapped(packet.destination) {
+                    return false;
+                }
+                (546, 547)
+            }
+        };
+        let [a, b, c, d, ..]: [u8; 8] = match packet.payload(frame).get(..8) {
+            Some(header) => header.try_into().expect("eight bytes"),
+            None => return false,
+        };
+        self.policy.answers.dhcp
+            && packet.protocol == 17
+            && packet.fragment.is_none()
+            && u16::from_be_bytes([a, b]) == client
+            && u16::from_be_bytes([c, d]) == server
     }
 
     fn judge_arp(&self, from_guest: bool, frame: &[u8]) -> Verdict {

@@ -7,7 +7,7 @@ pub mod frames;
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read, Write};
 use std::net::{Ipv4Addr, UdpSocket};
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::path::PathBuf;
 use std::process::{self, Command};
 use std::time::Duration;
@@ -221,6 +221,27 @@ fn open_tap(name: &str) -> File {
     );
     rustix::io::ioctl_fionbio(&file, true).expect("non-blocking");
     file
+}
+
+/// A packet socket of the host that sends out of one interface, without any mark.
+pub fn raw_socket(interface: &str) -> OwnedFd {
+    let name = std::ffi::CString::new(interface).expect("a name");
+    // SAFETY: the name is a terminated string that lives through the call.
+    let ifindex = unsafe { libc::if_nametoindex(name.as_ptr()) };
+    // SAFETY: takes three numbers.
+    let socket = unsafe { libc::socket(libc::AF_PACKET, libc::SOCK_RAW, 0) };
+    assert!(socket >= 0, "{}", io::Error::last_os_error());
+    // SAFETY: the descriptor is new and nobody else has it.
+    let socket = unsafe { OwnedFd::from_raw_fd(socket) };
+    // SAFETY: all bytes zero are a valid address.
+    let mut address: libc::sockaddr_ll = unsafe { std::mem::zeroed() };
+    address.sll_family = libc::AF_PACKET.try_into().expect("small");
+    address.sll_ifindex = ifindex.try_into().expect("small");
+    let length = size_of::<libc::sockaddr_ll>().try_into().expect("small");
+    // SAFETY: the address lives through the call, with its size.
+    let result = unsafe { libc::bind(socket.as_raw_fd(), (&raw const address).cast(), length) };
+    assert_eq!(result, 0, "{}", io::Error::last_os_error());
+    socket
 }
 
 /// A UDP socket of the host.

@@ -5,8 +5,10 @@ use std::net::{Ipv4Addr, Ipv6Addr};
 use ipnet::{Ipv4Net, Ipv6Net};
 use serde::{Deserialize, Serialize};
 
-use crate::FieldError;
+use crate::guest_configuration::{self, Dns, Route};
 use crate::metadata::{Condition, ObjectMeta};
+use crate::units::TimeLimit;
+use crate::{FieldError, MacAddress};
 
 /// The smallest MTU an IPv4 host must accept (RFC 791), and the largest that Ethernet devices take.
 const MTU_RANGE: std::ops::RangeInclusive<u16> = 576..=9000;
@@ -15,7 +17,7 @@ const IPV6_MTU: u16 = 1280;
 /// Prefix lengths of IPv6 subnets: room for hosts, and the first 96 bits can't make them all.
 const IPV6_PREFIXES: std::ops::RangeInclusive<u8> = 48..=120;
 
-/// A subnet on this host, of IPv4 and if wanted of IPv6: a bridge that holds the gateway's address, with guests as ports.
+/// Subnets on this host, of IPv4, IPv6 or both: a bridge that holds the gateway's address, with guests as ports.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct Network {
@@ -32,12 +34,17 @@ pub struct Network {
     pub status: NetworkStatus,
 }
 
-/// A network's addresses.
+/// A network's addresses, and what guests are told of them.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
+#[allow(
+    clippy::struct_excessive_bools,
+    reason = "switches, as manifests have them"
+)]
 pub struct NetworkSpec {
-    /// The subnet, such as `10.77.0.0/24`.
-    pub subnet: Ipv4Net,
+    /// The subnet, such as `10.77.0.0/24`. Without one, guests have no IPv4 in this network.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub subnet: Option<Ipv4Net>,
     /// The host's address in it; the subnet's first where not given.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub gateway: Option<Ipv4Addr>,
@@ -54,23 +61,90 @@ pub struct NetworkSpec {
     /// beyond it, whatever their security groups say.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub isolated: bool,
+    /// How guests resolve names.
+    #[serde(default, skip_serializing_if = "Dns::is_empty")]
+    pub dns: Dns,
+    /// Networks that guests reach by other ways than the default one.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub routes: Vec<Route>,
+    /// Whether guests are told that the gateway is the way to everywhere.
+    #[serde(default = "yes", skip_serializing_if = "is_yes")]
+    pub default_route: bool,
+    /// Whether the host answers guests' DHCP and DHCPv6.
+    #[serde(default = "yes", skip_serializing_if = "is_yes")]
+    pub dhcp: bool,
+    /// How long guests may use their addresses without asking again.
+    #[serde(
+        default = "default_lease_time",
+        skip_serializing_if = "is_default_lease_time"
+    )]
+    pub lease_time: TimeLimit,
+    /// Whether the host sends router advertisements, where the network has IPv6.
+    #[serde(default = "yes", skip_serializing_if = "is_yes")]
+    pub router_advertisements: bool,
+    /// Whether guests make their IPv6 addresses of the subnet and their MAC addresses (SLAAC, RFC 4862), so
+    /// that a kernel needs no DHCPv6 client. Otherwise the lowest free ones are allocated.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub slaac: bool,
 }
 
 fn default_mtu() -> u16 {
     1500
 }
 
+fn yes() -> bool {
+    true
+}
+
+// Serde passes references.
+#[allow(clippy::trivially_copy_pass_by_ref)]
+fn is_yes(value: &bool) -> bool {
+    *value
+}
+
+fn default_lease_time() -> TimeLimit {
+    TimeLimit::from_secs(24 * 3600)
+}
+
+fn is_default_lease_time(time: &TimeLimit) -> bool {
+    *time == default_lease_time()
+}
+
+impl Default for NetworkSpec {
+    /// No subnet yet, everything else as where a manifest does not say it.
+    fn default() -> Self {
+        Self {
+            subnet: None,
+            gateway: None,
+            subnet_v6: None,
+            gateway_v6: None,
+            mtu: default_mtu(),
+            isolated: false,
+            dns: Dns::default(),
+            routes: Vec::new(),
+            default_route: true,
+            dhcp: true,
+            lease_time: default_lease_time(),
+            router_advertisements: true,
+            slaac: false,
+        }
+    }
+}
+
 impl NetworkSpec {
-    /// The host's address in the network.
-    pub fn gateway(&self) -> Ipv4Addr {
-        self.gateway
-            .or_else(|| self.subnet.hosts().next())
-            .unwrap_or(self.subnet.addr())
+    /// The host's address in the network, if that has IPv4.
+    pub fn gateway(&self) -> Option<Ipv4Addr> {
+        let subnet = self.subnet?;
+        let gateway = self.gateway.or_else(|| subnet.hosts().next());
+        Some(gateway.unwrap_or(subnet.addr()))
     }
 
     /// Why `address` can be no guest's in this network, if so.
     pub fn refuse_address(&self, address: Ipv4Addr) -> Option<String> {
-        let subnet = self.subnet.trunc();
+        let Some(subnet) = self.subnet else {
+            return Some("the network has no IPv4 subnet; give it spec.subnet".into());
+        };
+        let subnet = subnet.trunc();
         if !subnet.contains(&address) {
             return Some(format!(
                 "{address} is outside the network's subnet {subnet}"
@@ -81,7 +155,7 @@ impl NetworkSpec {
                 "{address} is the network or broadcast address of {subnet}"
             ));
         }
-        (address == self.gateway())
+        (Some(address) == self.gateway())
             .then(|| format!("{address} is the network's gateway, which the host holds"))
     }
 
@@ -111,6 +185,15 @@ impl NetworkSpec {
         }
         (Some(address) == self.gateway_v6())
             .then(|| format!("{address} is the network's gateway, which the host holds"))
+    }
+
+    /// The IPv6 address that a guest with this MAC address makes by itself, in a network with SLAAC
+    /// (RFC 4291, appendix A).
+    pub fn slaac_address(&self, mac: MacAddress) -> Option<Ipv6Addr> {
+        let subnet = self.subnet_v6.filter(|_| self.slaac)?;
+        let prefix = subnet.network().to_bits();
+        let identifier = u128::from(mac.interface_identifier());
+        Some(Ipv6Addr::from_bits(prefix | identifier))
     }
 
     fn validate_v6(&self, errors: &mut Vec<FieldError>) {
@@ -165,9 +248,16 @@ impl NetworkSpec {
         }
     }
 
-    pub(crate) fn validate(&self, errors: &mut Vec<FieldError>) {
-        self.validate_v6(errors);
-        let subnet = self.subnet;
+    fn validate_v4(&self, errors: &mut Vec<FieldError>) {
+        let Some(subnet) = self.subnet else {
+            if self.gateway.is_some() {
+                errors.push(FieldError::new(
+                    "spec.gateway",
+                    "is given without spec.subnet",
+                ));
+            }
+            return;
+        };
         if subnet != subnet.trunc() {
             errors.push(FieldError::new(
                 "spec.subnet",
@@ -182,24 +272,29 @@ impl NetworkSpec {
                     subnet.prefix_len()
                 ),
             ));
-        } else if let Some(gateway) = self.gateway {
-            let without_gateway = Self {
-                gateway: None,
-                ..self.clone()
-            };
-            if !subnet.contains(&gateway)
+        } else if let Some(gateway) = self.gateway
+            && (!subnet.contains(&gateway)
                 || gateway == subnet.trunc().network()
-                || gateway == subnet.broadcast()
-            {
-                errors.push(FieldError::new(
-                    "spec.gateway",
-                    format!(
-                        "{gateway} is no host address of {subnet}; write e.g. {}",
-                        without_gateway.gateway()
-                    ),
-                ));
-            }
+                || gateway == subnet.broadcast())
+        {
+            let first = subnet.hosts().next().unwrap_or(gateway);
+            errors.push(FieldError::new(
+                "spec.gateway",
+                format!("{gateway} is no host address of {subnet}; write e.g. {first}"),
+            ));
         }
+    }
+
+    pub(crate) fn validate(&self, errors: &mut Vec<FieldError>) {
+        if self.subnet.is_none() && self.subnet_v6.is_none() {
+            errors.push(FieldError::new(
+                "spec.subnet",
+                "is missing; give it, spec.subnetV6 or both",
+            ));
+        }
+        self.validate_v4(errors);
+        self.validate_v6(errors);
+        guest_configuration::validate(self, errors);
         if !MTU_RANGE.contains(&self.mtu) {
             errors.push(FieldError::new(
                 "spec.mtu",

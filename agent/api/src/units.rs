@@ -1,6 +1,7 @@
 //! Values with a written form of their own: memory sizes, bit rates, time limits, MAC addresses.
 
 use std::fmt;
+use std::net::Ipv6Addr;
 use std::str::FromStr;
 use std::time::Duration;
 
@@ -195,6 +196,19 @@ impl MacAddress {
     /// Whether the group bit (IEEE 802) is set, so that it can be no station's own address.
     pub fn is_multicast(self) -> bool {
         self.0[0] & 1 == 1
+    }
+
+    /// The IPv6 link-local address that hosts make of it (RFC 4291, appendix A).
+    pub fn link_local(self) -> Ipv6Addr {
+        let prefix = 0xfe80_u128 << 112;
+        Ipv6Addr::from_bits(prefix | u128::from(self.interface_identifier()))
+    }
+
+    /// The modified EUI-64 of it, as hosts have it in their addresses (RFC 4291, appendix A).
+    pub fn interface_identifier(self) -> u64 {
+        let [first, second, third, rest @ ..] = self.0;
+        let [fourth, fifth, sixth] = rest;
+        u64::from_be_bytes([first ^ 2, second, third, 0xff, 0xfe, fourth, fifth, sixth])
     }
 }
 

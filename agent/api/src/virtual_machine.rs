@@ -133,10 +133,11 @@ pub struct Interface {
     pub name: String,
     /// The `Network` object.
     pub network: String,
-    /// Its address there; the lowest free one is allocated where not given.
+    /// Its address there, where the network has IPv4; the lowest free one is allocated where not given.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub address: Option<Ipv4Addr>,
-    /// Its IPv6 address, where the network has IPv6; the lowest free one is allocated where not given.
+    /// Its IPv6 address, where the network has IPv6; where not given, the lowest free one is allocated, or
+    /// in a network with SLAAC the one that the guest makes of its MAC address.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub address_v6: Option<Ipv6Addr>,
     /// Its Ethernet address; derived from the guest's identity where not given.
@@ -397,8 +398,9 @@ pub struct InterfaceStatus {
     pub name: String,
     /// The host's TAP device.
     pub device: String,
-    /// Its IPv4 address.
-    pub address: Ipv4Addr,
+    /// Its IPv4 address, if the network has IPv4.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub address: Option<Ipv4Addr>,
     /// Its IPv6 address, if the network has IPv6.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub address_v6: Option<Ipv6Addr>,

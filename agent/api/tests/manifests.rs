@@ -79,6 +79,28 @@ fn a_complete_manifest_is_valid_and_survives_json() {
 }
 
 #[test]
+fn a_network_may_tell_guests_all_or_have_one_version_of_ip() {
+    for spec in [
+        "{subnet: 10.77.0.0/24}",
+        "{subnetV6: 'fd77::/64', slaac: true}",
+        "{subnet: 10.77.0.0/24, subnetV6: 'fd77::/64', dhcp: false, routerAdvertisements: false, \
+         defaultRoute: false, leaseTime: 2h, dns: {servers: [10.77.0.53, 'fd77::53'], searchDomains: \
+         [corp.example]}, routes: [{destination: 10.0.0.0/8, via: 10.77.0.9}, {destination: 'fd00::/8'}]}",
+    ] {
+        let text = format!(
+            "{{apiVersion: keelson.dev/v1alpha1, kind: Network, metadata: {{name: lan}}, spec: {spec}}}"
+        );
+        let objects = objects(&text).unwrap();
+        assert_eq!(objects[0].validate(), [], "{spec}");
+        let json = serde_json::to_value(&objects[0]).unwrap();
+        assert_eq!(Object::from_json(&json).unwrap(), objects[0]);
+        // Only what was said stands there.
+        let fields = json["spec"].as_object().unwrap().len();
+        assert!(fields <= spec.matches(": ").count() + 1, "{json}");
+    }
+}
+
+#[test]
 fn every_mistake_names_its_field_and_the_fix() {
     for (from, to, expected) in [
         ("cpus: 2", "cpus: 0", "spec.cpus: is 0; give 1 to 64"),
@@ -131,6 +153,66 @@ fn every_mistake_names_its_field_and_the_fix() {
             "isolated: true",
             "mtu: 1000",
             "spec.mtu: is 1000; IPv6 needs at least 1280",
+        ),
+        (
+            "subnet: 10.77.0.0/24, subnetV6: 'fd77::/64', ",
+            "",
+            "spec.subnet: is missing; give it, spec.subnetV6 or both",
+        ),
+        (
+            "subnet: 10.77.0.0/24, sub",
+            "gateway: 10.77.0.1, sub",
+            "spec.gateway: is given without spec.subnet",
+        ),
+        (
+            "isolated: true",
+            "dns: {servers: [224.0.0.1]}",
+            "spec.dns.servers[0]: 224.0.0.1 is no server that every guest reaches",
+        ),
+        (
+            "isolated: true",
+            "dns: {searchDomains: [corp.example, Corp.]}",
+            "spec.dns.searchDomains[1]: \"Corp.\" is no domain",
+        ),
+        (
+            "isolated: true",
+            "dns: {searchDomains: [a, b, c, d, e, f, g]}",
+            "spec.dns.searchDomains: has 7 domains of 7 characters; give at most 6",
+        ),
+        (
+            "isolated: true",
+            "routes: [{destination: 10.1.0.0/8}]",
+            "spec.routes[0].destination: 10.1.0.0/8 has host bits set; write 10.0.0.0/8",
+        ),
+        (
+            "isolated: true",
+            "routes: [{destination: 10.0.0.0/8, via: 10.78.0.1}]",
+            "spec.routes[0].via: 10.78.0.1 is no address of 10.77.0.0/24",
+        ),
+        (
+            "isolated: true",
+            "routes: [{destination: 'fd00::/8', via: 'fd77::9'}]",
+            "spec.routes[0].via: IPv6's routers tell of themselves only",
+        ),
+        (
+            "isolated: true",
+            "routes: [{destination: 0.0.0.0/0}]",
+            "spec.routes[0].destination: is the default route, which spec.defaultRoute",
+        ),
+        (
+            "isolated: true",
+            "leaseTime: 10s",
+            "spec.leaseTime: is 10s; give whole seconds from 2m to 8760h",
+        ),
+        (
+            "fd77::/64', isolated: true",
+            "fd77::/80', slaac: true",
+            "spec.slaac: needs a spec.subnetV6 with a /64 prefix",
+        ),
+        (
+            "isolated: true",
+            "slaac: true, routerAdvertisements: false",
+            "spec.slaac: needs spec.routerAdvertisements",
         ),
         ("128, 1/4", "300", "\"300\" is no ICMP type"),
         (

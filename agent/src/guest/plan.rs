@@ -87,7 +87,7 @@ impl Plan {
             let rules = rules_of(&groups, objects).await?;
             let unassigned = || AgentError::Corrupt {
                 key: format!("VirtualMachine/{}", guest.metadata.name),
-                message: format!("interface {} has no address", interface.name),
+                message: format!("interface {} has no MAC address", interface.name),
             };
             ports.push(GuestPort {
                 guest: guest.metadata.name.clone(),
@@ -95,15 +95,15 @@ impl Plan {
                 network: interface.network.clone(),
                 network_spec: network.spec,
                 mac: interface.mac.ok_or_else(unassigned)?,
-                address: interface.address.ok_or_else(unassigned)?,
+                address: interface.address,
                 address_v6: interface.address_v6,
                 limits: interface.limits,
                 rules,
             });
         }
         let mut kernel = spec.kernel.clone();
-        if let Some(port) = ports.first() {
-            kernel.command_line = with_option(&kernel.command_line, &ip_option(port));
+        if let Some(option) = ports.first().and_then(ip_option) {
+            kernel.command_line = with_option(&kernel.command_line, &option);
         }
         let interfaces = ports.iter().map(|port| {
             let mtu = port.network_spec.mtu;
@@ -134,16 +134,17 @@ impl Plan {
 }
 
 /// `ip=<client>:<server>:<gateway>:<netmask>:<hostname>:<device>:<autoconf>`
-/// (Linux, Documentation/admin-guide/nfs/nfsroot.rst), which initramfs-tools obeys as well.
-fn ip_option(port: &GuestPort) -> String {
+/// (Linux, Documentation/admin-guide/nfs/nfsroot.rst), which initramfs-tools obeys as well; `None` without
+/// IPv4.
+fn ip_option(port: &GuestPort) -> Option<String> {
     let network = &port.network_spec;
-    format!(
+    Some(format!(
         "ip={}::{}:{}:{}:eth0:off",
-        port.address,
-        network.gateway(),
-        network.subnet.netmask(),
+        port.address?,
+        network.gateway()?,
+        network.subnet?.netmask(),
         port.guest
-    )
+    ))
 }
 
 /// Adds an option for the kernel, before ` -- `, after which all is for the guest's init.

@@ -3,6 +3,8 @@
 use std::net::IpAddr;
 
 use futures::TryStreamExt;
+use keelson_api::MacAddress;
+use rtnetlink::packet_route::address::AddressHeaderFlags;
 use rtnetlink::packet_route::link::{LinkAttribute, LinkMessage};
 use rtnetlink::{Handle, LinkUnspec};
 
@@ -83,14 +85,24 @@ impl Links {
             .map_err(netlink(format!("bring up the device {name}")))
     }
 
-    /// Gives a device an address, unless it has it.
-    pub async fn add_address(&self, index: u32, address: IpAddr, prefix: u8) -> Result<()> {
-        let added = self
-            .handle
-            .address()
-            .add(index, address, prefix)
+    /// Gives a device an Ethernet address.
+    pub async fn set_mac(&self, index: u32, mac: MacAddress) -> Result<()> {
+        let message = LinkUnspec::new_with_index(index).address(mac.0.to_vec());
+        self.handle
+            .link()
+            .set(message.build())
             .execute()
-            .await;
+            .await
+            .map_err(netlink(format!("set the MAC address {mac}")))
+    }
+
+    /// Gives a device an address, unless it has it. It is in use at once: that nobody else has it is sure.
+    pub async fn add_address(&self, index: u32, address: IpAddr, prefix: u8) -> Result<()> {
+        let mut request = self.handle.address().add(index, address, prefix);
+        if address.is_ipv6() {
+            request.message_mut().header.flags |= AddressHeaderFlags::Nodad;
+        }
+        let added = request.execute().await;
         match added {
             Ok(()) => Ok(()),
             Err(error) if errno(&error) == Some(libc::EEXIST) => Ok(()),

@@ -7,13 +7,14 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use keelson_api::{BitRate, InterfaceLimits, MacAddress, NetworkSpec, RateLimit};
 use keelson_ebpf::{
-    Datapath, DatapathConfig, DatapathError, EgressPolicy, Flow, FlowUse, HookChoice,
+    Answers, Datapath, DatapathConfig, DatapathError, EgressPolicy, Flow, FlowUse, HookChoice,
     InterfaceCounters, InterfacePolicy, PacketEvent,
 };
 use sha2::{Digest, Sha256};
 use tokio::sync::broadcast;
 
 use super::captures::{Capture, Captures};
+use super::guest_configuration::{GuestConfigurations, of_port};
 use super::link::Links;
 use super::packet_events::PacketEvents;
 use super::rules::{Rules, expand};
@@ -31,6 +32,7 @@ pub struct HostNetwork {
     datapath: SharedDatapath,
     packets: PacketEvents,
     captures: Captures,
+    configurations: GuestConfigurations,
 }
 
 /// The datapath, whose calls block.
@@ -61,8 +63,8 @@ pub struct GuestPort {
     pub network_spec: NetworkSpec,
     /// The interface's Ethernet address.
     pub mac: MacAddress,
-    /// The interface's address.
-    pub address: Ipv4Addr,
+    /// The interface's IPv4 address.
+    pub address: Option<Ipv4Addr>,
     /// The interface's IPv6 address.
     pub address_v6: Option<Ipv6Addr>,
     /// How much may pass.
@@ -86,12 +88,16 @@ impl GuestPort {
         Ok(InterfacePolicy {
             name: self.device(),
             mac: keelson_ebpf::MacAddress(self.mac.0),
-            ipv4: Some(self.address),
+            ipv4: self.address,
             ipv6: self.address_v6,
             // Zero stands for no network.
             network: hash_number(&self.network).max(1),
             isolated: self.network_spec.isolated,
             mtu: self.network_spec.mtu,
+            answers: Answers {
+                dhcp: self.network_spec.dhcp,
+                solicitations: self.network_spec.router_advertisements,
+            },
             limits: keelson_ebpf::InterfaceLimits {
                 from_guest: rate_limit(&self.limits.from_guest),
                 to_guest: rate_limit(&self.limits.to_guest),
@@ -120,8 +126,11 @@ impl HostNetwork {
         let mut datapath = blocking(move || Datapath::open(&datapath_config)).await?;
         let reader = datapath.take_event_reader();
         let capture_reader = datapath.take_capture_reader();
+        let question_reader = datapath.take_question_reader();
         let datapath = SharedDatapath(Arc::new(Mutex::new(datapath)));
-        let (Some(reader), Some(capture_reader)) = (reader, capture_reader) else {
+        let (Some(reader), Some(capture_reader), Some(question_reader)) =
+            (reader, capture_reader, question_reader)
+        else {
             return Err(AgentError::Process {
                 reason: "NoEvents",
                 message: "the eBPF network's events are read by another".into(),
@@ -131,6 +140,7 @@ impl HostNetwork {
             links: Links::connect()?,
             packets: PacketEvents::start(reader, datapath.clone()),
             captures: Captures::start(capture_reader, datapath.clone()),
+            configurations: GuestConfigurations::start(question_reader)?,
             datapath,
         })
     }
@@ -138,7 +148,7 @@ impl HostNetwork {
     /// Brings up a network's bridge; returns its device name.
     pub async fn ensure_network(&self, name: &str, spec: &NetworkSpec) -> Result<String> {
         let device = device_name(BRIDGE_PREFIX, name);
-        bridge::ensure(&self.links, &device, spec).await?;
+        bridge::ensure(&self.links, &device, router_mac(name), spec).await?;
         Ok(device)
     }
 
@@ -160,7 +170,8 @@ impl HostNetwork {
     pub async fn ensure_port(&self, port: &GuestPort) -> Result<()> {
         let device = port.device();
         let bridge = device_name(BRIDGE_PREFIX, &port.network);
-        let bridge = bridge::ensure(&self.links, &bridge, &port.network_spec).await?;
+        let router_mac = router_mac(&port.network);
+        let bridge = bridge::ensure(&self.links, &bridge, router_mac, &port.network_spec).await?;
         if self.links.index(&device).await?.is_none() {
             tap::create(&device)?;
         }
@@ -171,20 +182,21 @@ impl HostNetwork {
         self.captures.resume(&device).await?;
         self.links
             .bring_up(&device, port.network_spec.mtu, Some(bridge))
-            .await
-    }
-
-    /// Puts a guest's present rules in force, on a device that is attached.
-    pub async fn update_port(&self, port: &GuestPort) -> Result<()> {
-        let policy = port.policy()?;
-        self.datapath
-            .with(move |datapath| datapath.update(&policy))
-            .await
+            .await?;
+        let ifindex = self.links.require(&device).await?;
+        self.configurations.set(ifindex, of_port(port, router_mac));
+        Ok(())
     }
 
     /// Removes the TAP device of a guest's interface, and then its policy.
     pub async fn remove_port(&self, guest: &str, interface: &str) -> Result<()> {
-        let device = device_name(TAP_PREFIX, &format!("{guest}/{interface}"));
+        self.remove_device(Self::device_of(guest, interface)).await
+    }
+
+    async fn remove_device(&self, device: String) -> Result<()> {
+        if let Some(ifindex) = self.links.index(&device).await? {
+            self.configurations.remove(ifindex);
+        }
         self.links.delete(&device).await?;
         self.datapath
             .with(move |datapath| datapath.detach(&device).map(drop))
@@ -199,10 +211,7 @@ impl HostNetwork {
             .collect();
         for device in self.links.names(TAP_PREFIX).await? {
             if !wanted.contains(&device) {
-                self.links.delete(&device).await?;
-                self.datapath
-                    .with(move |datapath| datapath.detach(&device).map(drop))
-                    .await?;
+                self.remove_device(device).await?;
             }
         }
         self.datapath
@@ -301,6 +310,13 @@ async fn blocking<T: Send + 'static>(
 /// A device name of at most 15 bytes, the same for the same `identity`.
 fn device_name(prefix: &str, identity: &str) -> String {
     format!("{prefix}{:08x}", hash_number(identity))
+}
+
+/// The Ethernet address of a network's gateway, the same at every start and on every host; locally
+/// administered (IEEE 802c).
+fn router_mac(network: &str) -> MacAddress {
+    let hash = Sha256::digest(format!("gateway of {network}"));
+    MacAddress([0x02, hash[0], hash[1], hash[2], hash[3], hash[4]])
 }
 
 /// The same number for the same `identity`; of a network, also what the eBPF programs know it by.

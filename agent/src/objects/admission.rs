@@ -311,16 +311,18 @@ fn allocate(
             continue;
         };
         match allocation.take_address(guest, &interface, &network) {
-            Ok(address) => guest.spec.interfaces[index].address = Some(address),
+            Ok(address) => guest.spec.interfaces[index].address = address,
             Err(message) => report(&format!("{field}.address"), message),
-        }
-        match allocation.take_address_v6(guest, &interface, &network) {
-            Ok(address) => guest.spec.interfaces[index].address_v6 = address,
-            Err(message) => report(&format!("{field}.addressV6"), message),
         }
         match allocation.take_mac(guest, &interface) {
             Ok(mac) => guest.spec.interfaces[index].mac = Some(mac),
             Err(message) => report(&format!("{field}.mac"), message),
+        }
+        // With its MAC address, of which SLAAC makes this one.
+        let interface = guest.spec.interfaces[index].clone();
+        match allocation.take_address_v6(guest, &interface, &network) {
+            Ok(address) => guest.spec.interfaces[index].address_v6 = address,
+            Err(message) => report(&format!("{field}.addressV6"), message),
         }
     }
 }

@@ -6,6 +6,8 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use keelson_api::{Interface, MacAddress, Network, Object, VirtualMachine};
 use sha2::{Digest, Sha256};
 
+use super::checks::refuse_slaac;
+
 /// Who holds which address.
 #[derive(Debug, Default)]
 pub struct Allocation {
@@ -38,7 +40,8 @@ impl Allocation {
         allocation
     }
 
-    /// Gives an interface the address that it asks for, or the lowest free one.
+    /// Gives an interface the address that it asks for, or the lowest free one; none where the network has
+    /// no IPv4.
     ///
     /// # Errors
     /// What is wrong with the address, or that the network is full.
@@ -47,12 +50,12 @@ impl Allocation {
         guest: &VirtualMachine,
         interface: &Interface,
         network: &Network,
-    ) -> Result<Ipv4Addr, String> {
+    ) -> Result<Option<Ipv4Addr>, String> {
         let spec = &network.spec;
-        let address = match interface.address {
-            Some(address) => address,
-            None => spec
-                .subnet
+        let address = match (interface.address, spec.subnet) {
+            (None, None) => return Ok(None),
+            (Some(address), _) => address,
+            (None, Some(subnet)) => subnet
                 .hosts()
                 .find(|&address| {
                     spec.refuse_address(address).is_none()
@@ -64,11 +67,11 @@ impl Allocation {
             return Err(problem);
         }
         self.take(guest, interface, address.into())?;
-        Ok(address)
+        Ok(Some(address))
     }
 
-    /// Gives an interface the IPv6 address that it asks for, or the lowest free one; none where the
-    /// network has no IPv6.
+    /// Gives an interface, whose MAC address is known, the IPv6 address that it asks for, the one that it
+    /// makes by SLAAC, or the lowest free one; none where the network has no IPv6.
     ///
     /// # Errors
     /// What is wrong with the address, or that the network is full.
@@ -79,7 +82,8 @@ impl Allocation {
         network: &Network,
     ) -> Result<Option<Ipv6Addr>, String> {
         let spec = &network.spec;
-        let address = match (interface.address_v6, spec.subnet_v6) {
+        let slaac = interface.mac.and_then(|mac| spec.slaac_address(mac));
+        let address = match (interface.address_v6.or(slaac), spec.subnet_v6) {
             (None, None) => return Ok(None),
             (Some(address), _) => address,
             (None, Some(subnet)) => subnet
@@ -90,7 +94,8 @@ impl Allocation {
                 })
                 .ok_or_else(|| format!("Network/{} has no free address", interface.network))?,
         };
-        if let Some(problem) = spec.refuse_address_v6(address) {
+        let refused = spec.refuse_address_v6(address);
+        if let Some(problem) = refused.or_else(|| refuse_slaac(spec, interface)) {
             return Err(problem);
         }
         self.take(guest, interface, address.into())?;

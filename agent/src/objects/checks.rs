@@ -5,7 +5,7 @@ use std::fs;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::Path;
 
-use keelson_api::{Disk, DiskSpec, Kind, Network, Object, SecurityGroup};
+use keelson_api::{Disk, DiskSpec, Interface, Kind, Network, NetworkSpec, Object, SecurityGroup};
 
 use super::store::World;
 
@@ -133,7 +133,6 @@ pub(super) fn network(network: &Network, after: &World, report: &mut impl FnMut(
         let Object::Network(other) = &stored.object else {
             continue;
         };
-        let (ours, theirs) = (network.spec.subnet, other.spec.subnet);
         if let (Some(ours), Some(theirs)) = (network.spec.subnet_v6, other.spec.subnet_v6)
             && (ours.contains(&theirs.network()) || theirs.contains(&ours.network()))
             && other.metadata.name != network.metadata.name
@@ -146,8 +145,10 @@ pub(super) fn network(network: &Network, after: &World, report: &mut impl FnMut(
                 ),
             );
         }
-        let overlap = ours.contains(&theirs.network()) || theirs.contains(&ours.network());
-        if overlap && other.metadata.name != network.metadata.name {
+        if let (Some(ours), Some(theirs)) = (network.spec.subnet, other.spec.subnet)
+            && (ours.contains(&theirs.network()) || theirs.contains(&ours.network()))
+            && other.metadata.name != network.metadata.name
+        {
             report(
                 "spec.subnet",
                 format!(
@@ -168,7 +169,8 @@ pub(super) fn network(network: &Network, after: &World, report: &mut impl FnMut(
             let spec = &network.spec;
             let ipv4 = interface.address.and_then(|a| spec.refuse_address(a));
             let ipv6 = interface.address_v6.and_then(|a| spec.refuse_address_v6(a));
-            for problem in ipv4.into_iter().chain(ipv6) {
+            let slaac = refuse_slaac(spec, interface);
+            for problem in ipv4.into_iter().chain(ipv6).chain(slaac) {
                 report(
                     "spec",
                     format!(
@@ -179,6 +181,16 @@ pub(super) fn network(network: &Network, after: &World, report: &mut impl FnMut(
             }
         }
     }
+}
+
+/// Why an interface's IPv6 address is not the one that the guest makes of its MAC address, where it does.
+pub(super) fn refuse_slaac(network: &NetworkSpec, interface: &Interface) -> Option<String> {
+    let made = network.slaac_address(interface.mac?)?;
+    let address = interface.address_v6.filter(|address| *address != made)?;
+    Some(format!(
+        "{address} is not the address {made} that a guest makes of its MAC address in a network with \
+         spec.slaac; leave it out"
+    ))
 }
 
 /// Checks that the groups that a group's rules name exist.

@@ -170,6 +170,65 @@ fn addresses() {
 }
 
 #[test]
+fn addresses_of_networks_with_one_version_of_ip() {
+    let host = Host::new();
+    let network = |name: &str, spec: &str| {
+        format!(
+            "---\napiVersion: keelson.dev/v1alpha1\nkind: Network\nmetadata: {{name: {name}}}\n\
+             spec: {{{spec}}}\n"
+        )
+    };
+    let at = |name: &str, network: &str, rest: &str| {
+        Guest::new(name, "hello")
+            .field("powerState: Stopped")
+            .field(&format!(
+                "interfaces: [{{name: eth0, network: {network}{rest}}}]"
+            ))
+            .manifest()
+    };
+    let six = network("six", "subnetV6: 'fd66::/64'");
+    let made = network("made", "subnetV6: 'fd67::/64', slaac: true");
+    host.apply(&format!("{six}{made}{}", at("allocated", "six", "")))
+        .done();
+    let mac = ", mac: '02:00:5e:10:00:01'";
+    host.apply(&at("self-made", "made", mac)).done();
+    let interface = |name: &str| host.object("vm", name)["spec"]["interfaces"][0].clone();
+    assert_eq!(interface("allocated")["addressV6"], "fd66::2");
+    assert_eq!(interface("self-made")["addressV6"], "fd67::5eff:fe10:1");
+    for name in ["allocated", "self-made"] {
+        assert!(interface(name).get("address").is_none(), "{name}");
+    }
+    refused(
+        &host,
+        MISSING,
+        &at("web", "six", ", address: 10.0.0.2"),
+        &["spec.interfaces[0].address", "no IPv4 subnet"],
+    );
+    refused(
+        &host,
+        MISSING,
+        &at(
+            "web",
+            "made",
+            &format!("{mac}, addressV6: 'fd67::9'").replace(":01", ":02"),
+        ),
+        &["spec.interfaces[0].addressV6", "fd67::5eff:fe10:2"],
+    );
+    // It can't begin while a guest has an address of another kind.
+    refused(
+        &host,
+        MISSING,
+        &network("six", "subnetV6: 'fd66::/64', slaac: true"),
+        &["spec", "VirtualMachine/allocated holds it"],
+    );
+    let table = host.keelson(&["get", "net"]).done();
+    assert!(
+        table.contains("fd66::/64") && table.contains("fd66::1"),
+        "{table}"
+    );
+}
+
+#[test]
 fn what_is_used_stays() {
     let host = Host::new();
     let rules = security_group("pings", "{protocol: icmp}");

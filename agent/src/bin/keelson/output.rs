@@ -137,6 +137,14 @@ fn print_table(objects: &[Object]) -> Result<(), Failure> {
     print_lines(&table)
 }
 
+/// What a network has of IPv4 and of IPv6.
+fn both(ipv4: Option<impl ToString>, ipv6: Option<impl ToString>) -> String {
+    let ipv4 = ipv4.map(|ipv4| ipv4.to_string());
+    let ipv6 = ipv6.map(|ipv6| ipv6.to_string());
+    let both: Vec<_> = ipv4.into_iter().chain(ipv6).collect();
+    both.join(",")
+}
+
 fn row(object: &Object) -> Vec<String> {
     let name = object.metadata().name.clone();
     let created = age(object.metadata().creation_timestamp);
@@ -150,11 +158,8 @@ fn row(object: &Object) -> Vec<String> {
         ],
         Object::Network(network) => vec![
             name,
-            match network.spec.subnet_v6 {
-                Some(ipv6) => format!("{},{ipv6}", network.spec.subnet),
-                None => network.spec.subnet.to_string(),
-            },
-            network.spec.gateway().to_string(),
+            both(network.spec.subnet, network.spec.subnet_v6),
+            both(network.spec.gateway(), network.spec.gateway_v6()),
             network.status.device.clone().unwrap_or_else(|| "-".into()),
             readiness(&network.status.conditions),
             created,

@@ -3,7 +3,7 @@
 //! Every type is `repr(C)`, without implicit padding and valid for any bit pattern, so that a map's
 //! bytes mean the same on both sides. Addresses are in network byte order as they lie in a packet;
 //! ports are numbers in host byte order unless a field says otherwise. A change to any of these
-//! types is a change of [`LAYOUT_VERSION`].
+//! types is a change of [`LAYOUT_VERSION`], which the host's `migration` then has to know of.
 #![no_std]
 
 mod address;
@@ -32,8 +32,12 @@ pub use question::{
 };
 pub use rules::{ALLOW_ALL, PeerKey, PortKey, RuleKey, UNCOUNTED, port_prefix_length};
 
-/// Version of the pinned maps' layout. The host refuses pinned maps of another version.
+/// Version of the pinned maps' layout. The host takes over pinned maps of earlier ones from
+/// [`OLDEST_LAYOUT`] on and refuses later ones.
 pub const LAYOUT_VERSION: u64 = 6;
+
+/// The earliest version that can be taken over.
+pub const OLDEST_LAYOUT: u64 = 5;
 
 /// Guest interfaces that one host can have, plus one: slot zero is nobody's.
 pub const SLOTS: u32 = 4096;
@@ -79,6 +83,28 @@ pub mod map_name {
     pub const EVENTS: &str = "EVENTS";
     /// One element: which kinds of events someone waits for.
     pub const OBSERVED: &str = "OBSERVED";
+    /// All of them.
+    pub const ALL: [&str; 19] = [
+        POLICIES,
+        PEER_CLASSES,
+        ALLOWED_PORTS,
+        FLOWS,
+        OPENING_FLOWS,
+        FRAGMENTS,
+        STATIONS,
+        NEIGHBOURS,
+        PASSED,
+        DROPPED,
+        ALLOWED,
+        LIMITS,
+        BUCKETS,
+        CAPTURING,
+        CAPTURED,
+        QUESTIONS,
+        QUESTION_TIMES,
+        EVENTS,
+        OBSERVED,
+    ];
 }
 
 /// Names of the programs in the object.

@@ -31,12 +31,12 @@ pub struct PolicyEntry {
     pub mac: [u8; 6],
     /// The largest IP packet, in bytes.
     pub mtu: u16,
+    /// Bits of [`flag`].
+    pub flags: u16,
     /// How the host attached the programs, for its own use: 1 TCX, 2 clsact.
     pub hook: u8,
-    /// Bits of [`flag`].
-    pub flags: u8,
     /// Zero.
-    pub reserved: [u8; 6],
+    pub reserved: [u8; 5],
     /// The interface's name, zero-terminated, for the host's use.
     pub name: [u8; NAME_LENGTH],
 }
@@ -44,17 +44,17 @@ pub struct PolicyEntry {
 /// Bits of [`PolicyEntry::flags`].
 pub mod flag {
     /// Guests of the network don't reach each other.
-    pub const ISOLATED: u8 = 1;
+    pub const ISOLATED: u16 = 1;
     /// What the guest sends is limited.
-    pub const LIMITED_FROM_GUEST: u8 = 2;
+    pub const LIMITED_FROM_GUEST: u16 = 2;
     /// What is sent to the guest is limited.
-    pub const LIMITED_TO_GUEST: u8 = 4;
+    pub const LIMITED_TO_GUEST: u16 = 4;
     /// Packets are captured.
-    pub const CAPTURED: u8 = 8;
+    pub const CAPTURED: u16 = 8;
     /// The host answers the guest's DHCP, of both versions of IP.
-    pub const ANSWERS_DHCP: u8 = 16;
+    pub const ANSWERS_DHCP: u16 = 16;
     /// The host answers the guest's router solicitations.
-    pub const ANSWERS_SOLICITATIONS: u8 = 32;
+    pub const ANSWERS_SOLICITATIONS: u16 = 32;
 }
 
 /// A guest's place in a network, by its MAC address.

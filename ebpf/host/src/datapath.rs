@@ -16,7 +16,7 @@ use crate::pin_root::PinRoot;
 use crate::policy::{EgressPolicy, InterfacePolicy, Rule};
 use crate::rule_counters::RuleCounters;
 use crate::rule_tables::{RuleTables, ignore_missing};
-use crate::{grace_period, interface, limits, slots, stations};
+use crate::{grace_period, interface, limits, migration, slots, stations};
 
 /// How a [`Datapath`] is opened.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -73,17 +73,20 @@ pub struct Datapath {
 
 impl Datapath {
     /// Opens or creates the datapath. Programs of interfaces that are attached are replaced in
-    /// place; records of interfaces that are gone are removed.
+    /// place; records of interfaces that are gone are removed. What an earlier version's maps hold is
+    /// taken over.
     ///
     /// # Errors
     /// Says what to do where BPF can't be used ([`DatapathError::NotPermitted`],
     /// [`DatapathError::BpfUnavailable`], [`DatapathError::KernelTooOld`],
     /// [`DatapathError::BpffsUnavailable`]), another process has it open
-    /// ([`DatapathError::InUse`]) or it is another version's ([`DatapathError::LayoutMismatch`]).
+    /// ([`DatapathError::InUse`]) or it is a later version's ([`DatapathError::LayoutMismatch`]).
     pub fn open(config: &DatapathConfig) -> Result<Self, DatapathError> {
         let mode = hook::choose(config.hook)?;
         let root = PinRoot::open(&config.pin_root)?;
+        migration::begin(&root)?;
         let mut object = Object::load(&root)?;
+        migration::carry_over(&root, &mut object)?;
         let entries = entries(&object)?;
         let referenced = entries
             .values()
@@ -104,6 +107,7 @@ impl Datapath {
             datapath.zero_counters(0)?;
         }
         let gone = datapath.collect_garbage()?;
+        migration::finish(&mut datapath.root)?;
         if !gone.is_empty() {
             tracing::info!(interfaces = ?gone, "removed the policies of interfaces that are gone");
         }
@@ -368,7 +372,7 @@ impl Datapath {
             mtu: policy.mtu,
             hook: mode.to_byte(),
             flags: flags(policy),
-            reserved: [0; 6],
+            reserved: [0; 5],
             name: interface::to_bytes(&policy.name),
         })
     }
@@ -444,7 +448,7 @@ pub(crate) fn entries(object: &Object) -> Result<BTreeMap<u32, PolicyEntry>, Dat
         .map_err(DatapathError::map("read", map_name::POLICIES))
 }
 
-fn flags(policy: &InterfacePolicy) -> u8 {
+fn flags(policy: &InterfacePolicy) -> u16 {
     let isolated = if policy.isolated { flag::ISOLATED } else { 0 };
     isolated | policy.limits.flags() | policy.answers.flags()
 }

@@ -60,10 +60,10 @@ pub enum DatapathError {
         /// The pin root.
         path: PathBuf,
     },
-    /// The pinned maps are another version's.
+    /// The pinned maps are a later version's, or one's from before there were releases.
     #[error(
-        "the maps pinned at {path} have layout {found}, this version needs {expected}: stop the \
-         guests, remove the folder and start the agent again"
+        "the maps pinned at {path} have layout {found}, this version knows those up to {expected}: install \
+         the version that made them, or stop the guests, remove the folder and start the agent again"
     )]
     LayoutMismatch {
         /// The pin root.

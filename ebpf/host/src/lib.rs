@@ -21,6 +21,7 @@ mod inner_map;
 mod interface;
 mod kernel;
 mod limits;
+mod migration;
 mod object;
 mod pin_root;
 mod policy;

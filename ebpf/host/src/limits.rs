@@ -98,7 +98,7 @@ impl RateLimit {
 
 impl InterfaceLimits {
     /// The bits of a policy entry that say what is limited.
-    pub(crate) fn flags(&self) -> u8 {
+    pub(crate) fn flags(&self) -> u16 {
         let mut flags = 0;
         if !self.from_guest.is_unlimited() {
             flags |= flag::LIMITED_FROM_GUEST;

@@ -58,27 +58,7 @@ impl Object {
     pub fn load(root: &PinRoot) -> Result<Self, DatapathError> {
         require_kernel()?;
         let mut loader = EbpfLoader::new();
-        for name in [
-            map_name::POLICIES,
-            map_name::PEER_CLASSES,
-            map_name::ALLOWED_PORTS,
-            map_name::FLOWS,
-            map_name::OPENING_FLOWS,
-            map_name::FRAGMENTS,
-            map_name::STATIONS,
-            map_name::NEIGHBOURS,
-            map_name::PASSED,
-            map_name::DROPPED,
-            map_name::ALLOWED,
-            map_name::LIMITS,
-            map_name::BUCKETS,
-            map_name::CAPTURING,
-            map_name::CAPTURED,
-            map_name::QUESTIONS,
-            map_name::QUESTION_TIMES,
-            map_name::EVENTS,
-            map_name::OBSERVED,
-        ] {
+        for name in map_name::ALL {
             loader.map_pin_path(name, root.map(name));
         }
         let mut ebpf = loader.load(&OBJECT.0).map_err(|error| load_error(&error))?;

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! ROOT/state            layout version and the next free number
-//! ROOT/maps/NAME        the maps
+//! ROOT/maps/NAME        the maps; NAME_N since the layout N in which their entries got another form
 //! ROOT/links/N_PROGRAM  TCX links of the interface with index N
 //! ```
 
@@ -11,11 +11,12 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use aya::maps::{Array, Map, MapData, MapError};
-use keelson_ebpf_common::LAYOUT_VERSION;
+use keelson_ebpf_common::{LAYOUT_VERSION, OLDEST_LAYOUT};
 use rustix::fs::{CWD, FlockOperation, statfs};
 use rustix::mount::{MountFlags, mount};
 
 use crate::error::DatapathError;
+use crate::migration;
 
 /// Where every distribution mounts the BPF file system.
 const BPFFS: &str = "/sys/fs/bpf";
@@ -30,6 +31,7 @@ const NEXT_NUMBER_SLOT: u32 = 1;
 pub struct PinRoot {
     path: PathBuf,
     state: Array<MapData, u64>,
+    layout: u64,
     _lock: File,
 }
 
@@ -41,17 +43,53 @@ impl PinRoot {
             fs::create_dir_all(&folder).map_err(pin_error("create the folder", &folder))?;
         }
         let lock = lock(path)?;
-        let state = open_state(path)?;
+        let (state, layout) = open_state(path)?;
         Ok(Self {
             path: path.to_owned(),
             state,
+            layout,
             _lock: lock,
         })
     }
 
-    /// The file of a map.
+    /// The file of a map in the layout of this program.
     pub fn map(&self, name: &str) -> PathBuf {
-        self.path.join("maps").join(name)
+        self.map_of_layout(name, migration::formed_in(name))
+    }
+
+    /// The file of a map whose entries have had their form since a layout.
+    pub fn map_of_layout(&self, name: &str, formed_in: u64) -> PathBuf {
+        let maps = self.path.join("maps");
+        match formed_in {
+            0 => maps.join(name),
+            layout => maps.join(format!("{name}_{layout}")),
+        }
+    }
+
+    /// Removes the files of maps other than these.
+    pub fn remove_maps_except(&self, wanted: &[PathBuf]) -> Result<(), DatapathError> {
+        let folder = self.path.join("maps");
+        let entries: Result<Vec<_>, _> = fs::read_dir(&folder).and_then(Iterator::collect);
+        for entry in entries.map_err(pin_error("read the folder", &folder))? {
+            if !wanted.contains(&entry.path()) {
+                remove(&entry.path())?;
+            }
+        }
+        Ok(())
+    }
+
+    /// The layout whose maps count.
+    pub fn layout(&self) -> u64 {
+        self.layout
+    }
+
+    /// Makes the maps of a layout those that count.
+    pub fn set_layout(&mut self, layout: u64) -> Result<(), DatapathError> {
+        self.state
+            .set(LAYOUT_SLOT, layout, 0)
+            .map_err(DatapathError::map("write", STATE))?;
+        self.layout = layout;
+        Ok(())
     }
 
     /// The file of a TCX link.
@@ -165,7 +203,7 @@ fn lock(root: &Path) -> Result<File, DatapathError> {
 }
 
 /// Opens the state map and checks the layout; creates it if the root is new.
-fn open_state(root: &Path) -> Result<Array<MapData, u64>, DatapathError> {
+fn open_state(root: &Path) -> Result<(Array<MapData, u64>, u64), DatapathError> {
     let path = root.join(STATE);
     if path.exists() {
         let state = MapData::from_pin(&path)
@@ -175,14 +213,14 @@ fn open_state(root: &Path) -> Result<Array<MapData, u64>, DatapathError> {
         let found = state
             .get(&LAYOUT_SLOT, 0)
             .map_err(DatapathError::map("read", STATE))?;
-        if found != LAYOUT_VERSION {
+        if !(OLDEST_LAYOUT..=LAYOUT_VERSION).contains(&found) {
             return Err(DatapathError::LayoutMismatch {
                 path: root.to_owned(),
                 found,
                 expected: LAYOUT_VERSION,
             });
         }
-        return Ok(state);
+        return Ok((state, found));
     }
     let mut state = Array::<MapData, u64>::create(STATE_ENTRIES, 0).map_err(create_error)?;
     // Pinned only when it is complete: a crash before leaves no half state.
@@ -194,10 +232,11 @@ fn open_state(root: &Path) -> Result<Array<MapData, u64>, DatapathError> {
         what: format!("the pinned map {}", path.display()),
         problem: error.to_string(),
     })?;
-    MapData::from_pin(&path)
+    let state = MapData::from_pin(&path)
         .and_then(Map::from_map_data)
         .and_then(Array::<MapData, u64>::try_from)
-        .map_err(DatapathError::map("open", STATE))
+        .map_err(DatapathError::map("open", STATE))?;
+    Ok((state, LAYOUT_VERSION))
 }
 
 /// Creating the state map is the first use of the bpf system call: here it shows whether we may.

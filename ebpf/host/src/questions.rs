@@ -35,7 +35,7 @@ pub struct Answers {
 }
 
 impl Answers {
-    pub(crate) fn flags(self) -> u8 {
+    pub(crate) fn flags(self) -> u16 {
         let dhcp = if self.dhcp { flag::ANSWERS_DHCP } else { 0 };
         let solicitations = if self.solicitations {
             flag::ANSWERS_SOLICITATIONS
@@ -157,7 +157,7 @@ impl AnswerSender {
     ///
     /// # Errors
     /// The kernel's: `ENXIO` if the interface is gone, `ENETDOWN` if it is down, `ENOBUFS` if its queue is
-    /// full.
+    /// full or its program drops the frame, which is not for the guest.
     pub fn send(&self, ifindex: u32, frame: &[u8]) -> io::Result<()> {
         let address = libc::sockaddr_ll {
             sll_family: FAMILY,

@@ -106,8 +106,13 @@ pub struct Arguments {
     /// Whether to go around the page cache with O_DIRECT
     #[arg(long, value_enum, default_value_t = Direct::Auto)]
     direct: Direct,
+    /// Look for the end of reads and writes instead of waiting for the device's interrupt, where it has
+    /// queues for that (IORING_SETUP_IOPOLL). The worker then uses its processor in full while requests are
+    /// under way. Of raw images and block devices that go around the page cache
+    #[arg(long)]
+    io_poll: bool,
     /// One more disk: socket=PATH,image=PATH or socket=PATH,null=SIZE, and format=raw|overlay, id=NAME,
-    /// read-only, queues=N, queue-size=N, serial=TEXT, direct=auto|on|off, key-fd=N, group=NAME,
+    /// read-only, queues=N, queue-size=N, serial=TEXT, direct=auto|on|off, io-poll, key-fd=N, group=NAME,
     /// base-ca-file=PATH, base-fill=RATE, base-timeout=SECONDS, bytes-per-second=N, operations-per-second=N, where other than the options of these names
     #[arg(long = "disk", value_name = "KEY=VALUE,…")]
     disks: Vec<String>,
@@ -202,6 +207,19 @@ impl Arguments {
             let disk = self.parse_disk(text);
             disks.push(disk.map_err(|reason| format!("--disk {text}: {reason}"))?);
         }
+        for disk in disks.iter().filter(|disk| disk.spec.io_poll) {
+            let id = &disk.spec.id;
+            if self.pin_memory {
+                return Err(format!(
+                    "disk {id}: --io-poll doesn't go together with --pin-memory, which registers memory with other rings"
+                ));
+            }
+            if !matches!(disk.spec.contents, Contents::Raw(_)) {
+                return Err(format!(
+                    "disk {id}: only raw images and block devices can be polled"
+                ));
+            }
+        }
         Ok(disks)
     }
 
@@ -288,6 +306,7 @@ impl Arguments {
             queue_size: self.queue_size,
             serial: self.serial.clone(),
             direct: self.direct.mode(),
+            io_poll: self.io_poll,
             limits: Limits {
                 bytes: rate(self.bytes_per_second, self.bytes_burst),
                 operations: rate(self.operations_per_second, self.operations_burst),
@@ -340,6 +359,7 @@ pub fn parse_disk(text: &str, disk: &mut DiskArguments, format: Format) -> Resul
             "queue-size" => spec.queue_size = parse_queue_size(value)?,
             "serial" => spec.serial = parse_serial(value)?,
             "direct" => spec.direct = Direct::from_str(value, false)?.mode(),
+            "io-poll" if value.is_empty() => spec.io_poll = true,
             "group" => spec.group = Some(value.to_owned()),
             "base-ca-file" => spec.base.ca_file = Some(value.into()),
             "base-fill" => spec.base.fill_bytes_per_second = Some(parse_rate(value)?),

@@ -42,6 +42,14 @@ pub enum Error {
         /// What was found.
         reason: String,
     },
+    /// `--io-poll`, and the device or file system can't.
+    #[error("the image {} can't be polled: {reason}", path.display())]
+    NoPolling {
+        /// The image's path.
+        path: PathBuf,
+        /// What was found.
+        reason: String,
+    },
     /// Someone else holds a conflicting lock.
     #[error("the image {} is in use by {holder}; stop it first", path.display())]
     ImageInUse {
@@ -124,6 +132,7 @@ impl Error {
             | Self::NotAnImage { .. }
             | Self::EmptyImage { .. }
             | Self::NoDirectIo { .. }
+            | Self::NoPolling { .. }
             | Self::LockImage { .. }
             | Self::Overlay(_)
             | Self::Remote(_)

@@ -33,20 +33,6 @@ fn several(scenes: &[Scene], arguments: &[&str]) -> Backend {
     Backend::start(command)
 }
 
-// Nanoseconds that all threads have run, by the scheduler's clock.
-fn processor_time(backend: &Backend) -> u64 {
-    let threads = std::fs::read_dir(format!("/proc/{}/task", backend.id())).unwrap();
-    let times = threads.map(|thread| {
-        let text = std::fs::read_to_string(thread.unwrap().path().join("schedstat")).unwrap();
-        text.split_whitespace()
-            .next()
-            .unwrap()
-            .parse::<u64>()
-            .unwrap()
-    });
-    times.sum()
-}
-
 fn resident_kib(backend: &Backend) -> u64 {
     let text = std::fs::read_to_string(format!("/proc/{}/status", backend.id())).unwrap();
     let line = text.lines().find_map(|line| line.strip_prefix("VmRSS:"));
@@ -72,10 +58,10 @@ fn a_hundred_idle_disks_use_no_processor_and_little_memory() {
         assert_eq!(driver.write(0, &pattern(disk as u64, 4096)), 0);
     }
     std::thread::sleep(Duration::from_millis(200));
-    let before = processor_time(&backend);
+    let before = backend.processor_time();
     std::thread::sleep(Duration::from_secs(1));
     // Nothing at all ran.
-    assert_eq!(processor_time(&backend), before);
+    assert_eq!(backend.processor_time(), before);
     let memory = resident_kib(&backend);
     assert!(memory < 100 * 2048, "{memory} KiB");
     drop(drivers);
@@ -195,9 +181,14 @@ fn a_disk_that_is_described_wrongly_is_named_with_code_2() {
         "socket=/tmp/a,image=/b,size=4",
         "socket=/tmp/a,null=1000",
         "socket=/tmp/a,image=/b,queues=65",
+        "socket=/tmp/a,image=/b,format=overlay,io-poll",
+        "socket=/tmp/a,null=1M,io-poll",
     ] {
         let mut command = Command::new(env!("CARGO_BIN_EXE_keelson-blk"));
         command.args(["--disk", wrong]);
         assert_eq!(refusal(command).0, 2, "{wrong}");
     }
+    let mut command = Command::new(env!("CARGO_BIN_EXE_keelson-blk"));
+    command.args(["--disk", "socket=/tmp/a,image=/b,io-poll", "--pin-memory"]);
+    assert_eq!(refusal(command).0, 2);
 }

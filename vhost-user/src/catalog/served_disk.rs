@@ -11,6 +11,7 @@ use crate::layer::crypt::CryptDevice;
 use crate::layer::file::FileDevice;
 use crate::layer::null::NullDevice;
 use crate::layer::overlay::OverlayDevice;
+use crate::layer::polled::PolledDevice;
 use crate::overlay::files::OpenOptions;
 use crate::rate_limit::Limiter;
 use crate::remote;
@@ -98,7 +99,11 @@ pub(super) fn open(spec: &DiskSpec, cipher: Option<Arc<SectorCipher>>) -> Result
                 read_only,
                 direct,
             })?);
-            let mut device: Arc<dyn BlockDevice> = Arc::new(FileDevice::new(Arc::clone(&image)));
+            let mut device: Arc<dyn BlockDevice> = if spec.io_poll {
+                Arc::new(PolledDevice::new(Arc::clone(&image), path, spec.queues)?)
+            } else {
+                Arc::new(FileDevice::new(Arc::clone(&image)))
+            };
             if let Some(cipher) = cipher {
                 device = Arc::new(CryptDevice::new(device, cipher, 0));
             }

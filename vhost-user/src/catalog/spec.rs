@@ -37,6 +37,9 @@ pub struct DiskSpec {
     /// Whether to go around the page cache.
     #[serde(default)]
     pub direct: DirectMode,
+    /// Whether the device of a raw image is polled instead of raising interrupts.
+    #[serde(default, skip_serializing_if = "is_false")]
+    pub io_poll: bool,
     /// Its limits.
     #[serde(default, skip_serializing_if = "Limits::is_unlimited")]
     pub limits: Limits,
@@ -95,6 +98,11 @@ pub enum Contents {
     Null(u64),
 }
 
+#[allow(clippy::trivially_copy_pass_by_ref, reason = "as serde calls it")]
+fn is_false(value: &bool) -> bool {
+    !value
+}
+
 fn one() -> u16 {
     1
 }
@@ -116,6 +124,12 @@ pub(super) fn check(spec: &DiskSpec) -> Result<[u8; SERIAL_SIZE], Error> {
         return Err(refuse(
             id,
             "a queue's size is a power of two from 4 to 1024",
+        ));
+    }
+    if spec.io_poll && !matches!(spec.contents, Contents::Raw(_)) {
+        return Err(refuse(
+            id,
+            "only raw images and block devices can be polled",
         ));
     }
     check_limits(id, spec.limits)?;

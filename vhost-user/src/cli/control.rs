@@ -180,6 +180,7 @@ fn defaults() -> DiskSpec {
         queue_size: 1024,
         serial: String::new(),
         direct: DirectMode::Auto,
+        io_poll: false,
         limits: Limits::default(),
         group: None,
         base: BaseSpec::default(),

@@ -17,6 +17,7 @@ pub mod file;
 pub mod limit;
 pub mod null;
 pub mod overlay;
+pub mod polled;
 pub mod ring;
 
 mod transfer;

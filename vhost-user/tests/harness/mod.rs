@@ -113,6 +113,17 @@ impl Backend {
         self.child.id()
     }
 
+    /// Nanoseconds that all threads have run, by the scheduler's clock.
+    pub fn processor_time(&self) -> u64 {
+        let threads = std::fs::read_dir(format!("/proc/{}/task", self.id())).unwrap();
+        let times = threads.map(|thread| {
+            let text = std::fs::read_to_string(thread.unwrap().path().join("schedstat")).unwrap();
+            let time = text.split_whitespace().next().unwrap();
+            time.parse::<u64>().unwrap()
+        });
+        times.sum()
+    }
+
     pub fn is_running(&mut self) -> bool {
         self.child.try_wait().unwrap().is_none()
     }

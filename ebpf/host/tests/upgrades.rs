@@ -8,6 +8,7 @@ use std::net::UdpSocket;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use keelson_ebpf::{Datapath, DatapathError, DropReason, HookChoice, InterfacePolicy, Protocol};
+use keelson_ebpf_common::LAYOUT_VERSION;
 use network::frames::{self, Ends};
 use network::{Guest, HOST_IP, HOST_MAC, Network, allow, host_socket};
 
@@ -74,7 +75,7 @@ fn connections_go_on_and_nothing_is_open_meanwhile(hook: HookChoice) {
     });
     assert!(rounds > 20, "{rounds}");
     assert!(guest.receive_now().is_none(), "what no rule allows");
-    assert_eq!(older::layout(&network.config), 6);
+    assert_eq!(older::layout(&network.config), LAYOUT_VERSION);
     let maps = network.config.pin_root.join("maps");
     assert!(!maps.join("POLICIES").exists(), "the old map is gone");
     assert!(maps.join("POLICIES_6").exists());

@@ -5,7 +5,7 @@ use std::path::Path;
 use keelson_lab::{Exec, FileCopy, KernelFiles, Lab, LabOptions, guest_initrd};
 
 /// KVM under emulation: everything takes its time.
-const LIMIT_SECONDS: u64 = 280;
+const LIMIT_SECONDS: u64 = 420;
 
 #[test]
 fn stock_guests_do_what_they_should() {

@@ -1,5 +1,7 @@
 //! Disks: what one side writes, the other reads.
 
+use std::time::Duration;
+
 use keelson_vmm_tests::{Backend, GuestBuilder, Image};
 use rustix::process::Signal;
 use tempfile::TempDir;
@@ -155,6 +157,31 @@ fn a_disk_comes_back_with_a_new_backend() {
     let _ = std::fs::remove_file(&socket);
     let _backend = Backend::start(image.path(), &socket, &[]);
     guest.wait_for_line("payload: blk-watch ok");
+    guest.wait().assert_passed();
+}
+
+#[test]
+fn a_driver_that_starts_over_while_there_is_no_backend_waits_for_one() {
+    let builder = GuestBuilder::new(
+        "blk-verify:seed=8 console-read:ms=120000 blk-verify:seed=8 blk-verify:seed=8",
+    );
+    let image = Image::create(2048);
+    image.write_pattern(0, 2048, 8);
+    let socket = builder.directory().join("blk.sock");
+    let backend = Backend::start(image.path(), &socket, &[]);
+    let mut guest = builder.disk("disk", &backend, false, 1).start();
+    guest.wait_for_line("payload: blk-verify ok");
+    backend.kill();
+    let _ = std::fs::remove_file(&socket);
+    // Each step resets the device and sets it up.
+    guest.type_line("go on");
+    guest.wait_for_line("payload: console-read ok");
+    std::thread::sleep(Duration::from_millis(300));
+    guest
+        .client()
+        .status()
+        .expect("the VMM lives without its disk's backend");
+    let _backend = Backend::start(image.path(), &socket, &[]);
     guest.wait().assert_passed();
 }
 

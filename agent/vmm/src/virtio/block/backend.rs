@@ -102,6 +102,19 @@ pub enum BackendError {
     },
 }
 
+impl BackendError {
+    /// Whether a backend is only being started, or was just ending.
+    pub(super) fn may_pass(&self) -> bool {
+        match self {
+            Self::Connect { source, .. } => may_come(source),
+            Self::Protocol { source, .. } => {
+                matches!(source, vhost::Error::VhostUserProtocol(e) if e.should_reconnect())
+            }
+            Self::Silent { .. } | Self::Mismatch { .. } => false,
+        }
+    }
+}
+
 /// A backend after its handshake.
 pub(super) struct Backend {
     disk: String,

@@ -3,7 +3,7 @@
 use std::io::Read;
 use std::ops::Range;
 use std::os::unix::net::UnixStream;
-use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -31,6 +31,8 @@ pub struct DiskLink {
     state: Mutex<State>,
     /// The connection, reachable while a call holds `state`.
     monitor: Mutex<Option<Arc<Connection>>>,
+    /// Whether a driver is ready, and there was no backend.
+    awaited: AtomicBool,
     calls: Calls,
 }
 
@@ -82,6 +84,7 @@ impl DiskLink {
                 inflight: None,
             }),
             monitor: Mutex::new(None),
+            awaited: AtomicBool::new(false),
             calls: Calls {
                 epoch: Instant::now(),
                 since: AtomicU64::new(0),
@@ -177,24 +180,50 @@ impl DiskLink {
             .is_some_and(|current| std::ptr::eq(Arc::as_ptr(current), connection))
     }
 
-    /// Starts the queues of a driver that is ready, on a new connection if the old one is lost.
+    /// Starts the queues of a driver that is ready, on a new connection if the old one is lost. If
+    /// there is no backend now, the watcher starts them on the next one.
     pub(super) fn activate(&self, activation: Activation) -> Result<(), ActivationError> {
         let mut state = self.lock();
         let _call = self.calls.begin();
+        let mut started = Ok(());
+        if state.backend.is_some() {
+            started = self.start_anew(&mut state, &activation);
+        }
+        // An old connection may be one to a backend that is gone.
         if state.backend.is_none() {
-            let backend =
-                Backend::try_connect(&self.config).map_err(|e| ActivationError(e.to_string()))?;
-            self.check_same(&backend).map_err(ActivationError)?;
-            self.set_backend(&mut state, backend);
+            match Backend::try_connect(&self.config) {
+                Err(error) if error.may_pass() => {
+                    tracing::warn!("{error}");
+                    self.awaited.store(true, Ordering::Release);
+                    self.calls.wake_watcher();
+                    started = Ok(());
+                }
+                Err(error) => started = Err(error),
+                Ok(backend) => {
+                    self.check_same(&backend).map_err(ActivationError)?;
+                    self.set_backend(&mut state, backend);
+                    started = self.start_anew(&mut state, &activation);
+                }
+            }
         }
+        started.map_err(|e| ActivationError(e.to_string()))?;
+        state.active = Some(activation);
+        Ok(())
+    }
+
+    fn start_anew(&self, state: &mut State, activation: &Activation) -> Result<(), BackendError> {
         state.inflight = None;
-        let started = self.start(&mut state, &activation, activation.resumed);
-        if started.is_ok() {
-            state.active = Some(activation);
-        } else {
-            self.drop_backend(&mut state);
+        let started = self.start(state, activation, activation.resumed);
+        if started.is_err() {
+            state.inflight = None;
+            self.drop_backend(state);
         }
-        started.map_err(|e| ActivationError(e.to_string()))
+        started
+    }
+
+    /// Whether queues wait for a backend since the last call.
+    pub(super) fn take_awaited(&self) -> bool {
+        self.awaited.swap(false, Ordering::AcqRel)
     }
 
     /// Stops the queues.
@@ -285,7 +314,7 @@ impl DiskLink {
             .map_err(|e| e.to_string())
             .and_then(|backend| {
                 self.check_same(&backend)?;
-                if !backend.tracks_inflight() {
+                if state.inflight.is_some() && !backend.tracks_inflight() {
                     return Err("the new backend can't go on with an old one's requests".into());
                 }
                 let resized = self.adopt_size(&backend);

@@ -96,6 +96,9 @@ impl Drop for DiskWatcher {
 
 /// Waits for something to happen, and does what it asks for.
 fn turn(disks: &mut [Watched], wake: &EventFd, report: &dyn Fn(DiskEvent)) -> io::Result<()> {
+    for disk in &mut *disks {
+        disk.resuming |= disk.link.take_awaited();
+    }
     let mut timeout = -1;
     if disks.iter().any(|disk| disk.link.enforce_limit()) {
         timeout = LIMIT_INTERVAL_MS;

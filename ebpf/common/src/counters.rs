@@ -101,11 +101,17 @@ pub enum DropReason {
     IpOptions = 17,
     /// More than the interface's limits allow.
     RateLimited = 18,
+    /// To a service's address, but to no port that a service has.
+    NoService = 19,
+    /// To a service without a backend that serves.
+    NoBackend = 20,
+    /// Another flow to the same backend has the source port, and no other was free.
+    PortInUse = 21,
 }
 
 impl DropReason {
     /// All reasons, in order of their numbers.
-    pub const ALL: [Self; 19] = [
+    pub const ALL: [Self; 22] = [
         Self::NoPolicy,
         Self::Malformed,
         Self::Vlan,
@@ -125,6 +131,9 @@ impl DropReason {
         Self::Oversized,
         Self::IpOptions,
         Self::RateLimited,
+        Self::NoService,
+        Self::NoBackend,
+        Self::PortInUse,
     ];
 
     /// The slot in [`DirectionTallies::dropped`].
@@ -154,6 +163,9 @@ impl DropReason {
             Self::Oversized => "oversized",
             Self::IpOptions => "ip-options",
             Self::RateLimited => "rate-limited",
+            Self::NoService => "no-service",
+            Self::NoBackend => "no-backend",
+            Self::PortInUse => "port-in-use",
         }
     }
 
@@ -183,6 +195,11 @@ impl DropReason {
             Self::Oversized => "The packet is larger than the network's MTU.",
             Self::IpOptions => "The IPv4 header has options.",
             Self::RateLimited => "More is sent than the interface's limits allow.",
+            Self::NoService => "The address is a service's, but no service has the port.",
+            Self::NoBackend => "The service has no backend that serves.",
+            Self::PortInUse => {
+                "Another flow to the same backend has the source port, and no other was free."
+            }
         }
     }
 }

@@ -43,8 +43,8 @@ pub struct FlowState {
     pub phase: u8,
     /// TCP: who has sent a FIN, as bits `1 << direction`.
     pub finished: u8,
-    /// Zero.
-    pub reserved: u8,
+    /// One if the guest opened it through a service: what comes back is translated.
+    pub translated: u8,
 }
 
 /// Values of [`FlowState::phase`].
@@ -104,6 +104,6 @@ pub struct FragmentState {
     pub first_seen_ns: u64,
     /// Where the first fragment ends in the datagram, in bytes: others begin there or later.
     pub first_end: u32,
-    /// Zero.
-    pub reserved: u32,
+    /// As of the flow, [`FlowState::translated`].
+    pub translated: u32,
 }

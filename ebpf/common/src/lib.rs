@@ -17,6 +17,7 @@ mod pod;
 mod policy;
 mod question;
 mod rules;
+mod service;
 
 pub use address::{Address, IPV4_PREFIX_BITS, NO_ADDRESS, from_ipv4};
 pub use capture::{CAPTURED_BYTES, CaptureHeader, CaptureRecord, NOT_DROPPED, SNAP_LIMIT};
@@ -31,6 +32,10 @@ pub use question::{
     ANSWER_MARK, QUESTION_BURST_NS, QUESTION_INTERVAL_NS, QUESTION_LIMIT, QUESTIONS_BYTES, Question,
 };
 pub use rules::{ALLOW_ALL, PeerKey, PortKey, RuleKey, UNCOUNTED, port_prefix_length};
+pub use service::{
+    BACKENDS, Backend, GatewayEntry, NO_BACKEND, SERVICE_MAC, SERVICES, ServiceEntry, ServiceKey,
+    TABLE_PLACES, Translation, TranslationKey, Workspace, flow_hash, translation, way,
+};
 
 /// Version of the pinned maps' layout. The host takes over pinned maps of earlier ones from
 /// [`OLDEST_LAYOUT`] on and refuses later ones.
@@ -70,6 +75,17 @@ pub mod map_name {
     pub const LIMITS: &str = "LIMITS";
     /// Slot and direction → [`Bucket`](crate::Bucket).
     pub const BUCKETS: &str = "BUCKETS";
+    /// [`ServiceKey`](crate::ServiceKey) → [`ServiceEntry`](crate::ServiceEntry).
+    pub const SERVICES: &str = "SERVICES";
+    /// Slot → map of [`TranslationKey`](crate::TranslationKey) →
+    /// [`Translation`](crate::Translation); slot zero is the host's.
+    pub const TRANSLATIONS: &str = "TRANSLATIONS";
+    /// One element: the [`Workspace`](crate::Workspace) of a CPU, per CPU.
+    pub const WORKSPACE: &str = "WORKSPACE";
+    /// Interface index of a bridge → [`GatewayEntry`](crate::GatewayEntry).
+    pub const GATEWAYS: &str = "GATEWAYS";
+    /// The programs that others go on with, by [`stage`](crate::stage).
+    pub const STAGES: &str = "STAGES";
     /// One element: the packet that a CPU is capturing, per CPU.
     pub const CAPTURING: &str = "CAPTURING";
     /// Ring buffer of [`CaptureHeader`](crate::CaptureHeader) and a packet's bytes.
@@ -84,7 +100,7 @@ pub mod map_name {
     /// One element: which kinds of events someone waits for.
     pub const OBSERVED: &str = "OBSERVED";
     /// All of them.
-    pub const ALL: [&str; 19] = [
+    pub const ALL: [&str; 24] = [
         POLICIES,
         PEER_CLASSES,
         ALLOWED_PORTS,
@@ -93,6 +109,11 @@ pub mod map_name {
         FRAGMENTS,
         STATIONS,
         NEIGHBOURS,
+        SERVICES,
+        TRANSLATIONS,
+        WORKSPACE,
+        GATEWAYS,
+        STAGES,
         PASSED,
         DROPPED,
         ALLOWED,
@@ -113,4 +134,36 @@ pub mod program_name {
     pub const FROM_GUEST: &str = "from_guest";
     /// Decides about packets on their way to a guest.
     pub const TO_GUEST: &str = "to_guest";
+    /// Translates packets that a guest sends to a service.
+    pub const SERVICE_FROM_GUEST: &str = "service_from_guest";
+    /// Decides about packets that a guest sent to a service, translated.
+    pub const FROM_CLIENT: &str = "from_client";
+    /// Translates packets of a service on their way to a guest.
+    pub const SERVICE_TO_GUEST: &str = "service_to_guest";
+    /// Translates packets to services that come from the host or by it.
+    pub const SERVICE_FROM_HOST: &str = "service_from_host";
+    /// Translates the answers to them.
+    pub const SERVICE_TO_HOST: &str = "service_to_host";
+    /// All of them.
+    pub const ALL: [&str; 7] = [
+        FROM_GUEST,
+        TO_GUEST,
+        SERVICE_FROM_GUEST,
+        FROM_CLIENT,
+        SERVICE_TO_GUEST,
+        SERVICE_FROM_HOST,
+        SERVICE_TO_HOST,
+    ];
+}
+
+/// Indexes of the map of programs that others go on with.
+pub mod stage {
+    /// [`SERVICE_FROM_GUEST`](crate::program_name::SERVICE_FROM_GUEST).
+    pub const SERVICE_FROM_GUEST: u32 = 0;
+    /// [`FROM_CLIENT`](crate::program_name::FROM_CLIENT).
+    pub const FROM_CLIENT: u32 = 1;
+    /// [`SERVICE_TO_GUEST`](crate::program_name::SERVICE_TO_GUEST).
+    pub const SERVICE_TO_GUEST: u32 = 2;
+    /// How many there can be.
+    pub const COUNT: u32 = 8;
 }

@@ -4,7 +4,8 @@ use aya::Pod;
 
 use crate::{
     Bucket, CounterKey, DirectionTallies, Event, FlowKey, FlowState, FragmentKey, FragmentState,
-    Limit, Neighbour, NeighbourKey, PeerKey, PolicyEntry, PortKey, RuleKey, StationKey, Tally,
+    GatewayEntry, Limit, Neighbour, NeighbourKey, PeerKey, PolicyEntry, PortKey, RuleKey,
+    ServiceEntry, ServiceKey, StationKey, Tally, Translation, TranslationKey, Workspace,
 };
 
 /// Each type is `repr(C)`, made of integers only, without padding, as the sizes prove.
@@ -27,6 +28,7 @@ pod! {
     FlowState = 16,
     FragmentKey = 24,
     FragmentState = 16,
+    GatewayEntry = 24,
     Limit = 24,
     Neighbour = 8,
     NeighbourKey = 20,
@@ -34,6 +36,11 @@ pod! {
     PolicyEntry = 88,
     PortKey = 8,
     RuleKey = 16,
+    ServiceEntry = 11264,
+    ServiceKey = 24,
     StationKey = 12,
     Tally = 16,
+    Translation = 56,
+    TranslationKey = 40,
+    Workspace = 144,
 }

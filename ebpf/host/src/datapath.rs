@@ -10,13 +10,13 @@ use crate::address::{self, MacAddress};
 use crate::compile::{MAX_ENTRIES, compile};
 use crate::counters::counter_key;
 use crate::error::DatapathError;
-use crate::hook::{self, HookChoice, HookMode, Hooks, Target};
+use crate::hook::{self, GUEST_HOOKS, HookChoice, HookMode, Hooks, Target};
 use crate::object::Object;
 use crate::pin_root::PinRoot;
 use crate::policy::{EgressPolicy, InterfacePolicy, Rule};
 use crate::rule_counters::RuleCounters;
 use crate::rule_tables::{RuleTables, ignore_missing};
-use crate::{grace_period, interface, limits, migration, slots, stations};
+use crate::{gateways, grace_period, interface, limits, migration, slots, stations};
 
 /// How a [`Datapath`] is opened.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -61,12 +61,14 @@ pub struct Attached {
 
 /// The programs, maps and hooks below one pin root. Dropping it detaches nothing.
 pub struct Datapath {
-    root: PinRoot,
+    pub(crate) root: PinRoot,
     pub(crate) object: Object,
     tables: RuleTables,
     pub(crate) rule_counters: RuleCounters,
-    mode: HookMode,
-    max_flows: u32,
+    pub(crate) mode: HookMode,
+    pub(crate) max_flows: u32,
+    /// Whether interfaces need maps of translations.
+    pub(crate) has_services: bool,
     // What this process applied, so that applying it again costs nothing.
     applied: BTreeMap<u32, InterfacePolicy>,
 }
@@ -101,12 +103,15 @@ impl Datapath {
             rule_counters,
             mode,
             max_flows: config.max_flows,
+            has_services: false,
             applied: BTreeMap::new(),
         };
         if datapath.read_counters(0, 0)?.is_none() {
             datapath.zero_counters(0)?;
         }
         let gone = datapath.collect_garbage()?;
+        datapath.adopt_services()?;
+        datapath.adopt_gateways()?;
         migration::finish(&mut datapath.root)?;
         if !gone.is_empty() {
             tracing::info!(interfaces = ?gone, "removed the policies of interfaces that are gone");
@@ -249,6 +254,9 @@ impl Datapath {
         let taken = entries(&self.object)?;
         let slot = slots::lowest_free(taken.values().map(|entry| entry.slot))?;
         slots::fill(&mut self.object, slot, self.max_flows)?;
+        if self.has_services {
+            slots::ensure_translations(&mut self.object, slot, self.max_flows)?;
+        }
         let entry = self.install(policy, slot, self.mode)?;
         let attach = |datapath: &mut Self| {
             limits::write(&mut datapath.object, slot, policy)?;
@@ -422,8 +430,9 @@ impl Datapath {
 
     fn remove_stray_links(&self) -> Result<(), DatapathError> {
         let entries = entries(&self.object)?;
+        let gateways = gateways::entries(&self.object)?;
         for ifindex in self.root.linked_interfaces()? {
-            if !entries.contains_key(&ifindex) {
+            if !entries.contains_key(&ifindex) && !gateways.contains_key(&ifindex) {
                 hook::remove_links(&self.root, ifindex)?;
             }
         }
@@ -458,6 +467,7 @@ fn target<'a>(name: &'a str, ifindex: u32, entry: &PolicyEntry) -> Target<'a> {
         name,
         ifindex,
         mode: HookMode::from_byte(entry.hook),
+        hooks: GUEST_HOOKS,
     }
 }
 

@@ -119,6 +119,14 @@ pub enum DatapathError {
         /// What is wrong with it.
         problem: String,
     },
+    /// A service contradicts itself or another.
+    #[error("the service {service} {problem}")]
+    InvalidService {
+        /// Its address, protocol and port.
+        service: String,
+        /// What is wrong with it.
+        problem: String,
+    },
     /// A map has no room left.
     #[error("the map {map} is full: fewer interfaces or rules fit on one host")]
     Full {

@@ -4,13 +4,14 @@
 use std::io;
 use std::mem;
 use std::path::Path;
+use std::time::Duration;
 
 use aya::programs::links::{FdLink, LinkError, LinkOrder, PinnedLink};
 use aya::programs::tc::{NlOptions, SchedClassifierLink, TcAttachOptions, TcError, TcHandle};
 use aya::programs::{ProgramError, SchedClassifier, TcAttachType, tc};
 use aya::sys::SyscallError;
 use aya::util::KernelVersion;
-use keelson_ebpf_common::{Direction, program_name};
+use keelson_ebpf_common::program_name;
 
 use crate::error::DatapathError;
 use crate::kernel;
@@ -20,6 +21,11 @@ use crate::pin_root::{self, PinRoot};
 /// Priority and handle of our clsact filters: first in line, with a handle that others don't use.
 const FILTER_PRIORITY: u16 = 1;
 const FILTER_HANDLE: TcHandle = TcHandle::new(0, 0x4b45);
+
+/// How long a link that nobody holds any more may stay attached: the kernel lets go of it after an RCU
+/// grace period, on a busy machine some tenths of a second later.
+const LINK_END_TRIES: u32 = 500;
+const LINK_END_PAUSE: Duration = Duration::from_millis(10);
 
 /// Which hooks to use for interfaces that are attached from now on.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -90,25 +96,39 @@ pub struct Target<'a> {
     pub name: &'a str,
     pub ifindex: u32,
     pub mode: HookMode,
+    pub hooks: [Hook; 2],
 }
 
-/// Both hooks in the order in which they are attached: toward the guest first.
-const HOOKS: [Direction; 2] = [Direction::ToGuest, Direction::FromGuest];
-
-const fn program_of(direction: Direction) -> &'static str {
-    match direction {
-        Direction::FromGuest => program_name::FROM_GUEST,
-        Direction::ToGuest => program_name::TO_GUEST,
-    }
+/// A program at one of an interface's hooks.
+#[derive(Clone, Copy)]
+pub struct Hook {
+    program: &'static str,
+    at: TcAttachType,
 }
 
-/// What the guest sends is what the TAP device receives.
-const fn attach_type(direction: Direction) -> TcAttachType {
-    match direction {
-        Direction::FromGuest => TcAttachType::Ingress,
-        Direction::ToGuest => TcAttachType::Egress,
-    }
-}
+/// A guest's interface: toward the guest first. What the guest sends is what its device receives.
+pub const GUEST_HOOKS: [Hook; 2] = [
+    Hook {
+        program: program_name::TO_GUEST,
+        at: TcAttachType::Egress,
+    },
+    Hook {
+        program: program_name::FROM_GUEST,
+        at: TcAttachType::Ingress,
+    },
+];
+
+/// A network's bridge: answers first.
+pub const GATEWAY_HOOKS: [Hook; 2] = [
+    Hook {
+        program: program_name::SERVICE_TO_HOST,
+        at: TcAttachType::Ingress,
+    },
+    Hook {
+        program: program_name::SERVICE_FROM_HOST,
+        at: TcAttachType::Egress,
+    },
+];
 
 /// What became of hooks that the interface should have.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -127,10 +147,10 @@ pub fn ensure(
     root: &PinRoot,
     target: Target<'_>,
 ) -> Result<Hooks, DatapathError> {
-    for direction in HOOKS {
-        match replace_one(object, root, target, direction)? {
+    for hook in target.hooks {
+        match replace_one(object, root, target, hook)? {
             Hooks::InForce => {}
-            Hooks::Missing => attach_one(object, root, target, direction)?,
+            Hooks::Missing => attach_one(object, root, target, hook)?,
             Hooks::Dead => return Ok(Hooks::Dead),
         }
     }
@@ -141,14 +161,14 @@ fn attach_one(
     object: &mut Object,
     root: &PinRoot,
     target: Target<'_>,
-    direction: Direction,
+    hook: Hook,
 ) -> Result<(), DatapathError> {
-    let name = program_of(direction);
+    let name = hook.program;
     let path = root.link(target.ifindex, name);
     let program = object.program(name)?;
     let result = match target.mode {
-        HookMode::Tcx => attach_tcx(program, target.name, direction, &path),
-        HookMode::Clsact => attach_clsact(program, target.name, direction),
+        HookMode::Tcx => attach_tcx(program, target.name, hook, &path),
+        HookMode::Clsact => attach_clsact(program, target.name, hook),
     };
     result.map_err(|problem| hook_error("attach", target, name, problem))
 }
@@ -156,26 +176,35 @@ fn attach_one(
 fn attach_tcx(
     program: &mut SchedClassifier,
     interface: &str,
-    direction: Direction,
+    hook: Hook,
     path: &Path,
 ) -> Result<(), String> {
-    let id = program
-        .attach_with_options(
-            interface,
-            attach_type(direction),
-            TcAttachOptions::TcxOrder(LinkOrder::first()),
-        )
-        .map_err(|error| chain(&error))?;
+    let mut tries = LINK_END_TRIES;
+    let id = loop {
+        let options = TcAttachOptions::TcxOrder(LinkOrder::first());
+        match program.attach_with_options(interface, hook.at, options) {
+            Ok(id) => break id,
+            // The program is attached by a link whose file was removed: the kernel ends it in its own time.
+            Err(error) if tries > 0 && is_attached_already(&error) => {
+                tries -= 1;
+                std::thread::sleep(LINK_END_PAUSE);
+            }
+            Err(error) => return Err(chain(&error)),
+        }
+    };
     let link = program.take_link(id).map_err(|error| chain(&error))?;
     let link = FdLink::try_from(link).map_err(|error| chain(&error))?;
     link.pin(path).map(drop).map_err(|error| chain(&error))
 }
 
-fn attach_clsact(
-    program: &mut SchedClassifier,
-    interface: &str,
-    direction: Direction,
-) -> Result<(), String> {
+fn is_attached_already(error: &ProgramError) -> bool {
+    let ProgramError::SyscallError(error) = error else {
+        return false;
+    };
+    error.io_error.raw_os_error() == Some(libc::EEXIST)
+}
+
+fn attach_clsact(program: &mut SchedClassifier, interface: &str, hook: Hook) -> Result<(), String> {
     match tc::qdisc_add_clsact(interface) {
         Ok(()) => {}
         Err(TcError::NetlinkError(error)) if error.raw_os_error() == Some(libc::EEXIST) => {}
@@ -187,11 +216,7 @@ fn attach_clsact(
         classid: None,
     };
     let id = program
-        .attach_with_options(
-            interface,
-            attach_type(direction),
-            TcAttachOptions::Netlink(options),
-        )
+        .attach_with_options(interface, hook.at, TcAttachOptions::Netlink(options))
         .map_err(|error| chain(&error))?;
     let link = program.take_link(id).map_err(|error| chain(&error))?;
     leave_attached(link);
@@ -210,8 +235,8 @@ pub fn replace(
     root: &PinRoot,
     target: Target<'_>,
 ) -> Result<Hooks, DatapathError> {
-    for direction in HOOKS {
-        match replace_one(object, root, target, direction)? {
+    for hook in target.hooks {
+        match replace_one(object, root, target, hook)? {
             Hooks::InForce => {}
             other => return Ok(other),
         }
@@ -223,13 +248,13 @@ fn replace_one(
     object: &mut Object,
     root: &PinRoot,
     target: Target<'_>,
-    direction: Direction,
+    hook: Hook,
 ) -> Result<Hooks, DatapathError> {
-    let name = program_of(direction);
+    let name = hook.program;
     let program = object.program(name)?;
     match target.mode {
         HookMode::Tcx => replace_tcx(program, &root.link(target.ifindex, name)),
-        HookMode::Clsact => replace_clsact(program, target.name, direction),
+        HookMode::Clsact => replace_clsact(program, target.name, hook),
     }
     .map_err(|problem| hook_error("replace", target, name, problem))
 }
@@ -268,9 +293,9 @@ fn replace_tcx(program: &mut SchedClassifier, path: &Path) -> Result<Hooks, Stri
 fn replace_clsact(
     program: &mut SchedClassifier,
     interface: &str,
-    direction: Direction,
+    hook: Hook,
 ) -> Result<Hooks, String> {
-    let Some(link) = filter(interface, direction)? else {
+    let Some(link) = filter(interface, hook)? else {
         return Ok(Hooks::Missing);
     };
     match program.attach_to_link(link) {
@@ -288,14 +313,9 @@ fn replace_clsact(
 }
 
 /// Our filter of an interface; `None` if there is no such interface.
-fn filter(interface: &str, direction: Direction) -> Result<Option<SchedClassifierLink>, String> {
-    let link = SchedClassifierLink::attached(
-        interface,
-        attach_type(direction),
-        FILTER_PRIORITY,
-        FILTER_HANDLE,
-        None,
-    );
+fn filter(interface: &str, hook: Hook) -> Result<Option<SchedClassifierLink>, String> {
+    let link =
+        SchedClassifierLink::attached(interface, hook.at, FILTER_PRIORITY, FILTER_HANDLE, None);
     match link {
         Ok(link) => Ok(Some(link)),
         Err(error) if error.raw_os_error() == Some(libc::ENODEV) => Ok(None),
@@ -310,22 +330,22 @@ fn is_missing_filter(errno: Option<i32>) -> bool {
 
 /// Detaches both programs; that one isn't attached is fine.
 pub fn detach(root: &PinRoot, target: Target<'_>) -> Result<(), DatapathError> {
-    for direction in HOOKS {
-        let name = program_of(direction);
+    for hook in target.hooks {
+        let name = hook.program;
         match target.mode {
             // The link ends with its last reference, the file.
             HookMode::Tcx => pin_root::remove(&root.link(target.ifindex, name))?,
-            HookMode::Clsact => detach_clsact(target.name, direction)
+            HookMode::Clsact => detach_clsact(target.name, hook)
                 .map_err(|problem| hook_error("detach", target, name, problem))?,
         }
     }
     Ok(())
 }
 
-fn detach_clsact(interface: &str, direction: Direction) -> Result<(), String> {
+fn detach_clsact(interface: &str, hook: Hook) -> Result<(), String> {
     use aya::programs::Link as _;
 
-    let Some(link) = filter(interface, direction)? else {
+    let Some(link) = filter(interface, hook)? else {
         return Ok(());
     };
     match link.detach() {
@@ -338,8 +358,8 @@ fn detach_clsact(interface: &str, direction: Direction) -> Result<(), String> {
 
 /// Removes the links of an interface that has no policy: a detach was cut short.
 pub fn remove_links(root: &PinRoot, ifindex: u32) -> Result<(), DatapathError> {
-    for direction in HOOKS {
-        pin_root::remove(&root.link(ifindex, program_of(direction)))?;
+    for hook in GUEST_HOOKS.into_iter().chain(GATEWAY_HOOKS) {
+        pin_root::remove(&root.link(ifindex, hook.program))?;
     }
     Ok(())
 }

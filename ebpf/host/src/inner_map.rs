@@ -34,6 +34,7 @@ impl InnerMaps {
             map_name::FLOWS,
             map_name::OPENING_FLOWS,
             map_name::FRAGMENTS,
+            map_name::TRANSLATIONS,
         ] {
             let inner = object.maps.get(name).and_then(aya_obj::Map::inner);
             let inner = inner.ok_or_else(|| failed(format!("{name} has none")))?;

@@ -4,14 +4,15 @@ use std::error::Error;
 
 use aya::maps::{
     Array, ArrayOfMaps, HashMap, LpmTrie, Map, MapData, MapError, PerCpuArray, PerCpuHashMap,
-    RingBuf,
+    ProgramArray, RingBuf,
 };
 use aya::programs::{ProgramError, SchedClassifier};
 use aya::util::KernelVersion;
 use aya::{Ebpf, EbpfError, EbpfLoader};
 use keelson_ebpf_common::{
-    Bucket, CounterKey, DirectionTallies, Limit, Neighbour, NeighbourKey, PeerKey, PolicyEntry,
-    PortKey, RuleKey, StationKey, Tally, map_name, program_name,
+    Bucket, CounterKey, DirectionTallies, GatewayEntry, Limit, Neighbour, NeighbourKey, PeerKey,
+    PolicyEntry, PortKey, RuleKey, ServiceEntry, ServiceKey, StationKey, Tally, map_name,
+    program_name, stage,
 };
 
 use crate::error::DatapathError;
@@ -36,6 +37,9 @@ pub struct Object {
     pub opening_flows: ArrayOfMaps<MapData>,
     pub fragments: ArrayOfMaps<MapData>,
     pub inner: InnerMaps,
+    pub services: HashMap<MapData, ServiceKey, ServiceEntry>,
+    pub translations: ArrayOfMaps<MapData>,
+    pub gateways: HashMap<MapData, u32, GatewayEntry>,
     pub stations: HashMap<MapData, StationKey, u32>,
     pub neighbours: HashMap<MapData, NeighbourKey, Neighbour>,
     pub passed: PerCpuArray<MapData, Tally>,
@@ -62,11 +66,12 @@ impl Object {
             loader.map_pin_path(name, root.map(name));
         }
         let mut ebpf = loader.load(&OBJECT.0).map_err(|error| load_error(&error))?;
-        for name in [program_name::FROM_GUEST, program_name::TO_GUEST] {
+        for name in program_name::ALL {
             program(&mut ebpf, name)?
                 .load()
                 .map_err(|error| program_error(name, &error))?;
         }
+        set_stages(&mut ebpf)?;
         let inner = InnerMaps::new(&OBJECT.0, program(&mut ebpf, program_name::FROM_GUEST)?)?;
         Ok(Self {
             inner,
@@ -76,6 +81,9 @@ impl Object {
             flows: take(&mut ebpf, map_name::FLOWS)?,
             opening_flows: take(&mut ebpf, map_name::OPENING_FLOWS)?,
             fragments: take(&mut ebpf, map_name::FRAGMENTS)?,
+            services: take(&mut ebpf, map_name::SERVICES)?,
+            translations: take(&mut ebpf, map_name::TRANSLATIONS)?,
+            gateways: take(&mut ebpf, map_name::GATEWAYS)?,
             stations: take(&mut ebpf, map_name::STATIONS)?,
             neighbours: take(&mut ebpf, map_name::NEIGHBOURS)?,
             passed: take(&mut ebpf, map_name::PASSED)?,
@@ -96,6 +104,23 @@ impl Object {
     pub fn program(&mut self, name: &'static str) -> Result<&mut SchedClassifier, DatapathError> {
         program(&mut self.ebpf, name)
     }
+}
+
+/// Lets the programs find those that they go on with. The map is pinned, so that it keeps them.
+fn set_stages(ebpf: &mut Ebpf) -> Result<(), DatapathError> {
+    let mut stages: ProgramArray<MapData> = take(ebpf, map_name::STAGES)?;
+    for (index, name) in [
+        (stage::SERVICE_FROM_GUEST, program_name::SERVICE_FROM_GUEST),
+        (stage::FROM_CLIENT, program_name::FROM_CLIENT),
+        (stage::SERVICE_TO_GUEST, program_name::SERVICE_TO_GUEST),
+    ] {
+        let program = program(ebpf, name)?.fd();
+        let program = program.map_err(|error| program_error(name, &error))?;
+        stages
+            .set(index, program, 0)
+            .map_err(DatapathError::map("write", map_name::STAGES))?;
+    }
+    Ok(())
 }
 
 /// Debian 12's kernel is the oldest that the project is tried on.

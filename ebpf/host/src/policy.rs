@@ -6,7 +6,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::ops::RangeInclusive;
 use std::str::FromStr;
 
-use keelson_ebpf_common::UNCOUNTED;
+use keelson_ebpf_common::{SERVICE_MAC, UNCOUNTED};
 
 use crate::address::{IpPrefix, MacAddress};
 use crate::error::DatapathError;
@@ -192,6 +192,9 @@ impl InterfacePolicy {
         }
         if !self.mac.is_unicast() {
             return Err(self.invalid("mac", format!("{} can't be one guest's address", self.mac)));
+        }
+        if self.mac.0 == SERVICE_MAC {
+            return Err(self.invalid("mac", format!("{} is that of all services", self.mac)));
         }
         if let Some(ipv4) = self.ipv4.filter(|ipv4| {
             ipv4.is_unspecified()

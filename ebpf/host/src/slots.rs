@@ -1,7 +1,7 @@
 //! What each attached interface has of its own in the maps that hold one element or one map per
 //! interface: its flows, its fragments, its count of passed packets.
 
-use aya::maps::PerCpuValues;
+use aya::maps::{MapData, PerCpuValues};
 use keelson_ebpf_common::{Direction, SLOTS, Tally, map_name, passed_index};
 
 use crate::error::DatapathError;
@@ -11,6 +11,8 @@ use crate::object::Object;
 const FRAGMENTED_DATAGRAMS: u32 = 1024;
 /// Flows that wait for their first answer, as a part of all.
 const OPENING_PART: u32 = 4;
+/// Translations of services, as a part of all flows.
+const TRANSLATIONS_PART: u32 = 2;
 
 /// The lowest slot that none of `taken` has. Slot zero is nobody's.
 pub fn lowest_free(taken: impl Iterator<Item = u32>) -> Result<u32, DatapathError> {
@@ -47,7 +49,39 @@ pub fn fill(object: &mut Object, slot: u32, max_flows: u32) -> Result<(), Datapa
 
 /// Gives the memory of a slot's maps back. After no policy refers to it any more.
 pub fn empty(object: &mut Object, slot: u32) -> Result<(), DatapathError> {
-    set_maps(object, slot, 1, 1, 1)
+    set_maps(object, slot, 1, 1, 1)?;
+    match translations(object, slot) {
+        0 => Ok(()),
+        _ => set_translations(object, slot, 1),
+    }
+}
+
+/// Gives a slot a map of the translations of services, unless it has one. Two for each flow, and not
+/// all flows are with services.
+pub fn ensure_translations(
+    object: &mut Object,
+    slot: u32,
+    max_flows: u32,
+) -> Result<(), DatapathError> {
+    if translations(object, slot) > 1 {
+        return Ok(());
+    }
+    set_translations(object, slot, max_flows / TRANSLATIONS_PART)
+}
+
+/// How many translations a slot has room for; zero where it has no map of them.
+fn translations(object: &Object, slot: u32) -> u32 {
+    let map = object.translations.get(&slot, 0);
+    let info = map.ok().and_then(|map: MapData| map.info().ok());
+    info.map_or(0, |info| info.max_entries())
+}
+
+fn set_translations(object: &mut Object, slot: u32, entries: u32) -> Result<(), DatapathError> {
+    let translations = object.inner.create(map_name::TRANSLATIONS, entries)?;
+    object
+        .translations
+        .set(slot, &translations, 0)
+        .map_err(DatapathError::map("write", map_name::TRANSLATIONS))
 }
 
 fn set_maps(

@@ -8,6 +8,7 @@ use keelson_ebpf_common::{Direction, program_name};
 
 use crate::datapath::Datapath;
 use crate::error::DatapathError;
+use crate::interface;
 use crate::object::chain;
 
 /// What the programs say about a packet.
@@ -53,14 +54,54 @@ impl Datapath {
         direction: Direction,
         frame: &[u8],
     ) -> Result<Verdict, DatapathError> {
-        /// `TC_ACT_SHOT`; everything else goes on.
-        const SHOT: u32 = 2;
+        let (ifindex, _) = self.find(interface)?;
+        let result = self.run(name_of(direction), ifindex, frame, None, 1)?;
+        Ok(verdict(&result))
+    }
 
-        let result = self.try_frame(interface, direction, frame, 1)?;
-        Ok(match result.return_value {
-            SHOT => Verdict::Drop,
-            _ => Verdict::Pass,
-        })
+    /// As [`evaluate`](Self::evaluate), with what the frame became: services' packets are translated.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn translate(
+        &mut self,
+        interface: &str,
+        direction: Direction,
+        frame: &[u8],
+    ) -> Result<(Verdict, Vec<u8>), DatapathError> {
+        let (ifindex, _) = self.find(interface)?;
+        self.try_program(name_of(direction), ifindex, frame)
+    }
+
+    /// As [`translate`](Self::translate), on the bridge of a network with services: toward the network,
+    /// or from it.
+    ///
+    /// # Errors
+    /// [`DatapathError::InterfaceMissing`]; [`DatapathError::Load`] as there.
+    pub fn translate_at_gateway(
+        &mut self,
+        bridge: &str,
+        direction: Direction,
+        frame: &[u8],
+    ) -> Result<(Verdict, Vec<u8>), DatapathError> {
+        let ifindex = interface::index(bridge)?;
+        let name = match direction {
+            Direction::ToGuest => program_name::SERVICE_FROM_HOST,
+            Direction::FromGuest => program_name::SERVICE_TO_HOST,
+        };
+        self.try_program(name, ifindex, frame)
+    }
+
+    fn try_program(
+        &mut self,
+        name: &'static str,
+        ifindex: u32,
+        frame: &[u8],
+    ) -> Result<(Verdict, Vec<u8>), DatapathError> {
+        let mut after = vec![0; frame.len() + 256];
+        let result = self.run(name, ifindex, frame, Some(&mut after), 1)?;
+        after.truncate(usize::try_from(result.data_size_out).unwrap_or(0));
+        Ok((verdict(&result), after))
     }
 
     /// As [`evaluate`](Self::evaluate), `repeat` times; the average time of one run.
@@ -74,7 +115,8 @@ impl Datapath {
         frame: &[u8],
         repeat: u32,
     ) -> Result<Duration, DatapathError> {
-        let result = self.try_frame(interface, direction, frame, repeat)?;
+        let (ifindex, _) = self.find(interface)?;
+        let result = self.run(name_of(direction), ifindex, frame, None, repeat)?;
         Ok(result.duration)
     }
 
@@ -83,28 +125,30 @@ impl Datapath {
     /// # Errors
     /// [`DatapathError::Load`] where the kernel does not say.
     pub fn run_cost(&mut self, direction: Direction) -> Result<RunCost, DatapathError> {
-        let info = self.program_info(direction)?;
+        let info = self.program_info(name_of(direction))?;
         Ok(RunCost {
             runs: info.run_count(),
             time: info.run_time(),
         })
     }
 
-    /// How many instructions the kernel's verifier went through to check the program of a direction; it
-    /// gives up after a million. `None` where the kernel doesn't say.
+    /// How many instructions the kernel's verifier went through to check each program; it gives up
+    /// after a million. `None` where the kernel doesn't say.
     ///
     /// # Errors
-    /// [`DatapathError::Load`] if the kernel refuses to tell about the program.
+    /// [`DatapathError::Load`] if the kernel refuses to tell about a program.
     pub fn verified_instructions(
         &mut self,
-        direction: Direction,
-    ) -> Result<Option<u32>, DatapathError> {
-        let info = self.program_info(direction)?;
-        Ok(info.verified_instruction_count())
+    ) -> Result<Vec<(&'static str, Option<u32>)>, DatapathError> {
+        let mut counts = Vec::new();
+        for name in program_name::ALL {
+            let info = self.program_info(name)?;
+            counts.push((name, info.verified_instruction_count()));
+        }
+        Ok(counts)
     }
 
-    fn program_info(&mut self, direction: Direction) -> Result<ProgramInfo, DatapathError> {
-        let name = name_of(direction);
+    fn program_info(&mut self, name: &'static str) -> Result<ProgramInfo, DatapathError> {
         self.object
             .program(name)?
             .info()
@@ -114,32 +158,43 @@ impl Datapath {
             })
     }
 
-    fn try_frame(
+    fn run(
         &mut self,
-        interface: &str,
-        direction: Direction,
+        name: &'static str,
+        ifindex: u32,
         frame: &[u8],
+        after: Option<&mut [u8]>,
         repeat: u32,
     ) -> Result<TestRunResult, DatapathError> {
         /// Bytes of `struct __sk_buff` up to and with `ifindex`, which is the last of eleven words.
         const CONTEXT_LENGTH: usize = 44;
 
-        let (ifindex, _) = self.find(interface)?;
         let mut context = [0; CONTEXT_LENGTH];
         context[CONTEXT_LENGTH - 4..].copy_from_slice(&ifindex.to_ne_bytes());
         let options = TestRunOptions {
             data_in: Some(frame),
+            data_out: after,
             ctx_in: Some(&context),
             repeat,
             ..TestRunOptions::new()
         };
-        let program = self.object.program(name_of(direction))?;
+        let program = self.object.program(name)?;
         program
             .test_run(options)
             .map_err(|error| DatapathError::Load {
                 what: format!("a test frame of {} bytes", frame.len()),
                 problem: chain(&error),
             })
+    }
+}
+
+fn verdict(result: &TestRunResult) -> Verdict {
+    /// `TC_ACT_SHOT`; everything else goes on.
+    const SHOT: u32 = 2;
+
+    match result.return_value {
+        SHOT => Verdict::Drop,
+        _ => Verdict::Pass,
     }
 }
 

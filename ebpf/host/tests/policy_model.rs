@@ -5,30 +5,33 @@ mod model;
 mod network;
 mod recipe;
 
+use std::collections::BTreeMap;
+use std::net::IpAddr;
+
 use keelson_ebpf::{
     Answers, Datapath, Direction, DropReason, EgressPolicy, HookChoice, InterfaceCounters,
-    InterfacePolicy, Protocol, Rule, Verdict,
+    InterfacePolicy, MacAddress, Protocol, Rule, Service, ServiceBackend, Verdict,
 };
-use model::{Allowed, Model};
+use model::{Allowed, Model, sums};
 use network::Network;
 use proptest::prelude::*;
 use proptest::test_runner::{Config, TestRunner};
 use recipe::{Choices, Recipe};
 
-/// What the programs say, with the reason that they counted, or the rule.
+/// What the programs say, with the reason that they counted, or the rule, and what became of the frame.
 fn programs_say(
     datapath: &mut Datapath,
     interface: &str,
     direction: Direction,
     frame: &[u8],
-) -> Result<Allowed, DropReason> {
+) -> (Result<Allowed, DropReason>, Vec<u8>) {
     let of_direction = |counters: InterfaceCounters| match direction {
         Direction::FromGuest => counters.from_guest,
         Direction::ToGuest => counters.to_guest,
     };
     let before = of_direction(datapath.counters(interface).expect("attached"));
-    let verdict = datapath
-        .evaluate(interface, direction, frame)
+    let (verdict, frame) = datapath
+        .translate(interface, direction, frame)
         .expect("the kernel takes the frame");
     let after = of_direction(datapath.counters(interface).expect("attached"));
     let reasons: Vec<DropReason> = after
@@ -43,14 +46,58 @@ fn programs_say(
         .filter(|(counter, tally)| before.allowed.get(counter) != Some(tally))
         .map(|(counter, _)| *counter)
         .collect();
-    match (verdict, reasons.as_slice(), allowed.as_slice()) {
+    let said = match (verdict, reasons.as_slice(), allowed.as_slice()) {
         (Verdict::Pass, [], []) => Ok(None),
         // It went to the agent, and nowhere else.
         (Verdict::Drop, [], []) if after.passed != before.passed => Ok(None),
         (Verdict::Pass, [], [counter]) => Ok(Some(*counter)),
         (Verdict::Drop, [reason], []) => Err(*reason),
         other => panic!("one drop is counted once, and one rule: {other:?}"),
+    };
+    (said, frame)
+}
+
+/// Services on the addresses that recipes use, each with some of the same backends, or with none.
+fn services(choices: &mut Choices<'_>, policy: &InterfacePolicy) -> Vec<Service> {
+    let mut services = Vec::new();
+    for (protocol, port) in [
+        (Protocol::Tcp, 80),
+        (Protocol::Tcp, 53),
+        (Protocol::Udp, 80),
+    ] {
+        for address in recipe::SERVICE_ADDRESSES {
+            let address: IpAddr = address.parse().expect("valid");
+            let own = match address {
+                IpAddr::V4(_) => policy.ipv4.map(IpAddr::from),
+                IpAddr::V6(_) => policy.ipv6.map(IpAddr::from),
+            };
+            let others = match address {
+                IpAddr::V4(_) => ["10.77.0.102", "10.77.0.103"],
+                IpAddr::V6(_) => ["fd77::66", "fd77::67"],
+            };
+            let others = others.map(|other| other.parse::<IpAddr>().expect("valid"));
+            let ends = [(others[0], 2, 80), (others[1], 3, 53), (others[0], 2, 81)];
+            let ends = ends.into_iter().chain(own.map(|own| (own, 1, 80)));
+            let chosen = *choices.of(&[15, 15, 14, 0, 9, 8, 8, 11]);
+            let backends = ends
+                .enumerate()
+                .filter(|(place, _)| chosen >> place & 1 == 1);
+            services.push(Service {
+                network: 7,
+                address,
+                protocol,
+                port,
+                backends: backends
+                    .map(|(_, (address, number, port))| ServiceBackend {
+                        address,
+                        port,
+                        mac: MacAddress([0x52, 0x54, 0, 0, 0, number]),
+                    })
+                    .collect(),
+            });
+        }
     }
+    services
 }
 
 fn rule(choices: &mut Choices<'_>) -> Rule {
@@ -87,10 +134,10 @@ fn rule(choices: &mut Choices<'_>) -> Rule {
     }
 }
 
-fn rules(choices: &mut Choices<'_>, policy: &InterfacePolicy) -> InterfacePolicy {
+fn rules(choices: &mut Choices<'_>, policy: &InterfacePolicy, focus: usize) -> InterfacePolicy {
     let ingress = (0..choices.below(6)).map(|_| rule(choices)).collect();
-    let egress = match choices.below(3) {
-        0 => EgressPolicy::AllowAll,
+    let egress = match choices.below(8) {
+        choice if choice <= 2 + focus / 2 => EgressPolicy::AllowAll,
         _ => EgressPolicy::Only((0..choices.below(6)).map(|_| rule(choices)).collect()),
     };
     InterfacePolicy {
@@ -101,51 +148,125 @@ fn rules(choices: &mut Choices<'_>, policy: &InterfacePolicy) -> InterfacePolicy
 }
 
 /// A packet, and sometimes other rules before it.
-type Step = (bool, [u8; 24]);
+type Step = (bool, [u8; 32]);
+
+/// What became of a packet.
+struct Seen {
+    direction: Direction,
+    said: Result<Allowed, DropReason>,
+    /// If it was translated: whether it was an ICMP error, whether it went back to its sender.
+    translated: Option<(bool, bool)>,
+}
 
 fn check_steps(
     datapath: &mut Datapath,
     base: &InterfacePolicy,
     steps: &[Step],
-    seen: &mut Vec<(Direction, Result<Allowed, DropReason>)>,
+    focus: usize,
+    seen: &mut Vec<Seen>,
 ) {
     let interface = &base.name;
     datapath.detach(interface).expect("detached");
-    let mut policy = rules(&mut Choices::new(&steps[0].1), base);
+    let mut policy = rules(&mut Choices::new(&steps[0].1), base, focus);
     datapath.attach(&policy).expect("attached");
     let mut model = Model::new(&policy, vec![recipe::NEIGHBOUR_MAC]);
+    let first = services(&mut Choices::new(&[15; 8]), base);
+    datapath.set_services(&first).expect("valid");
+    model.set_services(&first);
     let mut earlier: Option<Recipe> = None;
+    let (step, at) = if focus > 4 { (16, 12) } else { (8, 4) };
     for (index, (changes, bytes)) in steps.iter().enumerate() {
         let mut choices = Choices::new(bytes);
+        if *changes && index % step == at {
+            let services = services(&mut choices, base);
+            datapath.set_services(&services).expect("valid");
+            model.set_services(&services);
+            continue;
+        }
         if *changes && index % 4 == 0 {
-            policy = rules(&mut choices, &policy);
+            policy = rules(&mut choices, &policy, focus);
             datapath.update(&policy).expect("updated");
             model.update(&policy);
             continue;
         }
-        let recipe = match (choices.below(5), &earlier) {
+        let kinds = if focus > 4 { 8 } else { 5 };
+        let recipe = match (choices.below(kinds), &earlier) {
             (2 | 3, Some(earlier)) => earlier.answer(&mut choices),
-            (4, Some(earlier)) => match earlier.error(&mut choices, base) {
+            (4..6, Some(earlier)) => match earlier.error(&mut choices, base) {
                 Some(error) => error,
                 None => continue,
             },
-            _ => Recipe::choose(&mut choices, base),
+            _ => {
+                let is_to_service = choices.below(8) < focus;
+                Recipe::choose(&mut choices, base, is_to_service)
+            }
         };
-        let frame = recipe.frame();
-        let expected = model.judge(recipe.direction, &frame);
-        let expected = expected.map(|()| model.allowed_by());
-        let said = programs_say(datapath, interface, recipe.direction, &frame);
-        assert_eq!(
-            said, expected,
-            "step {index}, {:?}, frame {frame:02x?}, ingress {:?}, egress {:?}",
-            recipe.direction, policy.ingress, policy.egress
-        );
-        seen.push((recipe.direction, said));
-        earlier = Some(recipe);
+        let mut next = Some(recipe);
+        while let Some(recipe) = next.take() {
+            let became = check_frame(datapath, &mut model, &policy, &recipe, seen);
+            // What a guest sends to itself comes back to it.
+            let is_hairpin = recipe.direction == Direction::FromGuest
+                && became.frame()[..6] == base.mac.0
+                && became.frame()[6..12] == recipe::SERVICE_MAC;
+            if is_hairpin {
+                next = Some(became.arrived());
+            }
+            earlier = Some(became);
+        }
     }
 }
 
-fn agree(isolated: bool, has_ipv6: bool, answers: Answers) {
+/// Both say the same of a frame, and make the same of it; that.
+fn check_frame(
+    datapath: &mut Datapath,
+    model: &mut Model,
+    policy: &InterfacePolicy,
+    recipe: &Recipe,
+    seen: &mut Vec<Seen>,
+) -> Recipe {
+    let frame = recipe.frame();
+    let direction = recipe.direction;
+    let (said, after) = programs_say(datapath, &policy.name, direction, &frame);
+    let (expected, expected_frame) = model.judge(direction, &frame, &after);
+    let expected = expected.map(|()| model.allowed_by());
+    assert_eq!(
+        said, expected,
+        "{direction:?}, frame {frame:02x?}, then {after:02x?}, ingress {:?}, egress {:?}",
+        policy.ingress, policy.egress
+    );
+    let is_error = after.get(23) == Some(&1) || after.get(20) == Some(&58);
+    let is_hairpin = after[..6] == policy.mac.0;
+    let is_translated = said.is_ok() && after != frame && !is_question(direction, &frame);
+    seen.push(Seen {
+        direction,
+        said,
+        translated: is_translated.then_some((is_error, is_hairpin)),
+    });
+    // Questions for others' Ethernet addresses are answered in place.
+    if said.is_err() || is_question(direction, &frame) {
+        return recipe.clone();
+    }
+    assert_eq!(
+        sums::without_sums(&after),
+        sums::without_sums(&expected_frame),
+        "{direction:?}, frame {frame:02x?}, then {after:02x?}"
+    );
+    assert_eq!(
+        sums::deviations(&after),
+        sums::deviations(&frame),
+        "{direction:?}, frame {frame:02x?}, then {after:02x?}"
+    );
+    recipe.become_frame(after)
+}
+
+fn is_question(direction: Direction, frame: &[u8]) -> bool {
+    let is_icmpv6 = frame[12..14] == [0x86, 0xdd] && frame.get(20) == Some(&58);
+    let is_solicitation = is_icmpv6 && frame.get(54) == Some(&135);
+    direction == Direction::FromGuest && (frame[12..14] == [0x08, 0x06] || is_solicitation)
+}
+
+/// How many of eight packets that are no answers are for a service.
+fn agree(isolated: bool, has_ipv6: bool, answers: Answers, focus: usize) -> Vec<Seen> {
     let network = Network::new(HookChoice::Auto);
     let mut datapath = network.open();
     let guest = network.guest(1);
@@ -163,9 +284,9 @@ fn agree(isolated: bool, has_ipv6: bool, answers: Answers) {
         answers,
         ..guest.policy()
     };
-    let steps = prop::collection::vec((prop::bool::weighted(0.3), any::<[u8; 24]>()), 1..60);
+    let steps = prop::collection::vec((prop::bool::weighted(0.3), any::<[u8; 32]>()), 1..80);
     let mut runner = TestRunner::new(Config {
-        cases: 48,
+        cases: if focus > 4 { 80 } else { 48 },
         failure_persistence: None,
         max_shrink_iters: 200,
         ..Config::default()
@@ -173,30 +294,38 @@ fn agree(isolated: bool, has_ipv6: bool, answers: Answers) {
     let state = std::cell::RefCell::new((datapath, Vec::new()));
     let result = runner.run(&steps, |steps| {
         let (datapath, seen) = &mut *state.borrow_mut();
-        check_steps(datapath, &base, &steps, seen);
+        check_steps(datapath, &base, &steps, focus, seen);
         Ok(())
     });
     if let Err(error) = result {
         panic!("{error}");
     }
-    // That the two agree says little unless they had much to agree about.
-    let (_, seen) = state.into_inner();
-    let mut outcomes = std::collections::BTreeMap::new();
-    for (direction, said) in seen {
-        let said = said.map(|counter| counter.is_some());
-        let key = (direction as u32, said.map_err(DropReason::as_str));
-        *outcomes.entry(key).or_insert(0) += 1;
+    state.into_inner().1
+}
+
+/// That the two agree says little unless they had much to agree about.
+fn count<K: Ord + std::fmt::Debug>(seen: impl Iterator<Item = K>, expected: &[K], least: u32) {
+    let mut counts = BTreeMap::new();
+    for key in seen {
+        *counts.entry(key).or_insert(0) += 1;
     }
-    println!("{outcomes:?}");
-    for direction in [Direction::FromGuest, Direction::ToGuest] {
-        for said in [Ok(false), Ok(true), Err("not-allowed"), Err("malformed")] {
-            let count = outcomes.get(&(direction as u32, said)).copied();
-            assert!(
-                count.unwrap_or(0) >= 10,
-                "{direction:?} {said:?}: {count:?}"
-            );
-        }
+    println!("{counts:?}");
+    for key in expected {
+        let count = counts.get(key).copied().unwrap_or(0);
+        assert!(count >= least, "{key:?}: {count}");
     }
+}
+
+fn count_outcomes(seen: &[Seen]) {
+    let outcomes = seen.iter().map(|seen| {
+        let said = seen.said.map(|counter| counter.is_some());
+        (seen.direction as u32, said.map_err(DropReason::as_str))
+    });
+    let expected = [0, 1].into_iter().flat_map(|direction| {
+        let said = [Ok(false), Ok(true), Err("not-allowed"), Err("malformed")];
+        said.map(|said| (direction, said))
+    });
+    count(outcomes, &expected.collect::<Vec<_>>(), 4);
 }
 
 #[test]
@@ -205,10 +334,29 @@ fn the_programs_agree_with_the_model() {
         dhcp: true,
         solicitations: true,
     };
-    agree(false, true, answers);
+    count_outcomes(&agree(false, true, answers, 1));
 }
 
 #[test]
 fn the_programs_agree_with_the_model_about_an_isolated_guest_without_ipv6() {
-    agree(true, false, Answers::default());
+    count_outcomes(&agree(true, false, Answers::default(), 1));
+}
+
+#[test]
+fn the_programs_agree_with_the_model_about_services() {
+    let seen = agree(false, true, Answers::default(), 7);
+    let translated = seen.iter().filter_map(|seen| {
+        let (is_error, is_hairpin) = seen.translated?;
+        Some((seen.direction as u32, is_error, is_hairpin))
+    });
+    let errors = [0, 1].map(|direction| (direction, true, direction == 1));
+    let packets = [(0, false, false), (0, false, true), (1, false, true)];
+    count(translated.clone(), &packets, 5);
+    count(translated, &errors, 2);
+    let reasons = seen.iter().filter_map(|seen| seen.said.err());
+    count(
+        reasons.map(DropReason::as_str),
+        &["no-service", "no-backend"],
+        3,
+    );
 }

@@ -11,11 +11,13 @@
 use aya_ebpf::helpers::generated::bpf_ktime_get_coarse_ns;
 use aya_ebpf::programs::TcContext;
 use keelson_ebpf_common::{
-    Address, Direction, DropReason, FlowKey, FlowState, PolicyEntry, happening, phase, timeout,
+    Address, Direction, DropReason, FlowKey, FlowState, PolicyEntry, TranslationKey, happening,
+    phase, timeout,
 };
 
 use crate::ip::{self, Ip, protocol};
 use crate::maps::{FLOWS, Flows, OPENING_FLOWS};
+use crate::services::Scope;
 use crate::transport::{self, Transport, icmp_type, icmpv6_type};
 use crate::{counters, events, rules};
 
@@ -37,7 +39,8 @@ pub struct Ends {
     pub peer: Address,
 }
 
-/// Whether a packet between `ends` may go on. Opens, moves on and ends flows.
+/// Whether a packet between `ends` may go on. Opens, moves on and ends flows. What a guest sends was
+/// `translated`, or not; says whether what goes to it is to be.
 #[inline(always)]
 pub fn judge(
     packet: &TcContext,
@@ -46,7 +49,8 @@ pub fn judge(
     ends: &Ends,
     ip: &Ip,
     transport: &Transport,
-) -> Result<(), DropReason> {
+    translated: bool,
+) -> Result<bool, DropReason> {
     let (Some(established), Some(opening)) =
         (FLOWS.get(policy.slot), OPENING_FLOWS.get(policy.slot))
     else {
@@ -77,10 +81,14 @@ pub fn judge(
             // for another's: a timeout that is off once, no more.
             let flow = unsafe { &mut *flow };
             if is_still_allowed(policy, &key, flow) {
+                let is_translated = flow.translated != 0;
                 if is_error {
-                    return Ok(());
+                    return Ok(is_translated);
                 }
                 if continues(flow, direction, transport) {
+                    if direction == Direction::FromGuest && is_translated != translated {
+                        return Err(DropReason::PortInUse);
+                    }
                     let was_closed = flow.phase == phase::CLOSED;
                     let answered = advance(flow, direction, transport, now);
                     if flow.phase == phase::CLOSED && !was_closed {
@@ -89,7 +97,7 @@ pub fn judge(
                     if answered && is_opening {
                         promote(established, opening, &key, flow);
                     }
-                    return Ok(());
+                    return Ok(is_translated);
                 }
             } else {
                 let _ = established.remove(&key);
@@ -111,14 +119,38 @@ pub fn judge(
             opener: direction as u8,
             phase: phase::OPENING,
             finished: 0,
-            reserved: 0,
+            translated: translated.into(),
         };
         // Without memory for it the answer is dropped, which is the safe outcome.
         let _ = opening.insert(&key, flow, 0);
         let _ = established.remove(&key);
         events::report_if_observed(packet, direction, happening::OPENED, 0);
     }
-    Ok(())
+    Ok(translated)
+}
+
+/// Whether the guest has a flow of its own in which such answers to a service's client come: one to
+/// the backend itself.
+#[inline(always)]
+pub fn is_used_directly(scope: Scope, answers: &TranslationKey, now: u64) -> bool {
+    let (Some(established), Some(opening)) = (FLOWS.get(scope.slot), OPENING_FLOWS.get(scope.slot))
+    else {
+        return false;
+    };
+    let key = FlowKey {
+        peer: answers.source,
+        guest_port: answers.destination_port,
+        peer_port: answers.source_port,
+        protocol: answers.protocol,
+        local: scope.local,
+        reserved: [0; 2],
+    };
+    let Some((flow, _)) = find(established, opening, &key, now) else {
+        return false;
+    };
+    // SAFETY: see `judge`.
+    let flow = unsafe { &*flow };
+    flow.translated == 0 && flow.phase != phase::CLOSED
 }
 
 /// Completes the key of the flow that a packet belongs to; false for ICMP that belongs to none.

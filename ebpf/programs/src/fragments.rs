@@ -24,14 +24,14 @@ fn key(ends: &Ends, ip: &Ip, direction: Direction) -> FragmentKey {
     }
 }
 
-/// A fragment that is not the first: passes after a first one that did.
+/// A fragment that is not the first: passes after a first one that did. Whether that was translated.
 #[inline(always)]
 pub fn follow(
     policy: &PolicyEntry,
     ends: &Ends,
     ip: &Ip,
     direction: Direction,
-) -> Result<(), DropReason> {
+) -> Result<bool, DropReason> {
     let Some(fragments) = FRAGMENTS.get(policy.slot) else {
         return Err(DropReason::Fragment);
     };
@@ -45,7 +45,7 @@ pub fn follow(
             if now.wrapping_sub(first.first_seen_ns) < timeout::FRAGMENTS
                 && ip.fragment_offset >= first.first_end =>
         {
-            Ok(())
+            Ok(first.translated != 0)
         }
         _ => Err(DropReason::Fragment),
     }
@@ -53,7 +53,7 @@ pub fn follow(
 
 /// Notes that a packet passed, if it is a first fragment.
 #[inline(always)]
-pub fn note(policy: &PolicyEntry, ends: &Ends, ip: &Ip, direction: Direction) {
+pub fn note(policy: &PolicyEntry, ends: &Ends, ip: &Ip, direction: Direction, translated: bool) {
     if !ip.more_fragments {
         return;
     }
@@ -64,7 +64,7 @@ pub fn note(policy: &PolicyEntry, ends: &Ends, ip: &Ip, direction: Direction) {
         // SAFETY: the helper has no preconditions.
         first_seen_ns: unsafe { bpf_ktime_get_coarse_ns() },
         first_end: ip.fragment_length,
-        reserved: 0,
+        translated: translated.into(),
     };
     // Without memory for it the other fragments are dropped, which is the safe outcome.
     let _ = fragments.insert(key(ends, ip, direction), state, 0);

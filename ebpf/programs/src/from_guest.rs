@@ -1,18 +1,21 @@
 //! Decides what a guest may send: frames from its own MAC address; IPv4 and IPv6 from its own
 //! addresses; ARP and neighbour discovery in its own name; nothing that only routers and DHCP
 //! servers send; and of that what its flows and egress rules allow. What is for a guest of the same
-//! network on this host goes straight to it; what asks for the guest's configuration, to the agent.
+//! network on this host goes straight to it; what asks for the guest's configuration, to the agent. What
+//! is for a service, `from_client` goes on with.
 //!
 //! Maps: those of `flows`, `rules`, `fragments`, `stations` and `questions`.
 
 use aya_ebpf::programs::TcContext;
-use keelson_ebpf_common::{Direction, DropReason, NO_ADDRESS, PolicyEntry, flag, from_ipv4, local};
+use keelson_ebpf_common::{
+    Direction, DropReason, NO_ADDRESS, PolicyEntry, SERVICE_MAC, flag, from_ipv4, local, stage,
+};
 
 use crate::flows::{self, Ends};
 use crate::frame::{self, Head, Payload};
 use crate::ip::{self, Ip, protocol};
 use crate::transport::{Transport, icmp_type};
-use crate::{Passed, fragments, neighbour_discovery, questions, stations, transport};
+use crate::{Passed, fragments, neighbour_discovery, questions, services, stations, transport};
 
 const DHCP_PORTS: [u16; 2] = [67, 68];
 const DHCPV6_PORTS: [u16; 2] = [547, 546];
@@ -27,6 +30,9 @@ pub fn decide(packet: &TcContext, policy: &PolicyEntry) -> Result<Passed, DropRe
     let payload = frame::payload(&head)?;
     if payload == Payload::Arp {
         return decide_arp(packet, policy);
+    }
+    if frame::same_mac(head.destination, SERVICE_MAC) {
+        return Err(services::go_on(packet, stage::SERVICE_FROM_GUEST));
     }
     frame::check_size(packet, policy)?;
     let (ip, ends) = if payload == Payload::Ipv4 {
@@ -93,8 +99,16 @@ fn decide_ip(
     } else {
         let transport = transport::transport(ip)?;
         refuse_servers(ip, &transport)?;
-        flows::judge(packet, policy, Direction::FromGuest, ends, ip, &transport)?;
-        fragments::note(policy, ends, ip, Direction::FromGuest);
+        flows::judge(
+            packet,
+            policy,
+            Direction::FromGuest,
+            ends,
+            ip,
+            &transport,
+            false,
+        )?;
+        fragments::note(policy, ends, ip, Direction::FromGuest, false);
     }
     Ok(match station {
         Some(ifindex) => Passed::To(ifindex),

@@ -3,6 +3,10 @@
 //! `from_guest` runs at the ingress hook of a guest's TAP device (TCX or clsact), `to_guest` at its
 //! egress hook. Both look the interface up in `POLICIES`, decide, and count. Whatever is not
 //! expressly allowed is dropped, a packet of an interface without a policy first of all.
+//!
+//! What belongs to a service, other programs go on with: `service_from_guest` and then `from_client`
+//! with what goes to it, `service_to_guest` with what answers. `service_from_host` and
+//! `service_to_host` do the same for the host, at the hooks of a network's bridge.
 #![no_std]
 #![no_main]
 #![feature(asm_experimental_arch)]
@@ -13,15 +17,19 @@ mod events;
 mod flows;
 mod fragments;
 mod frame;
+mod from_client;
 mod from_guest;
+mod host_side;
 mod ip;
 mod limits;
 mod maps;
 mod neighbour_discovery;
 mod questions;
 mod rules;
+mod services;
 mod stations;
 mod to_guest;
+mod translate;
 mod transport;
 
 use aya_ebpf::bindings::{TC_ACT_SHOT, TC_ACT_UNSPEC};
@@ -29,6 +37,9 @@ use aya_ebpf::helpers::generated::bpf_redirect;
 use aya_ebpf::macros::classifier;
 use aya_ebpf::programs::TcContext;
 use keelson_ebpf_common::{Direction, DropReason, NOT_DROPPED, PolicyEntry, happening};
+
+/// `BPF_F_INGRESS` of `bpf_redirect`.
+const BACK: u64 = 1;
 
 /// Where a packet that passed goes.
 pub enum Passed {
@@ -38,6 +49,8 @@ pub enum Passed {
     To(u32),
     /// To the host's agent, and nowhere else.
     ToAgent,
+    /// Into the interface with this index, as if it came from there.
+    Back(u32),
 }
 
 /// Decides about a packet that a guest sent.
@@ -52,12 +65,65 @@ pub fn to_guest(packet: TcContext) -> i32 {
     enforce(&packet, Direction::ToGuest, to_guest::decide)
 }
 
+/// Translates a packet that a guest sends to a service.
+#[classifier]
+pub fn service_from_guest(packet: TcContext) -> i32 {
+    go_on(&packet, Direction::FromGuest, from_client::translate)
+}
+
+/// Decides about a packet that a guest sent to a service, translated.
+#[classifier]
+pub fn from_client(packet: TcContext) -> i32 {
+    go_on(&packet, Direction::FromGuest, from_client::decide)
+}
+
+/// Translates a packet of a service that may reach its client.
+#[classifier]
+pub fn service_to_guest(packet: TcContext) -> i32 {
+    go_on(&packet, Direction::ToGuest, from_client::answer)
+}
+
+/// Translates a packet that leaves a network's bridge for a service.
+#[classifier]
+pub fn service_from_host(packet: TcContext) -> i32 {
+    // SAFETY: as of policies, see `enforce`.
+    let gateway = unsafe { maps::GATEWAYS.get(frame::ifindex(&packet)) };
+    match gateway.map(|gateway| host_side::from_host(&packet, gateway)) {
+        None => TC_ACT_UNSPEC,
+        Some(Ok(passed)) => pass(passed),
+        Some(Err(reason)) => {
+            counters::count_dropped(0, Direction::ToGuest, packet.len(), reason);
+            TC_ACT_SHOT
+        }
+    }
+}
+
+/// Translates a packet that a backend answers the host with.
+#[classifier]
+pub fn service_to_host(packet: TcContext) -> i32 {
+    // What can't be read is no service's, and for the host to refuse.
+    host_side::to_host(&packet).map_or(TC_ACT_UNSPEC, pass)
+}
+
 /// Runs `decide` with the interface's policy, counts what it says, and does it.
 ///
 /// A packet that goes on gets `TC_ACT_UNSPEC` (`TCX_NEXT`): programs that others attached behind
 /// these still see it, and none of them can pass what was dropped here.
 #[inline(always)]
 fn enforce(
+    packet: &TcContext,
+    direction: Direction,
+    decide: impl FnOnce(&TcContext, &PolicyEntry) -> Result<Passed, DropReason>,
+) -> i32 {
+    go_on(packet, direction, |packet, policy| {
+        capture::begin(packet, policy);
+        decide(packet, policy)
+    })
+}
+
+/// As [`enforce`], about a packet that another program was given first.
+#[inline(always)]
+fn go_on(
     packet: &TcContext,
     direction: Direction,
     decide: impl FnOnce(&TcContext, &PolicyEntry) -> Result<Passed, DropReason>,
@@ -71,7 +137,6 @@ fn enforce(
         return TC_ACT_SHOT;
     };
     let length = packet.len();
-    capture::begin(packet, policy);
     let decided = decide(packet, policy).and_then(|passed| {
         limits::charge(packet, policy, direction)?;
         if matches!(passed, Passed::ToAgent) {
@@ -83,12 +148,7 @@ fn enforce(
         Ok(passed) => {
             counters::count_passed(policy.slot, direction, length);
             capture::end(packet, policy, direction, length, NOT_DROPPED);
-            match passed {
-                Passed::On => TC_ACT_UNSPEC,
-                Passed::ToAgent => TC_ACT_SHOT,
-                // SAFETY: the helper takes two numbers; an index that is gone drops the packet.
-                Passed::To(ifindex) => unsafe { bpf_redirect(ifindex, 0) as i32 },
-            }
+            pass(passed)
         }
         Err(reason) => {
             counters::count_dropped(ifindex, direction, length, reason);
@@ -96,6 +156,18 @@ fn enforce(
             capture::end(packet, policy, direction, length, reason as u8);
             TC_ACT_SHOT
         }
+    }
+}
+
+#[inline(always)]
+fn pass(passed: Passed) -> i32 {
+    match passed {
+        Passed::On => TC_ACT_UNSPEC,
+        Passed::ToAgent => TC_ACT_SHOT,
+        // SAFETY: the helper takes two numbers; an index that is gone drops the packet.
+        Passed::To(ifindex) => unsafe { bpf_redirect(ifindex, 0) as i32 },
+        // SAFETY: as above.
+        Passed::Back(ifindex) => unsafe { bpf_redirect(ifindex, BACK) as i32 },
     }
 }
 

@@ -3,11 +3,12 @@
 use aya_ebpf::bindings::BPF_F_NO_PREALLOC;
 use aya_ebpf::btf_maps::{self, ArrayOfMaps};
 use aya_ebpf::macros::{btf_map, map};
-use aya_ebpf::maps::{Array, HashMap, LpmTrie, PerCpuArray, PerCpuHashMap, RingBuf};
+use aya_ebpf::maps::{Array, HashMap, LpmTrie, PerCpuArray, PerCpuHashMap, ProgramArray, RingBuf};
 use keelson_ebpf_common::{
     Bucket, CAPTURED_BYTES, CaptureRecord, CounterKey, DirectionTallies, EVENTS_BYTES, FlowKey,
-    FlowState, FragmentKey, FragmentState, Limit, Neighbour, NeighbourKey, PeerKey, PolicyEntry,
-    PortKey, QUESTIONS_BYTES, RuleKey, SLOTS, StationKey, Tally,
+    FlowState, FragmentKey, FragmentState, GatewayEntry, Limit, Neighbour, NeighbourKey, PeerKey,
+    PolicyEntry, PortKey, QUESTIONS_BYTES, RuleKey, SERVICES as SERVICE_COUNT, SLOTS, ServiceEntry,
+    ServiceKey, StationKey, Tally, Translation, TranslationKey, Workspace, stage,
 };
 
 /// Interface index → what the programs enforce there.
@@ -52,6 +53,30 @@ pub static STATIONS: HashMap<StationKey, u32> = HashMap::with_max_entries(SLOTS,
 #[map]
 pub static NEIGHBOURS: HashMap<NeighbourKey, Neighbour> =
     HashMap::with_max_entries(3 * SLOTS, BPF_F_NO_PREALLOC);
+
+/// Address, protocol and port → who answers for a service.
+#[map]
+pub static SERVICES: HashMap<ServiceKey, ServiceEntry> =
+    HashMap::with_max_entries(SERVICE_COUNT, BPF_F_NO_PREALLOC);
+
+/// What packets of the services that one interface uses become.
+pub type Translations = btf_maps::LruHashMap<TranslationKey, Translation, 1>;
+
+/// Slot → the interface's translations; slot zero is the host's.
+#[btf_map]
+pub static TRANSLATIONS: ArrayOfMaps<Translations, { SLOTS as usize }> = ArrayOfMaps::new();
+
+/// What a CPU has at hand while it translates a packet.
+#[map]
+pub static WORKSPACE: PerCpuArray<Workspace> = PerCpuArray::with_max_entries(1, 0);
+
+/// Interface index of a bridge → its network.
+#[map]
+pub static GATEWAYS: HashMap<u32, GatewayEntry> = HashMap::with_max_entries(SLOTS, 0);
+
+/// The programs that others go on with.
+#[map]
+pub static STAGES: ProgramArray = ProgramArray::with_max_entries(stage::COUNT, 0);
 
 /// Slot and direction → what went on.
 #[map]

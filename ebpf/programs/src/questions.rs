@@ -13,10 +13,10 @@ use keelson_ebpf_common::{
 use network_types::eth::EthHdr;
 use network_types::udp::UdpHdr;
 
+use crate::frame;
 use crate::ip::{Ip, protocol};
 use crate::maps::{QUESTION_TIMES, QUESTIONS};
 use crate::transport::icmpv6_type;
-use crate::frame;
 
 /// A client's port and a server's, of UDP over IPv4 and IPv6 (RFC 2131, 4.1; RFC 8415, 7.2).
 const DHCP: [u16; 2] = [68, 67];

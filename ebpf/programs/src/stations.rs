@@ -3,11 +3,12 @@
 
 use aya_ebpf::programs::TcContext;
 use keelson_ebpf_common::{
-    Address, NO_ADDRESS, NeighbourKey, PolicyEntry, StationKey, flag, from_ipv4,
+    Address, NO_ADDRESS, NeighbourKey, PolicyEntry, SERVICE_MAC, StationKey, flag, from_ipv4,
 };
 use network_types::arp::ArpHdr;
 use network_types::eth::EthHdr;
 
+use crate::frame::Head;
 use crate::ip::{self, IPV6_LEN, Ip, protocol};
 use crate::maps::{NEIGHBOURS, STATIONS};
 use crate::transport::icmpv6_type;
@@ -23,11 +24,17 @@ const TARGET_LINK_LAYER: [u8; 2] = [2, 1];
 /// The interface of the guest with this MAC address in the same network on this host.
 #[inline(always)]
 pub fn find(policy: &PolicyEntry, mac: [u16; 3]) -> Option<u32> {
-    if policy.network == 0 {
+    find_in(policy.network, mac)
+}
+
+/// As [`find`], in a network by its number.
+#[inline(always)]
+pub fn find_in(network: u32, mac: [u16; 3]) -> Option<u32> {
+    if network == 0 {
         return None;
     }
     let key = StationKey {
-        network: policy.network,
+        network,
         mac: frame::bytes(mac),
         reserved: [0; 2],
     };
@@ -47,33 +54,46 @@ pub fn answer_arp(packet: &TcContext, policy: &PolicyEntry, request: &ArpHdr) ->
     let Some(mac) = neighbour(policy, from_ipv4(target)) else {
         return Passed::On;
     };
-    let mut answer = *request;
-    answer.set_oper(2);
-    answer.set_sha(mac);
-    answer.set_spa(request.tpa());
-    answer.set_tha(policy.mac);
-    answer.set_tpa(request.spa());
-    let addresses = [policy.mac, mac];
-    if packet.store(0, &addresses, 0).is_err() || packet.store(EthHdr::LEN, &answer, 0).is_err() {
+    if !store_arp_answer(packet, request, mac) {
         return Passed::On;
     }
     Passed::To(frame::ifindex(packet))
 }
 
+/// Answers a question of the host for a service's address, to the interface that it came from.
+#[inline(always)]
+pub fn answer_host_arp(packet: &TcContext, network: u32) -> Passed {
+    let Ok(request) = frame::arp(packet) else {
+        return Passed::On;
+    };
+    let target = from_ipv4(u32::from_ne_bytes(request.tpa()));
+    let mac = neighbour_in(network, target);
+    if request.oper() != 1 || mac != Some(SERVICE_MAC) {
+        return Passed::On;
+    }
+    if !store_arp_answer(packet, &request, SERVICE_MAC) {
+        return Passed::On;
+    }
+    Passed::Back(frame::ifindex(packet))
+}
+
+/// Turns a request into the answer that `mac` has the address.
+#[inline(always)]
+fn store_arp_answer(packet: &TcContext, request: &ArpHdr, mac: [u8; 6]) -> bool {
+    let mut answer = *request;
+    answer.set_oper(2);
+    answer.set_sha(mac);
+    answer.set_spa(request.tpa());
+    answer.set_tha(request.sha());
+    answer.set_tpa(request.spa());
+    let addresses = [request.sha(), mac];
+    packet.store(0, &addresses, 0).is_ok() && packet.store(EthHdr::LEN, &answer, 0).is_ok()
+}
+
 /// As [`answer_arp`], for a neighbour solicitation that was checked.
 #[inline(always)]
 pub fn answer_solicitation(packet: &TcContext, policy: &PolicyEntry, ip: &Ip) -> Passed {
-    let [icmpv6_type, ..] = ip.first[0].to_ne_bytes();
-    // The answer must fit the question's place: with the option that hosts send.
-    if icmpv6_type != icmpv6_type::NEIGHBOUR_SOLICITATION
-        || ip.length != NEIGHBOUR_MESSAGE_LEN as u32
-        || ip.offset != EthHdr::LEN + IPV6_LEN
-        || packet.len() != (EthHdr::LEN + IPV6_LEN + NEIGHBOUR_MESSAGE_LEN) as u32
-        || ip::same(ip.source, NO_ADDRESS)
-    {
-        return Passed::On;
-    }
-    let Ok(target) = packet.load::<Address>(ip.offset + 8) else {
+    let Some(target) = solicited(packet, ip) else {
         return Passed::On;
     };
     if ip::same(target, policy.ipv6) || ip::same(target, policy.link_local) {
@@ -82,12 +102,52 @@ pub fn answer_solicitation(packet: &TcContext, policy: &PolicyEntry, ip: &Ip) ->
     let Some(mac) = neighbour(policy, target) else {
         return Passed::On;
     };
-    let message = advertisement(target, ip.source, mac);
-    let addresses = [policy.mac, mac];
-    if packet.store(0, &addresses, 0).is_err() || packet.store(EthHdr::LEN, &message, 0).is_err() {
+    if !store_advertisement(packet, ip, target, [policy.mac, mac]) {
         return Passed::On;
     }
     Passed::To(frame::ifindex(packet))
+}
+
+/// As [`answer_host_arp`], for a neighbour solicitation.
+#[inline(always)]
+pub fn answer_host_solicitation(packet: &TcContext, network: u32, head: &Head, ip: &Ip) -> Passed {
+    let Some(target) = solicited(packet, ip) else {
+        return Passed::On;
+    };
+    if neighbour_in(network, target) != Some(SERVICE_MAC)
+        || !store_advertisement(packet, ip, target, [frame::bytes(head.source), SERVICE_MAC])
+    {
+        return Passed::On;
+    }
+    Passed::Back(frame::ifindex(packet))
+}
+
+/// Whose Ethernet address a neighbour solicitation asks for, if it can be answered in place.
+#[inline(always)]
+fn solicited(packet: &TcContext, ip: &Ip) -> Option<Address> {
+    let [icmpv6_type, ..] = ip.first[0].to_ne_bytes();
+    // The answer must fit the question's place: with the option that hosts send.
+    if icmpv6_type != icmpv6_type::NEIGHBOUR_SOLICITATION
+        || ip.length != NEIGHBOUR_MESSAGE_LEN as u32
+        || ip.offset != EthHdr::LEN + IPV6_LEN
+        || packet.len() != (EthHdr::LEN + IPV6_LEN + NEIGHBOUR_MESSAGE_LEN) as u32
+        || ip::same(ip.source, NO_ADDRESS)
+    {
+        return None;
+    }
+    packet.load::<Address>(ip.offset + 8).ok()
+}
+
+/// Turns a solicitation into the answer from the second Ethernet address to the first.
+#[inline(always)]
+fn store_advertisement(
+    packet: &TcContext,
+    ip: &Ip,
+    target: Address,
+    addresses: [[u8; 6]; 2],
+) -> bool {
+    let message = advertisement(target, ip.source, addresses[1]);
+    packet.store(0, &addresses, 0).is_ok() && packet.store(EthHdr::LEN, &message, 0).is_ok()
 }
 
 /// An IPv6 packet that tells who has `target`.
@@ -159,10 +219,13 @@ fn neighbour(policy: &PolicyEntry, address: Address) -> Option<[u8; 6]> {
     if policy.network == 0 || policy.flags & flag::ISOLATED != 0 {
         return None;
     }
-    let key = NeighbourKey {
-        network: policy.network,
-        address,
-    };
+    neighbour_in(policy.network, address)
+}
+
+/// As [`neighbour`], in a network by its number.
+#[inline(always)]
+fn neighbour_in(network: u32, address: Address) -> Option<[u8; 6]> {
+    let key = NeighbourKey { network, address };
     // SAFETY: reads a MAC address; an entry that was replaced meanwhile gives another's, whose
     // own policy decides about what is then sent to it.
     unsafe { NEIGHBOURS.get(key) }.map(|neighbour| neighbour.mac)

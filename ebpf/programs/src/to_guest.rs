@@ -1,15 +1,18 @@
 //! Decides what may reach a guest: ARP and neighbour discovery that concern it, what the agent answers,
-//! and what its flows and ingress rules allow.
+//! and what its flows and ingress rules allow. What answers it as the client of a service, `from_client`
+//! goes on with.
 //!
 //! Maps: those of `flows`, `rules`, `fragments` and `stations`.
 
 use aya_ebpf::programs::TcContext;
-use keelson_ebpf_common::{Direction, DropReason, NO_ADDRESS, PolicyEntry, flag, from_ipv4, local};
+use keelson_ebpf_common::{
+    Direction, DropReason, NO_ADDRESS, PolicyEntry, flag, from_ipv4, local, stage,
+};
 
 use crate::flows::{self, Ends};
 use crate::frame::{self, Payload};
 use crate::ip::{self, Ip};
-use crate::{Passed, fragments, neighbour_discovery, questions, stations, transport};
+use crate::{Passed, fragments, neighbour_discovery, questions, services, stations, transport};
 
 /// The decision; see the module.
 #[inline(always)]
@@ -61,12 +64,17 @@ pub fn decide(packet: &TcContext, policy: &PolicyEntry) -> Result<Passed, DropRe
             (ip, ends)
         }
     };
-    if ip.fragment_offset != 0 {
-        fragments::follow(policy, &ends, &ip, Direction::ToGuest)?;
+    let direction = Direction::ToGuest;
+    let is_translated = if ip.fragment_offset != 0 {
+        fragments::follow(policy, &ends, &ip, direction)?
     } else {
         let transport = transport::transport(&ip)?;
-        flows::judge(packet, policy, Direction::ToGuest, &ends, &ip, &transport)?;
-        fragments::note(policy, &ends, &ip, Direction::ToGuest);
+        let is_translated = flows::judge(packet, policy, direction, &ends, &ip, &transport, false)?;
+        fragments::note(policy, &ends, &ip, direction, is_translated);
+        is_translated
+    };
+    if is_translated {
+        return Err(services::go_on(packet, stage::SERVICE_TO_GUEST));
     }
     Ok(Passed::On)
 }

@@ -2,11 +2,13 @@
 //! how they do it. Its time stands still.
 
 mod packet;
+mod services;
+pub mod sums;
 
 use std::collections::HashMap;
 use std::net::{IpAddr, Ipv6Addr};
 
-use keelson_ebpf::{Direction, DropReason, EgressPolicy, InterfacePolicy, Rule};
+use keelson_ebpf::{Direction, DropReason, EgressPolicy, InterfacePolicy, Rule, Service};
 use packet::{Packet, Transport};
 
 type Verdict = Result<(), DropReason>;
@@ -20,7 +22,8 @@ pub struct Model {
     stations: Vec<[u8; 6]>,
     flows: HashMap<FlowKey, Flow>,
     /// Fragmented packets whose first fragment passed → where that one ends.
-    fragments: HashMap<FragmentKey, u32>,
+    fragments: HashMap<FragmentKey, Fragments>,
+    services: services::Services,
     allowed_by: Allowed,
 }
 
@@ -29,6 +32,13 @@ pub struct Model {
 type FlowKey = (u8, IpAddr, u16, IpAddr, u16);
 type FragmentKey = (bool, IpAddr, IpAddr, [u8; 4], u8);
 
+/// Where the first fragment ends, and whether what goes to the guest is translated.
+struct Fragments {
+    first_end: u32,
+    translated: bool,
+}
+
+#[allow(clippy::struct_excessive_bools)] // Facts that are independent of each other.
 struct Flow {
     opener: Direction,
     answered: bool,
@@ -38,6 +48,8 @@ struct Flow {
     rule_port: u16,
     /// Whether the present rules were asked about it.
     is_judged: bool,
+    /// Whether the guest opened it through a service.
+    translated: bool,
 }
 
 impl Model {
@@ -47,6 +59,7 @@ impl Model {
             stations,
             flows: HashMap::new(),
             fragments: HashMap::new(),
+            services: services::Services::default(),
             allowed_by: None,
         }
     }
@@ -57,6 +70,11 @@ impl Model {
         for flow in self.flows.values_mut() {
             flow.is_judged = false;
         }
+    }
+
+    /// Other services: a flow whose backend is gone gets another with its next packet.
+    pub fn set_services(&mut self, services: &[Service]) {
+        self.services.set(services);
     }
 
     /// Whether there is such a flow that the present rules allow; one that they don't is no more.
@@ -80,9 +98,27 @@ impl Model {
         self.allowed_by
     }
 
-    /// What becomes of a frame.
-    pub fn judge(&mut self, direction: Direction, frame: &[u8]) -> Verdict {
+    /// What becomes of a frame, and what it becomes. Which backend a new flow of a service gets is read
+    /// from `after`, what the programs made of the frame.
+    pub fn judge(
+        &mut self,
+        direction: Direction,
+        frame: &[u8],
+        after: &[u8],
+    ) -> (Verdict, Vec<u8>) {
         self.allowed_by = None;
+        let mut expected = frame.to_vec();
+        let verdict = self.judge_frame(direction, frame, after, &mut expected);
+        (verdict, expected)
+    }
+
+    fn judge_frame(
+        &mut self,
+        direction: Direction,
+        frame: &[u8],
+        after: &[u8],
+        expected: &mut [u8],
+    ) -> Verdict {
         let source: [u8; 6] = frame[6..12].try_into().expect("six bytes");
         let destination: [u8; 6] = frame[..6].try_into().expect("six bytes");
         let from_guest = direction == Direction::FromGuest;
@@ -98,6 +134,9 @@ impl Model {
         }
         match u16::from_be_bytes([frame[12], frame[13]]) {
             0x0806 => self.judge_arp(from_guest, frame),
+            0x0800 | 0x86dd if from_guest && destination == services::MAC => {
+                self.judge_to_service(frame, after, expected)
+            }
             0x0800 | 0x86dd => {
                 if from_guest && frame.len() > usize::from(self.policy.mtu) + 14 {
                     return Err(DropReason::Oversized);
@@ -117,7 +156,11 @@ impl Model {
                 } else if is_ipv6_group(packet.destination) {
                     return Err(DropReason::WrongDestination);
                 }
-                self.judge_ip(direction, &packet, frame)
+                let translated = self.judge_ip(direction, &packet, frame)?;
+                if translated && !from_guest {
+                    self.services.answer(&packet, frame, expected)?;
+                }
+                Ok(())
             }
             0x8100 | 0x88a8 | 0x9100 => Err(DropReason::Vlan),
             _ => Err(DropReason::UnknownProtocol),
@@ -288,75 +331,160 @@ impl Model {
         }
     }
 
-    fn judge_ip(&mut self, direction: Direction, packet: &Packet, frame: &[u8]) -> Verdict {
-        let (own, peer) = match direction {
+    /// A packet to a service: judged as one to the backend that it goes to.
+    fn judge_to_service(&mut self, frame: &[u8], after: &[u8], expected: &mut [u8]) -> Verdict {
+        if frame.len() > usize::from(self.policy.mtu) + 14 {
+            return Err(DropReason::Oversized);
+        }
+        let packet = packet::read(frame)?;
+        match (packet.source, packet.destination) {
+            (IpAddr::V4(source), _) if Some(source) != self.policy.ipv4 => {
+                return Err(DropReason::SpoofedIpv4);
+            }
+            (IpAddr::V6(source), destination)
+                if Some(source) != self.policy.ipv6 || is_mapped(destination) =>
+            {
+                return Err(DropReason::SpoofedIpv6);
+            }
+            _ => {}
+        }
+        let flows = &self.flows;
+        let is_used = |key: &FlowKey| {
+            flows.get(key).is_some_and(|flow| {
+                let is_closed = flow.reset || flow.finished == [true; 2];
+                !flow.translated && !is_closed
+            })
+        };
+        let hairpin = self
+            .services
+            .forward(&packet, frame, after, expected, is_used)?;
+        if hairpin {
+            expected[6..12].copy_from_slice(&services::MAC);
+        }
+        let translated = packet::read(expected)?;
+        let destination: [u8; 6] = expected[..6].try_into().expect("six bytes");
+        if !hairpin && self.policy.isolated && self.stations.contains(&destination) {
+            return Err(DropReason::Isolated);
+        }
+        if hairpin {
+            return self.judge_hairpin(&packet, &translated, frame, expected);
+        }
+        let (own, peer) = (translated.source, translated.destination);
+        self.judge_between(
+            Direction::FromGuest,
+            &translated,
+            expected,
+            (own, peer),
+            true,
+        )
+        .map(drop)
+    }
+
+    /// The guest to itself: for its rules a flow with the service's address.
+    fn judge_hairpin(
+        &mut self,
+        packet: &Packet,
+        translated: &Packet,
+        frame: &[u8],
+        expected: &[u8],
+    ) -> Verdict {
+        let (own, peer) = (translated.destination, translated.source);
+        let is_later = packet.fragment.is_some_and(|fragment| fragment.offset != 0);
+        let is_error = !is_later && packet.transport(frame)?.is_error;
+        if is_error {
+            translated.transport(expected)?;
+            self.note_fragment(Direction::FromGuest, translated, own, peer, false);
+            return Ok(());
+        }
+        let frame = if is_later { expected } else { frame };
+        self.judge_between(Direction::FromGuest, translated, frame, (own, peer), false)
+            .map(drop)
+    }
+
+    /// Whether what goes to the guest is to be translated.
+    fn judge_ip(
+        &mut self,
+        direction: Direction,
+        packet: &Packet,
+        frame: &[u8],
+    ) -> Result<bool, DropReason> {
+        let ends = match direction {
             Direction::FromGuest => (packet.source, packet.destination),
             Direction::ToGuest => (packet.destination, packet.source),
         };
-        let from_guest = direction == Direction::FromGuest;
-        let protocol = if own.is_ipv4() { packet.protocol } else { 0 };
-        let key = (from_guest, own, peer, packet.identification, protocol);
+        self.judge_between(direction, packet, frame, ends, false)
+    }
+
+    fn judge_between(
+        &mut self,
+        direction: Direction,
+        packet: &Packet,
+        frame: &[u8],
+        (own, peer): (IpAddr, IpAddr),
+        translated: bool,
+    ) -> Result<bool, DropReason> {
+        let key = fragment_key(direction, packet, own, peer);
         match packet.fragment {
             Some(fragment) if fragment.offset != 0 => match self.fragments.get(&key) {
-                Some(end) if fragment.offset >= *end => Ok(()),
+                Some(first) if fragment.offset >= first.first_end => Ok(first.translated),
                 _ => Err(DropReason::Fragment),
             },
-            fragment => {
-                self.judge_first(direction, packet, frame, own, peer)?;
-                if let Some(fragment) = fragment.filter(|fragment| fragment.more) {
-                    self.fragments.insert(key, fragment.length);
-                }
-                Ok(())
+            _ => {
+                let translated =
+                    self.judge_first(direction, packet, frame, (own, peer), translated)?;
+                self.note_fragment(direction, packet, own, peer, translated);
+                Ok(translated)
             }
         }
     }
 
-    /// A whole packet or a first fragment.
+    fn note_fragment(
+        &mut self,
+        direction: Direction,
+        packet: &Packet,
+        own: IpAddr,
+        peer: IpAddr,
+        translated: bool,
+    ) {
+        if let Some(fragment) = packet.fragment.filter(|fragment| fragment.more) {
+            let key = fragment_key(direction, packet, own, peer);
+            let first = Fragments {
+                first_end: fragment.length,
+                translated,
+            };
+            self.fragments.insert(key, first);
+        }
+    }
+
+    /// A whole packet or a first fragment. Whether what goes to the guest is to be translated.
     fn judge_first(
         &mut self,
         direction: Direction,
         packet: &Packet,
         frame: &[u8],
-        own: IpAddr,
-        peer: IpAddr,
-    ) -> Verdict {
+        (own, peer): (IpAddr, IpAddr),
+        translated: bool,
+    ) -> Result<bool, DropReason> {
         let transport = packet.transport(frame)?;
         let protocol = packet.protocol;
-        if direction == Direction::FromGuest {
+        let is_plain = direction == Direction::FromGuest && frame[..6] != services::MAC;
+        if is_plain && !translated {
             refuse_servers(packet, &transport)?;
         }
         if transport.is_error {
-            let quoted = packet.quoted(frame)?;
-            let related = quoted.is_some_and(|quoted| {
-                let (own_end, peer_end) = match direction {
-                    Direction::FromGuest => (quoted.destination, quoted.source),
-                    Direction::ToGuest => (quoted.source, quoted.destination),
-                };
-                let key = match quoted.echo {
-                    Some(identifier) => {
-                        let asker = u16::from(direction == Direction::FromGuest) + 1;
-                        (quoted.protocol, own_end.0, identifier, peer_end.0, asker)
-                    }
-                    None => (
-                        quoted.protocol,
-                        own_end.0,
-                        own_end.1,
-                        peer_end.0,
-                        peer_end.1,
-                    ),
-                };
-                let to_sender = direction == Direction::ToGuest || peer_end.0 == peer;
-                to_sender && own_end.0 == own && self.has_flow(&key)
-            });
-            if related {
-                return Ok(());
+            if let Some(flow) = self.related(direction, packet, frame, own, peer)? {
+                return Ok(flow);
             }
         } else if let Some(key) = flow_key(direction, protocol, own, peer, &transport) {
             if self.has_flow(&key)
                 && let Some(flow) = self.flows.get_mut(&key)
-                && flow.take(direction, &transport)
+                && flow.continues(direction, &transport)
             {
-                return Ok(());
+                if direction == Direction::FromGuest && flow.translated != translated {
+                    return Err(DropReason::PortInUse);
+                }
+                flow.advance(direction, &transport);
+                return Ok(flow.translated);
             }
             self.ask_rules(direction, peer, protocol, transport.rule_port)?;
             if transport.can_open {
@@ -370,12 +498,50 @@ impl Model {
                         None => transport.rule_port,
                     },
                     is_judged: true,
+                    translated,
                 };
                 self.flows.insert(key, flow);
             }
-            return Ok(());
+            return Ok(translated);
         }
-        self.ask_rules(direction, peer, protocol, transport.rule_port)
+        self.ask_rules(direction, peer, protocol, transport.rule_port)?;
+        Ok(translated)
+    }
+
+    /// Whether the flow that an ICMP error is about is translated, if there is one.
+    fn related(
+        &mut self,
+        direction: Direction,
+        packet: &Packet,
+        frame: &[u8],
+        own: IpAddr,
+        peer: IpAddr,
+    ) -> Result<Option<bool>, DropReason> {
+        let Some(quoted) = packet.quoted(frame)? else {
+            return Ok(None);
+        };
+        let (own_end, peer_end) = match direction {
+            Direction::FromGuest => (quoted.destination, quoted.source),
+            Direction::ToGuest => (quoted.source, quoted.destination),
+        };
+        let key = match quoted.echo {
+            Some(identifier) => {
+                let asker = u16::from(direction == Direction::FromGuest) + 1;
+                (quoted.protocol, own_end.0, identifier, peer_end.0, asker)
+            }
+            None => (
+                quoted.protocol,
+                own_end.0,
+                own_end.1,
+                peer_end.0,
+                peer_end.1,
+            ),
+        };
+        let to_sender = direction == Direction::ToGuest || peer_end.0 == peer;
+        if to_sender && own_end.0 == own && self.has_flow(&key) {
+            return Ok(self.flows.get(&key).map(|flow| flow.translated));
+        }
+        Ok(None)
     }
 
     /// Judges a packet by the rules, and notes which one let it pass: of those that do, the one whose
@@ -419,19 +585,23 @@ impl Model {
 }
 
 impl Flow {
-    /// Whether a packet goes on with the flow; moves it on.
-    fn take(&mut self, direction: Direction, transport: &Transport) -> bool {
-        let is_closing = self.reset || self.finished != [false; 2];
-        if transport.syn {
-            let same_syn_again = self.opener == direction && !is_closing;
-            let simultaneous = self.opener != direction && !self.answered && !is_closing;
-            if !same_syn_again && !simultaneous {
-                return false;
-            }
+    /// Whether a packet goes on with the flow.
+    fn continues(&self, direction: Direction, transport: &Transport) -> bool {
+        if !transport.syn {
+            return true;
         }
+        let is_closing = self.reset || self.finished != [false; 2];
+        let same_syn_again = self.opener == direction && !is_closing;
+        let simultaneous = self.opener != direction && !self.answered && !is_closing;
+        same_syn_again || simultaneous
+    }
+
+    /// Moves the flow on.
+    fn advance(&mut self, direction: Direction, transport: &Transport) {
+        let is_closing = self.reset || self.finished != [false; 2];
         if transport.rst {
             self.reset = true;
-            return true;
+            return;
         }
         if self.opener != direction && !is_closing {
             self.answered = true;
@@ -439,8 +609,13 @@ impl Flow {
         if transport.fin && !self.reset {
             self.finished[direction as usize] = true;
         }
-        true
     }
+}
+
+fn fragment_key(direction: Direction, packet: &Packet, own: IpAddr, peer: IpAddr) -> FragmentKey {
+    let from_guest = direction == Direction::FromGuest;
+    let protocol = if own.is_ipv4() { packet.protocol } else { 0 };
+    (from_guest, own, peer, packet.identification, protocol)
 }
 
 fn flow_key(

@@ -3,6 +3,7 @@
 #![allow(dead_code, reason = "each test file uses a part")]
 
 pub mod frames;
+pub mod machine;
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read, Write};
@@ -17,7 +18,7 @@ use keelson_ebpf::{
 };
 
 /// How long something that must happen may take on a busy machine.
-const PATIENCE: Duration = Duration::from_secs(10);
+pub const PATIENCE: Duration = Duration::from_secs(10);
 
 pub const HOST_MAC: MacAddress = MacAddress([0x02, 0, 0, 0, 0, 0x01]);
 pub const HOST_IP: Ipv4Addr = Ipv4Addr::new(10, 77, 0, 1);

@@ -6,6 +6,9 @@ use std::net::{IpAddr, Ipv6Addr};
 use keelson_ebpf::{Direction, InterfacePolicy};
 
 pub const NEIGHBOUR_MAC: [u8; 6] = [0x52, 0x54, 0, 0, 0, 2];
+pub const SERVICE_MAC: [u8; 6] = [0x02, 0x4b, 0x45, 0x45, 0x4c, 0x53];
+/// Virtual addresses of services.
+pub const SERVICE_ADDRESSES: [&str; 2] = ["10.77.0.80", "fd77::80"];
 const GATEWAY_MAC: [u8; 6] = [2, 0, 0, 0, 0, 1];
 
 /// Choices by the bytes of a test case; zeros choose the simplest.
@@ -38,6 +41,7 @@ impl<'a> Choices<'a> {
     }
 }
 
+#[derive(Clone)]
 pub struct Recipe {
     pub direction: Direction,
     frame: Vec<u8>,
@@ -48,23 +52,51 @@ impl Recipe {
         self.frame.clone()
     }
 
-    pub fn choose(choices: &mut Choices<'_>, guest: &InterfacePolicy) -> Self {
-        let direction = *choices.of(&[Direction::FromGuest, Direction::ToGuest]);
+    /// The same, as what became of it.
+    pub fn become_frame(&self, frame: Vec<u8>) -> Self {
+        Self {
+            frame,
+            direction: self.direction,
+        }
+    }
+
+    /// What a guest sent, on its way to a guest.
+    pub fn arrived(&self) -> Self {
+        Self {
+            frame: self.frame.clone(),
+            direction: Direction::ToGuest,
+        }
+    }
+
+    /// A frame that the guest sends to a service, or any.
+    pub fn choose(choices: &mut Choices<'_>, guest: &InterfacePolicy, is_to_service: bool) -> Self {
+        let direction = if is_to_service {
+            Direction::FromGuest
+        } else {
+            *choices.of(&[Direction::FromGuest, Direction::ToGuest])
+        };
         let is_ipv6 = choices.below(2) == 1;
         let (ether_type, packet) = match choices.below(12) {
             11 => (0x0806, arp(choices, guest)),
             10 if is_ipv6 => (0x86dd, housekeeping(choices, guest, direction)),
             9 if choices.rarely(4) => (0x8100, vec![0; 46]),
-            _ if is_ipv6 && (guest.ipv6.is_some() || choices.rarely(8)) => {
-                (0x86dd, ip_packet(choices, guest, direction, true))
-            }
-            _ => (0x0800, ip_packet(choices, guest, direction, false)),
+            _ if is_ipv6 && (guest.ipv6.is_some() || choices.rarely(8)) => (
+                0x86dd,
+                ip_packet(choices, guest, direction, true, is_to_service),
+            ),
+            _ => (
+                0x0800,
+                ip_packet(choices, guest, direction, false, is_to_service),
+            ),
         };
         let peer_mac = *choices.of(&[GATEWAY_MAC, GATEWAY_MAC, GATEWAY_MAC, NEIGHBOUR_MAC]);
         let (mut destination, mut source) = match direction {
             Direction::FromGuest => (peer_mac, guest.mac.0),
             Direction::ToGuest => (guest.mac.0, peer_mac),
         };
+        if is_to_service {
+            destination = SERVICE_MAC;
+        }
         if choices.rarely(24) {
             source = NEIGHBOUR_MAC;
         }
@@ -231,15 +263,41 @@ fn ip_packet(
     guest: &InterfacePolicy,
     direction: Direction,
     is_ipv6: bool,
+    is_to_service: bool,
 ) -> Vec<u8> {
     let own = own_address(choices, guest, is_ipv6);
-    let peer = peer_address(choices, is_ipv6);
+    let peer = if is_to_service && !choices.rarely(12) {
+        let addresses = SERVICE_ADDRESSES.map(|address| address.parse::<IpAddr>().expect("valid"));
+        let mut addresses = addresses.into_iter();
+        addresses
+            .find(|address| address.is_ipv6() == is_ipv6)
+            .expect("one of each version")
+    } else {
+        peer_address(choices, is_ipv6)
+    };
     let ends = match direction {
         Direction::FromGuest => (own, peer),
         Direction::ToGuest => (peer, own),
     };
     let guest_sends = direction == Direction::FromGuest;
-    let (protocol, payload) = transport(choices, ends, guest_sends);
+    let (protocol, payload) = if is_to_service && !choices.rarely(5) {
+        // Few ends, so that flows meet.
+        let source = *choices.of(&[1000, 1000, 1001]);
+        let destination = *choices.of(&[80, 53, 80, 81]);
+        match choices.below(3) {
+            2 => (17, udp(source, destination)),
+            _ => (
+                6,
+                tcp(
+                    source,
+                    destination,
+                    *choices.of(&[0x02, 0x10, 0x10, 0x11, 0x04]),
+                ),
+            ),
+        }
+    } else {
+        transport(choices, ends, guest_sends)
+    };
     wrap(choices, ends, protocol, 64, payload, false)
 }
 

@@ -12,6 +12,10 @@ const ICMP: usize = 8;
 const TYPE_IPV4: [u8; 2] = [0x08, 0x00];
 const TYPE_ARP: [u8; 2] = [0x08, 0x06];
 const PROTOCOL_ICMP: u8 = 1;
+const TCP: usize = 20;
+const PROTOCOL_TCP: u8 = 6;
+const TCP_SYN: u8 = 0x02;
+const TCP_ACK: u8 = 0x10;
 
 /// The most data that an echo takes with it.
 pub const ECHO_DATA_LIMIT: usize = FRAME_LIMIT - ETHERNET - IPV4 - ICMP;
@@ -68,8 +72,28 @@ pub enum Content<'a> {
         /// What.
         echo: Echo<'a>,
     },
+    /// TCP that asks for a connection.
+    Syn {
+        /// From where.
+        sender: Station,
+        /// To which address.
+        target: [u8; 4],
+        /// The sender's port and sequence number, and the port asked for.
+        syn: Syn,
+    },
     /// Anything else.
     Other,
+}
+
+/// What a segment that asks for a connection says.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Syn {
+    /// The port that it comes from.
+    pub source_port: u16,
+    /// The port that it asks for.
+    pub port: u16,
+    /// Its sequence number.
+    pub sequence: u32,
 }
 
 /// A frame under construction.
@@ -102,19 +126,34 @@ impl Frame {
     /// An ICMP echo; data beyond [`ECHO_DATA_LIMIT`] is left out.
     pub fn echo(sender: Station, target: Station, echo: Echo<'_>) -> Self {
         let data = &echo.data[..echo.data.len().min(ECHO_DATA_LIMIT)];
-        let mut frame = Self::ethernet(target.mac, sender.mac, TYPE_IPV4);
-        let total = (IPV4 + ICMP + data.len()) as u16;
-        let [high, low] = total.to_be_bytes();
-        frame.push(&[0x45, 0, high, low, 0, 0, 0x40, 0, 64, PROTOCOL_ICMP, 0, 0]);
-        frame.push(&sender.address);
-        frame.push(&target.address);
-        frame.checksum(ETHERNET, ETHERNET + IPV4, ETHERNET + 10);
+        let mut frame = Self::ipv4(sender, target, PROTOCOL_ICMP, ICMP + data.len());
         let start = frame.length;
         frame.push(&[if echo.reply { 0 } else { 8 }, 0, 0, 0]);
         frame.push(&echo.identifier.to_be_bytes());
         frame.push(&echo.sequence.to_be_bytes());
         frame.push(data);
         frame.checksum(start, frame.length, start + 2);
+        frame
+    }
+
+    /// The answer to a segment that asked `sender` for a connection: it may come.
+    pub fn syn_ack(sender: Station, target: Station, syn: Syn) -> Self {
+        let mut frame = Self::ipv4(sender, target, PROTOCOL_TCP, TCP);
+        let start = frame.length;
+        frame.push(&syn.port.to_be_bytes());
+        frame.push(&syn.source_port.to_be_bytes());
+        // Any number will do to begin with.
+        frame.push(&syn.sequence.rotate_left(16).to_be_bytes());
+        frame.push(&syn.sequence.wrapping_add(1).to_be_bytes());
+        frame.push(&[(TCP / 4 << 4) as u8, TCP_SYN | TCP_ACK, 0xff, 0xff]);
+        // The sum is taken over a pseudo header as well (RFC 9293, 3.1), which stands here meanwhile.
+        let place = frame.length;
+        frame.push(&[0; 4]);
+        frame.push(&sender.address);
+        frame.push(&target.address);
+        frame.push(&[0, PROTOCOL_TCP, 0, TCP as u8]);
+        frame.checksum(start, frame.length, place);
+        frame.length = start + TCP;
         frame
     }
 
@@ -131,6 +170,17 @@ impl Frame {
         frame.push(&destination);
         frame.push(&source);
         frame.push(&kind);
+        frame
+    }
+
+    /// A frame up to the payload of an IPv4 packet, which is `length` bytes long.
+    fn ipv4(sender: Station, target: Station, protocol: u8, length: usize) -> Self {
+        let mut frame = Self::ethernet(target.mac, sender.mac, TYPE_IPV4);
+        let [high, low] = ((IPV4 + length) as u16).to_be_bytes();
+        frame.push(&[0x45, 0, high, low, 0, 0, 0x40, 0, 64, protocol, 0, 0]);
+        frame.push(&sender.address);
+        frame.push(&target.address);
+        frame.checksum(ETHERNET, ETHERNET + IPV4, ETHERNET + 10);
         frame
     }
 
@@ -152,7 +202,7 @@ pub fn parse(bytes: &[u8]) -> Content<'_> {
     };
     let content = match [header[12], header[13]] {
         TYPE_ARP => parse_arp(body),
-        TYPE_IPV4 => parse_echo(header, body),
+        TYPE_IPV4 => parse_ipv4(header, body),
         _ => None,
     };
     content.unwrap_or(Content::Other)
@@ -179,36 +229,52 @@ fn parse_arp(body: &[u8]) -> Option<Content<'_>> {
     })
 }
 
-fn parse_echo<'a>(header: &[u8], body: &'a [u8]) -> Option<Content<'a>> {
+fn parse_ipv4<'a>(header: &[u8], body: &'a [u8]) -> Option<Content<'a>> {
     let first = *body.first()?;
     let options = usize::from(first & 0xf) * 4;
     let total = usize::from(u16::from_be_bytes(array(body, 2)?));
     // Short frames are padded, so the packet's own length counts.
     let packet = body.get(..total)?;
     let message = packet.get(options..)?;
-    let valid = first >> 4 == 4
-        && options >= IPV4
-        && packet[9] == PROTOCOL_ICMP
-        && message.len() >= ICMP
-        && matches!(message[0], 0 | 8)
-        && checksum(message) == 0;
-    if !valid {
+    if first >> 4 != 4 || options < IPV4 {
         return None;
     }
-    let echo = Echo {
-        reply: message[0] == 0,
-        identifier: u16::from_be_bytes(array(message, 4)?),
-        sequence: u16::from_be_bytes(array(message, 6)?),
-        data: &message[ICMP..],
-    };
     let sender = Station {
         mac: array(header, 6)?,
         address: array(packet, 12)?,
     };
-    Some(Content::Echo {
-        sender,
-        target: array(packet, 16)?,
-        echo,
+    let target = array(packet, 16)?;
+    match packet[9] {
+        PROTOCOL_ICMP => parse_echo(message).map(|echo| Content::Echo {
+            sender,
+            target,
+            echo,
+        }),
+        PROTOCOL_TCP => parse_syn(message).map(|syn| Content::Syn {
+            sender,
+            target,
+            syn,
+        }),
+        _ => None,
+    }
+}
+
+fn parse_echo(message: &[u8]) -> Option<Echo<'_>> {
+    let valid = message.len() >= ICMP && matches!(message[0], 0 | 8) && checksum(message) == 0;
+    valid.then_some(Echo {
+        reply: message.first() == Some(&0),
+        identifier: u16::from_be_bytes(array(message, 4)?),
+        sequence: u16::from_be_bytes(array(message, 6)?),
+        data: message.get(ICMP..)?,
+    })
+}
+
+fn parse_syn(segment: &[u8]) -> Option<Syn> {
+    let flags = *segment.get(13)?;
+    (flags & (TCP_SYN | TCP_ACK) == TCP_SYN).then_some(Syn {
+        source_port: u16::from_be_bytes(array(segment, 0)?),
+        port: u16::from_be_bytes(array(segment, 2)?),
+        sequence: u32::from_be_bytes(array(segment, 4)?),
     })
 }
 

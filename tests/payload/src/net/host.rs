@@ -1,4 +1,5 @@
-//! A host with one address: it resolves others by ARP, pings them, and answers ARP and pings.
+//! A host with one address: it resolves others by ARP, pings them, answers ARP and pings, and takes TCP
+//! connections.
 
 use super::frame::{Content, Echo, Frame, Operation, Station, parse};
 use crate::clock::{self, Deadline};
@@ -12,6 +13,8 @@ const RETRY_MILLISECONDS: u64 = 250;
 pub struct Host {
     network: Network,
     address: [u8; 4],
+    /// The TCP port whose connections it takes, to say nothing more.
+    listens: Option<u16>,
 }
 
 /// What a serving host has answered.
@@ -26,7 +29,16 @@ pub struct Served {
 impl Host {
     /// Gives the device's host an address.
     pub fn new(network: Network, address: [u8; 4]) -> Self {
-        Self { network, address }
+        Self {
+            network,
+            address,
+            listens: None,
+        }
+    }
+
+    /// Takes connections to a TCP port, as far as to say so.
+    pub fn listen(&mut self, port: u16) {
+        self.listens = Some(port);
     }
 
     /// This host's own MAC and IPv4 address.
@@ -147,6 +159,15 @@ impl Host {
                 );
                 self.network.send(reply.bytes())?;
                 Ok(Some(Answered::Echo))
+            }
+            Content::Syn {
+                sender,
+                target,
+                syn,
+            } if target == self.address && self.listens == Some(syn.port) => {
+                let answer = Frame::syn_ack(own, sender, syn);
+                self.network.send(answer.bytes())?;
+                Ok(None)
             }
             _ => Ok(None),
         }

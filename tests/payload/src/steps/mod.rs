@@ -25,7 +25,7 @@
 //! | `blk-hostile` | `disk` (0) | breaks the rules of virtqueues; the device must survive a reset |
 //! | `net-arp` | `interface` (0), `address`, `target` | resolves the target |
 //! | `net-ping` | `interface` (0), `address`, `target`, `count` (3), `size` (56) | pings the target |
-//! | `net-serve` | `interface` (0), `address`, `ms` (2000), `echoes` (no limit) | answers ARP and pings |
+//! | `net-serve` | `interface` (0), `address`, `ms` (2000), `echoes` (no limit), `tcp` (none) | answers ARP and pings, and connections to a port |
 //! | `net-spoof` | `interface` (0), `mac`, `address`, `target`, `count` (1) | sends ARP requests and echoes as somebody else |
 //! | `balloon` | `reporting` (4), `ms` (600000) | reports free memory, gives pages when some are wanted and takes them again; answers for statistics |
 //! | `vsock-serve` | `port` (52), `ms` (60000) | takes a connection of the host and sends back what comes |

@@ -43,9 +43,13 @@ pub fn ping(machine: &Machine<'_>, arguments: &Arguments<'_>) -> Result<(), Erro
 }
 
 pub fn serve(machine: &Machine<'_>, arguments: &Arguments<'_>) -> Result<(), Error> {
-    arguments.allow(&["interface", "address", "ms", "echoes"])?;
+    arguments.allow(&["interface", "address", "ms", "echoes", "tcp"])?;
     let limit = arguments.number("echoes", u64::MAX)?;
+    let port = arguments.ranged("tcp", 0, 0, u64::from(u16::MAX))?;
     let mut host = open(machine, arguments)?;
+    if port != 0 {
+        host.listen(port as u16);
+    }
     say!("net-serve ready mac={}", Mac(host.station().mac));
     let deadline = Deadline::after_milliseconds(arguments.number("ms", 2000)?);
     let served = host.serve(deadline, limit)?;

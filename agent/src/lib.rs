@@ -15,6 +15,7 @@ mod metrics;
 mod objects;
 mod reconciler;
 mod server;
+mod services;
 
 pub use error::AgentError;
 pub use metrics::serve_metrics;

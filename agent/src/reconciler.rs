@@ -10,6 +10,7 @@ use keelson_api::{ConditionStatus, Disk, Kind, Network, Object, SecurityGroup, s
 
 use crate::guest::{GuestActor, GuestMailbox, Memberships, Runtime, memberships};
 use crate::objects::{Change, World};
+use crate::services::Services;
 use crate::{Agent, AgentError, error::Result};
 
 /// How long the loop waits before it reads everything again after the store failed.
@@ -24,6 +25,7 @@ pub struct Reconciler {
     guests: BTreeMap<String, GuestMailbox>,
     /// Of each guest; when they change, the rules of others change.
     memberships: BTreeMap<String, Memberships>,
+    services: Services,
     beats: Arc<AtomicU64>,
 }
 
@@ -31,6 +33,7 @@ impl Reconciler {
     /// A reconciler that has not looked yet.
     pub fn new(agent: Agent) -> Self {
         Self {
+            services: Services::start(agent.clone()),
             agent,
             guests: BTreeMap::new(),
             memberships: BTreeMap::new(),
@@ -67,7 +70,9 @@ impl Reconciler {
             let Some(change) = change else { return Ok(()) };
             let (change, _) = change?;
             match change.kind() {
+                Kind::Service => self.services.wake(),
                 Kind::VirtualMachine => {
+                    self.services.wake();
                     self.wake_guest(change.name());
                     if self.note_memberships(&change) {
                         self.wake_all();
@@ -86,6 +91,7 @@ impl Reconciler {
         self.reconcile_networks(world).await?;
         self.remove_stray_ports(world).await?;
         self.report_references(world).await?;
+        self.services.wake();
         let in_store = world.of_kind(Kind::VirtualMachine);
         let mut names: BTreeSet<_> = in_store
             .map(|stored| stored.object.metadata().name.clone())
@@ -245,7 +251,7 @@ impl Reconciler {
                     };
                     self.agent.objects.update(name, update).await.map(drop)
                 }
-                Object::Network(_) | Object::VirtualMachine(_) => Ok(()),
+                Object::Network(_) | Object::Service(_) | Object::VirtualMachine(_) => Ok(()),
             };
             ignore_gone(updated)?;
         }

@@ -31,6 +31,7 @@ mod rate_limit;
 mod resource_limits;
 mod rule;
 mod security_group;
+mod service;
 mod units;
 mod virtual_machine;
 
@@ -47,6 +48,10 @@ pub use resource_limits::{CpuAmount, ResourceLimits};
 pub use rule::{IcmpType, PortRange, Protocol};
 pub use security_group::{
     EgressRule, IngressRule, RuleParts, SecurityGroup, SecurityGroupSpec, SecurityGroupStatus,
+};
+pub use service::{
+    BackendStatus, Health, HealthCheck, Service, ServicePort, ServiceProtocol, ServiceSpec,
+    ServiceStatus,
 };
 pub use units::{BitRate, MacAddress, MemorySize, TimeLimit};
 pub use virtual_machine::{

@@ -8,7 +8,8 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use crate::{
-    API_VERSION, ApiError, Disk, FieldError, Network, ObjectMeta, SecurityGroup, VirtualMachine,
+    API_VERSION, ApiError, Disk, FieldError, Network, ObjectMeta, SecurityGroup, Service,
+    VirtualMachine,
 };
 
 /// The longest path that the kernel takes (`PATH_MAX`).
@@ -23,16 +24,19 @@ pub enum Kind {
     Network,
     /// [`SecurityGroup`]
     SecurityGroup,
+    /// [`Service`]
+    Service,
     /// [`VirtualMachine`]
     VirtualMachine,
 }
 
 impl Kind {
     /// Every kind, in the order in which the objects of one manifest depend on each other.
-    pub const ALL: [Self; 4] = [
+    pub const ALL: [Self; 5] = [
         Self::Disk,
         Self::Network,
         Self::SecurityGroup,
+        Self::Service,
         Self::VirtualMachine,
     ];
 
@@ -42,6 +46,7 @@ impl Kind {
             Self::Disk => "Disk",
             Self::Network => "Network",
             Self::SecurityGroup => "SecurityGroup",
+            Self::Service => "Service",
             Self::VirtualMachine => "VirtualMachine",
         }
     }
@@ -52,6 +57,7 @@ impl Kind {
             Self::Disk => "disks",
             Self::Network => "networks",
             Self::SecurityGroup => "securitygroups",
+            Self::Service => "services",
             Self::VirtualMachine => "virtualmachines",
         }
     }
@@ -62,6 +68,7 @@ impl Kind {
             Self::Disk => "disk",
             Self::Network => "net",
             Self::SecurityGroup => "sg",
+            Self::Service => "svc",
             Self::VirtualMachine => "vm",
         }
     }
@@ -211,7 +218,7 @@ macro_rules! resources {
     };
 }
 
-resources!(Disk, Network, SecurityGroup, VirtualMachine);
+resources!(Disk, Network, SecurityGroup, Service, VirtualMachine);
 
 fn typed<T: Resource>(document: &Value) -> Result<T, ApiError> {
     serde_path_to_error::deserialize(document).map_err(|error| {

@@ -14,6 +14,6 @@ mod rules;
 mod tap;
 
 pub use inventory::{Inventory, check_abilities};
-pub use network::{GuestPort, HostNetwork};
+pub use network::{GuestPort, HostNetwork, network_number};
 pub use process::{Exit, LaunchRequest, ProcessHandle, write_atomically};
 pub use rules::{ResolvedRule, Rules};

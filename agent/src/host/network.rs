@@ -90,8 +90,7 @@ impl GuestPort {
             mac: keelson_ebpf::MacAddress(self.mac.0),
             ipv4: self.address,
             ipv6: self.address_v6,
-            // Zero stands for no network.
-            network: hash_number(&self.network).max(1),
+            network: network_number(&self.network),
             isolated: self.network_spec.isolated,
             mtu: self.network_spec.mtu,
             answers: Answers {
@@ -219,6 +218,24 @@ impl HostNetwork {
             .await
     }
 
+    /// Makes these the host's services, which are in `networks`.
+    pub async fn set_services(
+        &self,
+        networks: Vec<String>,
+        services: Vec<keelson_ebpf::Service>,
+    ) -> Result<()> {
+        let bridges: Vec<_> = networks
+            .iter()
+            .map(|name| (device_name(BRIDGE_PREFIX, name), network_number(name)))
+            .collect();
+        self.datapath
+            .with(move |datapath| {
+                datapath.set_gateways(&bridges)?;
+                datapath.set_services(&services)
+            })
+            .await
+    }
+
     /// What the device of a guest's interface passed and dropped, and the device's name.
     pub async fn counters(
         &self,
@@ -319,7 +336,12 @@ fn router_mac(network: &str) -> MacAddress {
     MacAddress([0x02, hash[0], hash[1], hash[2], hash[3], hash[4]])
 }
 
-/// The same number for the same `identity`; of a network, also what the eBPF programs know it by.
+/// What the eBPF programs know a network by. Zero stands for no network.
+pub fn network_number(name: &str) -> u32 {
+    hash_number(name).max(1)
+}
+
+/// The same number for the same `identity`.
 fn hash_number(identity: &str) -> u32 {
     let hash = Sha256::digest(identity);
     u32::from_be_bytes([hash[0], hash[1], hash[2], hash[3]])

@@ -6,11 +6,11 @@ use std::collections::BTreeSet;
 use jiff::Timestamp;
 use keelson_api::{
     Disk, DiskStatus, Kind, Network, NetworkStatus, Object, Phase, PowerState, SecurityGroup,
-    SecurityGroupStatus, VirtualMachine, VirtualMachineStatus,
+    SecurityGroupStatus, Service, ServiceStatus, VirtualMachine, VirtualMachineStatus,
 };
 use serde_json::Value;
 
-use super::allocation::Allocation;
+use super::allocation::{Allocation, holder};
 use super::checks;
 use super::store::{ObjectStore, World};
 use crate::host::Inventory;
@@ -100,7 +100,10 @@ impl Admission<'_> {
                 .objects
                 .values()
                 .filter(|stored| references(&stored.object).any(|r| r == (kind, name)))
-                .map(|stored| format!("VirtualMachine/{}", stored.object.metadata().name))
+                .map(|stored| {
+                    let name = &stored.object.metadata().name;
+                    format!("{}/{name}", stored.object.kind())
+                })
                 .collect();
             if !users.is_empty() {
                 let users = users.join(", ");
@@ -142,7 +145,10 @@ impl Admission<'_> {
             .iter()
             .filter(|(key, _)| !given.contains(*key));
         let mut allocation = Allocation::of(others.map(|(_, stored)| &stored.object));
-        for object in &mut merged {
+        // Those that ask for certain addresses first, so that nobody else is given these.
+        let mut order: Vec<&mut Object> = merged.iter_mut().collect();
+        order.sort_by_key(|object| wants_allocation(object));
+        for object in order {
             let identity = format!("{}/{}", object.kind(), object.metadata().name);
             let mut report = |field: &str, message: String| {
                 errors.push(format!("{identity}: {field}: {message}"));
@@ -158,6 +164,10 @@ impl Admission<'_> {
                 Object::Network(network) => checks::network(network, &after, &mut report),
                 Object::SecurityGroup(group) => {
                     checks::security_group(group, &after, &mut report);
+                }
+                Object::Service(service) => {
+                    checks::service(service, &after, &mut report);
+                    allocate_service(service, &after, &mut allocation, &mut report);
                 }
                 Object::VirtualMachine(guest) => {
                     self.check_guest(guest, &after, &mut report);
@@ -264,8 +274,18 @@ fn inherit(world: &World, mut object: Object, errors: &mut Vec<String>) -> Objec
     object.metadata_mut().labels = labels;
     object.metadata_mut().annotations = annotations;
     object.take_status(known);
-    if let (Object::VirtualMachine(guest), Object::VirtualMachine(known)) = (&mut object, known) {
-        inherit_allocations(guest, known);
+    match (&mut object, known) {
+        (Object::VirtualMachine(guest), Object::VirtualMachine(known)) => {
+            inherit_allocations(guest, known);
+        }
+        (Object::Service(service), Object::Service(known)) => {
+            let (spec, known) = (&mut service.spec, &known.spec);
+            if spec.network == known.network {
+                spec.address = spec.address.or(known.address);
+                spec.address_v6 = spec.address_v6.or(known.address_v6);
+            }
+        }
+        _ => {}
     }
     object
 }
@@ -275,6 +295,7 @@ fn clear_status(object: &mut Object) {
         Object::Disk(disk) => disk.status = DiskStatus::default(),
         Object::Network(network) => network.status = NetworkStatus::default(),
         Object::SecurityGroup(group) => group.status = SecurityGroupStatus::default(),
+        Object::Service(service) => service.status = ServiceStatus::default(),
         Object::VirtualMachine(guest) => guest.status = VirtualMachineStatus::default(),
     }
 }
@@ -310,7 +331,8 @@ fn allocate(
             );
             continue;
         };
-        match allocation.take_address(guest, &interface, &network) {
+        let named = holder(guest, &interface);
+        match allocation.take_address(named.clone(), interface.address, &network) {
             Ok(address) => guest.spec.interfaces[index].address = address,
             Err(message) => report(&format!("{field}.address"), message),
         }
@@ -320,10 +342,64 @@ fn allocate(
         }
         // With its MAC address, of which SLAAC makes this one.
         let interface = guest.spec.interfaces[index].clone();
-        match allocation.take_address_v6(guest, &interface, &network) {
+        let slaac = interface
+            .mac
+            .and_then(|mac| network.spec.slaac_address(mac));
+        let refused = checks::refuse_slaac(&network.spec, &interface);
+        let wanted = interface.address_v6.or(slaac);
+        let taken = match refused {
+            Some(problem) => Err(problem),
+            None => allocation.take_address_v6(named, wanted, &network),
+        };
+        match taken {
             Ok(address) => guest.spec.interfaces[index].address_v6 = address,
             Err(message) => report(&format!("{field}.addressV6"), message),
         }
+    }
+}
+
+/// How many addresses an object is to be given, those of IPv4 before all: not every network has IPv6.
+fn wants_allocation(object: &Object) -> u8 {
+    let wants = |ipv4: bool, ipv6: bool| u8::from(ipv4) * 2 + u8::from(ipv6);
+    match object {
+        Object::VirtualMachine(guest) => {
+            let interfaces = &guest.spec.interfaces;
+            wants(
+                interfaces
+                    .iter()
+                    .any(|interface| interface.address.is_none()),
+                interfaces
+                    .iter()
+                    .any(|interface| interface.address_v6.is_none()),
+            )
+        }
+        Object::Service(service) => wants(
+            service.spec.address.is_none(),
+            service.spec.address_v6.is_none(),
+        ),
+        _ => 0,
+    }
+}
+
+fn allocate_service(
+    service: &mut Service,
+    after: &World,
+    allocation: &mut Allocation,
+    report: &mut impl FnMut(&str, String),
+) {
+    let name = &service.spec.network;
+    let Some(Object::Network(network)) = after.get::<Network>(name) else {
+        report("spec.network", checks::missing(Kind::Network, name));
+        return;
+    };
+    let holder = format!("Service/{}", service.metadata.name);
+    match allocation.take_address(holder.clone(), service.spec.address, &network) {
+        Ok(address) => service.spec.address = address,
+        Err(message) => report("spec.address", message),
+    }
+    match allocation.take_address_v6(holder, service.spec.address_v6, &network) {
+        Ok(address) => service.spec.address_v6 = address,
+        Err(message) => report("spec.addressV6", message),
     }
 }
 
@@ -383,7 +459,11 @@ fn references(object: &Object) -> impl Iterator<Item = (Kind, &str)> {
         });
         disks.chain(interfaces)
     });
-    guests.chain(groups)
+    let service = match object {
+        Object::Service(service) => Some((Kind::Network, service.spec.network.as_str())),
+        _ => None,
+    };
+    guests.chain(groups).chain(service)
 }
 
 /// Sets the desired power state of a guest.

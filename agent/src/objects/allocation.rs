@@ -1,4 +1,4 @@
-//! Addresses of guests' interfaces: those that are taken, and the next free one.
+//! Addresses of guests' interfaces and of services: those that are taken, and the next free one.
 
 use std::collections::BTreeMap;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
@@ -6,21 +6,28 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use keelson_api::{Interface, MacAddress, Network, Object, VirtualMachine};
 use sha2::{Digest, Sha256};
 
-use super::checks::refuse_slaac;
-
 /// Who holds which address.
 #[derive(Debug, Default)]
 pub struct Allocation {
-    /// By network and address: the holder, as `VirtualMachine/name interface name`.
+    /// By network and address: the holder, such as `VirtualMachine/web (eth0)` or `Service/web`.
     addresses: BTreeMap<(String, IpAddr), String>,
     macs: BTreeMap<MacAddress, String>,
 }
 
 impl Allocation {
-    /// What the guests among `objects` hold.
+    /// What the guests and services among `objects` hold.
     pub fn of<'a>(objects: impl Iterator<Item = &'a Object>) -> Self {
         let mut allocation = Self::default();
         for object in objects {
+            if let Object::Service(service) = object {
+                let ipv4 = service.spec.address.map(IpAddr::from);
+                let ipv6 = service.spec.address_v6.map(IpAddr::from);
+                for address in ipv4.into_iter().chain(ipv6) {
+                    let place = (service.spec.network.clone(), address);
+                    let holder = format!("Service/{}", service.metadata.name);
+                    allocation.addresses.insert(place, holder);
+                }
+            }
             let Object::VirtualMachine(guest) = object else {
                 continue;
             };
@@ -40,93 +47,84 @@ impl Allocation {
         allocation
     }
 
-    /// Gives an interface the address that it asks for, or the lowest free one; none where the network has
-    /// no IPv4.
+    /// Gives a guest's interface or a service the address that it asks for, or the lowest free one; none
+    /// where the network has no IPv4.
     ///
     /// # Errors
     /// What is wrong with the address, or that the network is full.
     pub fn take_address(
         &mut self,
-        guest: &VirtualMachine,
-        interface: &Interface,
+        holder: String,
+        wanted: Option<Ipv4Addr>,
         network: &Network,
     ) -> Result<Option<Ipv4Addr>, String> {
         let spec = &network.spec;
-        let address = match (interface.address, spec.subnet) {
+        let address = match (wanted, spec.subnet) {
             (None, None) => return Ok(None),
             (Some(address), _) => address,
             (None, Some(subnet)) => subnet
                 .hosts()
                 .find(|&address| {
-                    spec.refuse_address(address).is_none()
-                        && self.is_free(interface, address.into())
+                    spec.refuse_address(address).is_none() && self.is_free(network, address.into())
                 })
-                .ok_or_else(|| format!("Network/{} has no free address", interface.network))?,
+                .ok_or_else(|| full(network))?,
         };
         if let Some(problem) = spec.refuse_address(address) {
             return Err(problem);
         }
-        self.take(guest, interface, address.into())?;
+        self.take(holder, network, address.into())?;
         Ok(Some(address))
     }
 
-    /// Gives an interface, whose MAC address is known, the IPv6 address that it asks for, the one that it
-    /// makes by SLAAC, or the lowest free one; none where the network has no IPv6.
+    /// As [`Self::take_address`], of IPv6.
     ///
     /// # Errors
     /// What is wrong with the address, or that the network is full.
     pub fn take_address_v6(
         &mut self,
-        guest: &VirtualMachine,
-        interface: &Interface,
+        holder: String,
+        wanted: Option<Ipv6Addr>,
         network: &Network,
     ) -> Result<Option<Ipv6Addr>, String> {
         let spec = &network.spec;
-        let slaac = interface.mac.and_then(|mac| spec.slaac_address(mac));
-        let address = match (interface.address_v6.or(slaac), spec.subnet_v6) {
+        let address = match (wanted, spec.subnet_v6) {
             (None, None) => return Ok(None),
             (Some(address), _) => address,
             (None, Some(subnet)) => subnet
                 .hosts()
                 .find(|&address| {
                     spec.refuse_address_v6(address).is_none()
-                        && self.is_free(interface, address.into())
+                        && self.is_free(network, address.into())
                 })
-                .ok_or_else(|| format!("Network/{} has no free address", interface.network))?,
+                .ok_or_else(|| full(network))?,
         };
-        let refused = spec.refuse_address_v6(address);
-        if let Some(problem) = refused.or_else(|| refuse_slaac(spec, interface)) {
+        if let Some(problem) = spec.refuse_address_v6(address) {
             return Err(problem);
         }
-        self.take(guest, interface, address.into())?;
+        self.take(holder, network, address.into())?;
         Ok(Some(address))
     }
 
-    fn is_free(&self, interface: &Interface, address: IpAddr) -> bool {
-        let place = (interface.network.clone(), address);
+    fn is_free(&self, network: &Network, address: IpAddr) -> bool {
+        let place = (network.metadata.name.clone(), address);
         !self.addresses.contains_key(&place)
     }
 
-    fn take(
-        &mut self,
-        guest: &VirtualMachine,
-        interface: &Interface,
-        address: IpAddr,
-    ) -> Result<(), String> {
-        let place = (interface.network.clone(), address);
+    fn take(&mut self, holder: String, network: &Network, address: IpAddr) -> Result<(), String> {
+        let place = (network.metadata.name.clone(), address);
         if let Some(taken) = self.addresses.get(&place) {
             return Err(format!(
                 "{address} is taken by {taken}; choose another or leave it out to get a free one"
             ));
         }
-        self.addresses.insert(place, holder(guest, interface));
+        self.addresses.insert(place, holder);
         Ok(())
     }
 
     /// Gives an interface the Ethernet address that it asks for, or one derived from its identity.
     ///
     /// # Errors
-    /// Who holds the address already.
+    /// Who holds the address already, be it all services.
     pub fn take_mac(
         &mut self,
         guest: &VirtualMachine,
@@ -135,6 +133,9 @@ impl Allocation {
         let mac = interface
             .mac
             .unwrap_or_else(|| derived_mac(guest, interface));
+        if mac.0 == keelson_ebpf::SERVICE_MAC {
+            return Err(format!("{mac} is the address of all services"));
+        }
         if let Some(taken) = self.macs.get(&mac) {
             return Err(format!(
                 "{mac} is taken by {taken}; choose another or leave it out to get one"
@@ -145,7 +146,12 @@ impl Allocation {
     }
 }
 
-fn holder(guest: &VirtualMachine, interface: &Interface) -> String {
+fn full(network: &Network) -> String {
+    format!("Network/{} has no free address", network.metadata.name)
+}
+
+/// A guest's interface as messages name it.
+pub fn holder(guest: &VirtualMachine, interface: &Interface) -> String {
     format!(
         "VirtualMachine/{} ({})",
         guest.metadata.name, interface.name

@@ -2,10 +2,14 @@
 //! field; nothing is changed.
 
 use std::fs;
+use std::net::{Ipv4Addr, Ipv6Addr};
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::Path;
 
-use keelson_api::{Disk, DiskSpec, Interface, Kind, Network, NetworkSpec, Object, SecurityGroup};
+use keelson_api::{
+    Disk, DiskSpec, Interface, Kind, Network, NetworkSpec, Object, SecurityGroup, Service,
+    VirtualMachine,
+};
 
 use super::store::World;
 
@@ -163,23 +167,42 @@ pub(super) fn network(network: &Network, after: &World, report: &mut impl FnMut(
             continue;
         };
         for interface in &guest.spec.interfaces {
-            if interface.network != network.metadata.name {
-                continue;
-            }
-            let spec = &network.spec;
-            let ipv4 = interface.address.and_then(|a| spec.refuse_address(a));
-            let ipv6 = interface.address_v6.and_then(|a| spec.refuse_address_v6(a));
-            let slaac = refuse_slaac(spec, interface);
-            for problem in ipv4.into_iter().chain(ipv6).chain(slaac) {
-                report(
-                    "spec",
-                    format!(
-                        "{problem}, and VirtualMachine/{} holds it",
-                        guest.metadata.name
-                    ),
-                );
+            if interface.network == network.metadata.name {
+                let addresses = (interface.address, interface.address_v6);
+                still_fits(network, &stored.object, addresses, report);
+                if let Some(problem) = refuse_slaac(&network.spec, interface) {
+                    let name = &guest.metadata.name;
+                    report(
+                        "spec",
+                        format!("{problem}, and VirtualMachine/{name} holds it"),
+                    );
+                }
             }
         }
+    }
+    for stored in after.of_kind(Kind::Service) {
+        if let Object::Service(service) = &stored.object
+            && service.spec.network == network.metadata.name
+        {
+            let addresses = (service.spec.address, service.spec.address_v6);
+            still_fits(network, &stored.object, addresses, report);
+        }
+    }
+}
+
+/// Checks that addresses which `holder` has are still ones of the network.
+fn still_fits(
+    network: &Network,
+    holder: &Object,
+    (ipv4, ipv6): (Option<Ipv4Addr>, Option<Ipv6Addr>),
+    report: &mut impl FnMut(&str, String),
+) {
+    let spec = &network.spec;
+    let ipv4 = ipv4.and_then(|address| spec.refuse_address(address));
+    let ipv6 = ipv6.and_then(|address| spec.refuse_address_v6(address));
+    for problem in ipv4.into_iter().chain(ipv6) {
+        let (kind, name) = (holder.kind(), &holder.metadata().name);
+        report("spec", format!("{problem}, and {kind}/{name} holds it"));
     }
 }
 
@@ -203,6 +226,55 @@ pub(super) fn security_group(
         if after.get::<SecurityGroup>(name).is_none() {
             report(&field, missing(Kind::SecurityGroup, name));
         }
+    }
+}
+
+/// Checks a service against the guests that it names, and against the other services.
+pub(super) fn service(service: &Service, after: &World, report: &mut impl FnMut(&str, String)) {
+    let spec = &service.spec;
+    let in_network = |guest: &VirtualMachine| {
+        let mut interfaces = guest.spec.interfaces.iter();
+        interfaces.any(|interface| interface.network == spec.network)
+    };
+    for (index, name) in spec.guests.iter().enumerate() {
+        let field = format!("spec.guests[{index}]");
+        match after.get::<VirtualMachine>(name) {
+            Some(Object::VirtualMachine(guest)) if in_network(&guest) => {}
+            Some(_) => report(
+                &field,
+                format!("{name} has no interface in Network/{}", spec.network),
+            ),
+            None => report(&field, missing(Kind::VirtualMachine, name)),
+        }
+    }
+    let guests = after.of_kind(Kind::VirtualMachine);
+    let selected = guests.filter(|stored| match &stored.object {
+        Object::VirtualMachine(guest) => spec.selects(guest) && in_network(guest),
+        _ => false,
+    });
+    let selected = selected.count();
+    if selected > keelson_ebpf::MAX_BACKENDS {
+        let message = format!(
+            "selects {selected} guests; at most {} share a service",
+            keelson_ebpf::MAX_BACKENDS
+        );
+        report("spec.selector", message);
+    }
+    // Of both versions of IP each port is one.
+    let ports = after
+        .of_kind(Kind::Service)
+        .map(|stored| match &stored.object {
+            Object::Service(service) => service.spec.ports.len() * 2,
+            _ => 0,
+        });
+    let ports: usize = ports.sum();
+    if ports > keelson_ebpf::MAX_SERVICES {
+        let message = format!(
+            "brings the services' ports to {}; a host has room for {}",
+            ports / 2,
+            keelson_ebpf::MAX_SERVICES / 2
+        );
+        report("spec.ports", message);
     }
 }
 

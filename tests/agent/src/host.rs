@@ -324,10 +324,25 @@ impl Host {
         what: &str,
         holds: impl Fn(&Value) -> bool,
     ) -> Value {
+        self.wait_for_object("vm", guest, what, holds)
+    }
+
+    /// Waits until an object's status is as `holds` wants it.
+    ///
+    /// # Panics
+    /// With the status that it stays in.
+    #[track_caller]
+    pub fn wait_for_object(
+        &self,
+        kind: &str,
+        name: &str,
+        what: &str,
+        holds: impl Fn(&Value) -> bool,
+    ) -> Value {
         let mut last = Value::Null;
         let found = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
             wait_until(what, || {
-                last = self.object("vm", guest)["status"].clone();
+                last = self.object(kind, name)["status"].clone();
                 holds(&last).then(|| last.clone())
             })
         }));

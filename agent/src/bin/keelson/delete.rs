@@ -15,7 +15,7 @@ use crate::wait;
 /// Delete objects, and what belongs to them.
 #[derive(Args)]
 pub struct Delete {
-    /// vm, disk, net or sg; long names and plurals do as well.
+    /// vm, disk, net, sg or svc; long names and plurals do as well.
     #[arg(required_unless_present = "filename", requires = "names")]
     kind: Option<Kind>,
     /// The objects' names.
@@ -35,8 +35,12 @@ impl Delete {
     /// Runs the command.
     pub async fn run(self, client: &mut Client) -> Result<(), Failure> {
         let mut targets = self.targets()?;
-        // Guests refer to all the rest.
-        targets.sort_by_key(|(kind, _)| *kind != Kind::VirtualMachine);
+        // Guests refer to all the rest, services to networks.
+        targets.sort_by_key(|(kind, _)| match kind {
+            Kind::VirtualMachine => 0,
+            Kind::Service => 1,
+            _ => 2,
+        });
         for (kind, name) in targets {
             let request = DeleteRequest {
                 kind: kind.to_string(),

@@ -5,7 +5,7 @@ use std::io::{self, Write};
 use clap::ValueEnum;
 use comfy_table::{Table, presets};
 use jiff::{Timestamp, Unit};
-use keelson_api::{Condition, ConditionStatus, Object};
+use keelson_api::{Condition, ConditionStatus, Health, Object};
 use serde::Serialize;
 use serde_json::{Value, json};
 
@@ -120,6 +120,15 @@ fn print_table(objects: &[Object]) -> Result<(), Failure> {
         Some(Object::Disk(_)) => table(["NAME", "PATH", "MODE", "READY", "AGE"]),
         Some(Object::Network(_)) => table(["NAME", "SUBNET", "GATEWAY", "DEVICE", "READY", "AGE"]),
         Some(Object::SecurityGroup(_)) => table(["NAME", "INGRESS", "EGRESS", "AGE"]),
+        Some(Object::Service(_)) => table([
+            "NAME",
+            "NETWORK",
+            "ADDRESSES",
+            "PORTS",
+            "HEALTHY",
+            "READY",
+            "AGE",
+        ]),
         Some(Object::VirtualMachine(_)) => table([
             "NAME",
             "PHASE",
@@ -170,6 +179,26 @@ fn row(object: &Object) -> Vec<String> {
                 name,
                 group.spec.ingress.len().to_string(),
                 egress.map_or("all".into(), |rules| rules.len().to_string()),
+                created,
+            ]
+        }
+        Object::Service(service) => {
+            let spec = &service.spec;
+            let ipv4 = spec.address.map(|address| address.to_string());
+            let ipv6 = spec.address_v6.map(|address| address.to_string());
+            let backends = &service.status.backends;
+            let healthy = backends.iter().filter(|b| b.health == Health::Healthy);
+            vec![
+                name,
+                spec.network.clone(),
+                ipv4.into_iter().chain(ipv6).collect::<Vec<_>>().join(","),
+                spec.ports
+                    .iter()
+                    .map(ToString::to_string)
+                    .collect::<Vec<_>>()
+                    .join(","),
+                format!("{}/{}", healthy.count(), backends.len()),
+                readiness(&service.status.conditions),
                 created,
             ]
         }

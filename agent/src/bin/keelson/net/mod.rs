@@ -4,6 +4,7 @@ mod capture;
 mod counters;
 mod packets;
 mod trace;
+mod trace_service;
 
 use clap::Subcommand;
 

@@ -7,14 +7,18 @@ use anyhow::anyhow;
 use clap::{Args, ValueEnum};
 use keelson_api::{
     EgressRule, IngressRule, Interface, Kind, Network, Object, Protocol, RuleParts, SecurityGroup,
-    VirtualMachine,
+    Service, VirtualMachine,
 };
 
 use crate::client::Client;
 use crate::failure::Failure;
 use crate::output::line;
 
+use super::trace_service::{self, ToService};
+
 /// Say which rule decides about a new connection, and why.
+///
+/// Of a service, whom a connection may go to, and what the rules of each say about it.
 ///
 /// Reads the objects, not the packets: what they say is in force a moment after they changed. Answers
 /// to what is allowed need no rule. Exit code 1 if it is dropped.
@@ -22,7 +26,7 @@ use crate::output::line;
 pub struct Trace {
     /// Who sends: a guest, a guest's interface as GUEST/INTERFACE, or an address.
     from: String,
-    /// To whom: as FROM.
+    /// To whom: as FROM, or a service by its name or address.
     to: String,
     /// The destination port; the type with ICMP [default there: an echo request].
     port: Option<u16>,
@@ -47,6 +51,7 @@ struct Objects {
     guests: Vec<VirtualMachine>,
     groups: Vec<SecurityGroup>,
     networks: Vec<Network>,
+    services: Vec<Service>,
 }
 
 /// One end: an address, and the interface that has it, if that is a guest's.
@@ -67,7 +72,16 @@ impl Trace {
     pub async fn run(self, client: &mut Client) -> Result<(), Failure> {
         let objects = Objects::read(client).await?;
         let from = objects.end(&self.from, self.ipv6)?;
-        let to = objects.end(&self.to, self.ipv6)?;
+        let service = trace_service::find(&objects.services, &self.to, self.ipv6);
+        // A guest of the same name comes first.
+        let service = service.filter(|_| !objects.is_guest(&self.to));
+        let to = match service {
+            Some((_, address)) => End {
+                address,
+                interface: None,
+            },
+            None => objects.end(&self.to, self.ipv6)?,
+        };
         let question = self.question(&from, &to)?;
         line(&format!(
             "{} from {} to {}",
@@ -75,24 +89,12 @@ impl Trace {
             from.describe(),
             to.describe()
         ))?;
-        let mut allowed = true;
-        if let Some(problem) = objects.apart(&from, &to) {
-            line(&format!("network: {problem}: dropped"))?;
-            allowed = false;
-        }
-        if from.interface.is_none() && to.interface.is_none() {
-            line("neither end is a guest's: no rule is asked")?;
-        }
-        if let Some((guest, interface)) = from.interface {
-            let (verdict, reason) = objects.egress(interface, &to, &question);
-            line(&format!("egress of {}: {reason}", named(guest, interface)))?;
-            allowed &= verdict;
-        }
-        if let Some((guest, interface)) = to.interface {
-            let (verdict, reason) = objects.ingress(interface, &from, &question);
-            line(&format!("ingress of {}: {reason}", named(guest, interface)))?;
-            allowed &= verdict;
-        }
+        let allowed = match service {
+            Some((service, address)) => {
+                objects.decide_service(&from, service, address, &question)?
+            }
+            None => objects.decide(&from, &to, &question)?,
+        };
         if allowed {
             line("passes")
         } else {
@@ -132,18 +134,104 @@ impl Objects {
             guests: Vec::new(),
             groups: Vec::new(),
             networks: Vec::new(),
+            services: Vec::new(),
         };
-        for kind in [Kind::VirtualMachine, Kind::SecurityGroup, Kind::Network] {
+        for kind in [
+            Kind::VirtualMachine,
+            Kind::SecurityGroup,
+            Kind::Network,
+            Kind::Service,
+        ] {
             for object in client.list(kind).await? {
                 match object {
                     Object::VirtualMachine(guest) => objects.guests.push(guest),
                     Object::SecurityGroup(group) => objects.groups.push(group),
                     Object::Network(network) => objects.networks.push(network),
+                    Object::Service(service) => objects.services.push(service),
                     Object::Disk(_) => {}
                 }
             }
         }
         Ok(objects)
+    }
+
+    fn is_guest(&self, name: &str) -> bool {
+        self.guests.iter().any(|guest| guest.metadata.name == name)
+    }
+
+    /// Says what decides about a connection to a service: whom it may go to, and what each of these and
+    /// the sender have to say. Whether it passes to all of them.
+    fn decide_service(
+        &self,
+        from: &End<'_>,
+        service: &Service,
+        address: IpAddr,
+        question: &Question,
+    ) -> Result<bool, Failure> {
+        let to = ToService::new(service, address, question.protocol, question.number);
+        let to = match to.and_then(|to| to.serving().map(|serving| (to, serving))) {
+            Err(problem) => {
+                line(&format!("service: {problem}"))?;
+                return Ok(false);
+            }
+            Ok(to) => to,
+        };
+        let (to, serving) = to;
+        line(&format!("service: {}", to.describe()))?;
+        let question = Question {
+            protocol: question.protocol,
+            number: to.target(),
+        };
+        let mut allowed = true;
+        for guest in &self.guests {
+            let mut interfaces = guest.spec.interfaces.iter();
+            let interface = interfaces.find(|i| i.network == service.spec.network);
+            let Some(interface) = interface.filter(|_| serving.contains(&&*guest.metadata.name))
+            else {
+                continue;
+            };
+            let own = if address.is_ipv6() {
+                interface.address_v6.map(IpAddr::from)
+            } else {
+                interface.address.map(IpAddr::from)
+            };
+            let Some(own) = own else { continue };
+            if own == from.address {
+                line(&format!(
+                    "{} to itself: its rules see the service's address, {address}",
+                    named(guest, interface)
+                ))?;
+            }
+            let backend = End {
+                address: own,
+                interface: Some((guest, interface)),
+            };
+            allowed &= self.decide(from, &backend, &question)?;
+        }
+        Ok(allowed)
+    }
+
+    /// Says what decides about a connection between two ends, and whether it passes.
+    fn decide(&self, from: &End<'_>, to: &End<'_>, question: &Question) -> Result<bool, Failure> {
+        let mut allowed = true;
+        if let Some(problem) = self.apart(from, to) {
+            line(&format!("network: {problem}: dropped"))?;
+            allowed = false;
+        }
+        if from.interface.is_none() && to.interface.is_none() {
+            line("neither end is a guest's: no rule is asked")?;
+        }
+        if let Some((guest, interface)) = from.interface {
+            let (verdict, reason) = self.egress(interface, to, question);
+            line(&format!("egress of {}: {reason}", named(guest, interface)))?;
+            allowed &= verdict;
+        }
+        if let Some((guest, interface)) = to.interface {
+            let (verdict, reason) = self.ingress(interface, from, question);
+            line(&format!("ingress of {}: {reason}", named(guest, interface)))?;
+            allowed &= verdict;
+        }
+        Ok(allowed)
     }
 
     /// Reads an end as the user wrote it.

@@ -1,0 +1,100 @@
+//! Which interfaces of which guests a service is for.
+
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+
+use keelson_api::{Kind, MacAddress, Object, Phase, Service, ServiceProtocol, VirtualMachine};
+use keelson_ebpf::{Protocol, ServiceBackend};
+
+use crate::objects::World;
+
+/// A guest's interface that a service is for.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Candidate {
+    /// The guest.
+    pub guest: String,
+    /// Its interface.
+    pub interface: String,
+    /// The interface's IPv4 address.
+    pub address: Option<Ipv4Addr>,
+    /// Its IPv6 address.
+    pub address_v6: Option<Ipv6Addr>,
+    /// Its Ethernet address.
+    pub mac: MacAddress,
+    /// Whether the guest runs, and is to go on.
+    pub runs: bool,
+}
+
+/// The interfaces that a service is for: the first one in its network of each guest that it selects.
+pub fn candidates(service: &Service, world: &World) -> Vec<Candidate> {
+    let guests = world.of_kind(Kind::VirtualMachine);
+    let guests = guests.filter_map(|stored| match &stored.object {
+        Object::VirtualMachine(guest) => Some(guest),
+        _ => None,
+    });
+    guests
+        .filter(|guest| service.spec.selects(guest))
+        .filter_map(|guest| candidate(guest, &service.spec.network))
+        .take(keelson_ebpf::MAX_BACKENDS)
+        .collect()
+}
+
+fn candidate(guest: &VirtualMachine, network: &str) -> Option<Candidate> {
+    let mut interfaces = guest.spec.interfaces.iter();
+    let interface = interfaces.find(|interface| interface.network == network)?;
+    let runs = guest.status.phase == Phase::Running;
+    Some(Candidate {
+        guest: guest.metadata.name.clone(),
+        interface: interface.name.clone(),
+        address: interface.address,
+        address_v6: interface.address_v6,
+        mac: interface.mac?,
+        runs: runs && guest.metadata.deletion_timestamp.is_none(),
+    })
+}
+
+impl Candidate {
+    /// The address by which it is known: that of IPv4, if it has one.
+    pub fn main_address(&self) -> Option<IpAddr> {
+        let ipv6 = self.address_v6.map(IpAddr::from);
+        self.address.map(IpAddr::from).or(ipv6)
+    }
+}
+
+/// The service's ports as the eBPF programs take them, each with the candidates that serve.
+pub fn ports(
+    service: &Service,
+    network: u32,
+    serving: &[&Candidate],
+) -> Vec<keelson_ebpf::Service> {
+    let spec = &service.spec;
+    let ipv4 = spec.address.map(IpAddr::from);
+    let ipv6 = spec.address_v6.map(IpAddr::from);
+    let addresses: Vec<IpAddr> = ipv4.into_iter().chain(ipv6).collect();
+    let mut ports = Vec::new();
+    for port in &spec.ports {
+        for &address in &addresses {
+            let backends = serving.iter().filter_map(|candidate| {
+                let own = match address {
+                    IpAddr::V4(_) => candidate.address?.into(),
+                    IpAddr::V6(_) => candidate.address_v6?.into(),
+                };
+                Some(ServiceBackend {
+                    address: own,
+                    port: port.target(),
+                    mac: keelson_ebpf::MacAddress(candidate.mac.0),
+                })
+            });
+            ports.push(keelson_ebpf::Service {
+                network,
+                address,
+                protocol: match port.protocol {
+                    ServiceProtocol::Tcp => Protocol::Tcp,
+                    ServiceProtocol::Udp => Protocol::Udp,
+                },
+                port: port.port,
+                backends: backends.collect(),
+            });
+        }
+    }
+    ports
+}

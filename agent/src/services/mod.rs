@@ -1,0 +1,7 @@
+//! Services: which guests answer for a virtual address, and which of those are healthy.
+
+mod backends;
+mod probe;
+mod reconciler;
+
+pub use reconciler::Services;

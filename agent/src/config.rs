@@ -1,8 +1,10 @@
 //! The daemon's configuration: `/etc/keelson/keelsond.toml`, all of it optional.
 
+use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 
+use keelson_api::MemorySize;
 use serde::Deserialize;
 
 use crate::AgentError;
@@ -11,6 +13,9 @@ use crate::AgentError;
 pub const DEFAULT_PATH: &str = "/etc/keelson/keelsond.toml";
 /// The agent's gRPC socket unless configured otherwise.
 pub const DEFAULT_SOCKET: &str = "/run/keelson/keelsond.sock";
+
+/// Less leaves no time to kill guests in before the lease ends.
+const HOST_LEASE_SECONDS: std::ops::RangeInclusive<u64> = 3..=600;
 
 /// The daemon's configuration.
 #[derive(Clone, Debug, Deserialize)]
@@ -38,8 +43,19 @@ pub struct Config {
     /// Where metrics are served over HTTP, in Prometheus' text form; nowhere if not given. They tell
     /// guests' names and traffic to everyone who reaches the address.
     pub metrics_listen: Option<SocketAddr>,
-    /// The host's name in objects' status; the kernel's host name where not given.
+    /// The host's name in the fleet, which no other agent of the state store may have; made of the
+    /// kernel's host name where not given.
     pub host_name: Option<String>,
+    /// Labels of the `Host` object, by which guests select hosts; those that are applied to the object
+    /// itself stay beside them.
+    pub host_labels: BTreeMap<String, String>,
+    /// How long the host's lease lasts without being renewed, in seconds: 3 to 600. Guests that fail
+    /// over are killed after four fifths of it, and started elsewhere when it is over.
+    pub host_lease_seconds: u64,
+    /// Memory that guests can't have, such as `512Mi`.
+    pub host_reserved_memory: MemorySize,
+    /// Virtual processors that guests may have for each of the host's.
+    pub cpu_overcommit: u32,
 }
 
 /// How eBPF programs are attached to a guest's TAP device.
@@ -69,6 +85,10 @@ impl Default for Config {
             jail: true,
             metrics_listen: None,
             host_name: None,
+            host_labels: BTreeMap::new(),
+            host_lease_seconds: 10,
+            host_reserved_memory: MemorySize::from_mib(512).unwrap_or_else(|| unreachable!()),
+            cpu_overcommit: 16,
         }
     }
 }
@@ -88,7 +108,22 @@ impl Config {
             message,
         };
         let text = std::fs::read_to_string(path).map_err(|source| error(source.to_string()))?;
-        toml::from_str(&text).map_err(|source| error(source.to_string()))
+        let config: Self = toml::from_str(&text).map_err(|source| error(source.to_string()))?;
+        config.check().map_err(error)?;
+        Ok(config)
+    }
+
+    fn check(&self) -> Result<(), String> {
+        if !HOST_LEASE_SECONDS.contains(&self.host_lease_seconds) {
+            return Err(format!(
+                "host_lease_seconds is {}; give 3 to 600",
+                self.host_lease_seconds
+            ));
+        }
+        if self.cpu_overcommit == 0 {
+            return Err("cpu_overcommit is 0; give 1 or more".into());
+        }
+        Ok(())
     }
 
     /// The folder of `keelson-vmm` and `keelson-blk`.

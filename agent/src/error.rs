@@ -63,6 +63,20 @@ pub enum AgentError {
     /// Others kept changing the same objects.
     #[error("{0} changed meanwhile, again and again; try once more")]
     Conflict(String),
+    /// Another agent has this host's name.
+    #[error(
+        "the host name {name:?} is taken by {other}; give this host another one (host_name in the \
+         configuration), or stop that agent"
+    )]
+    HostNameTaken {
+        /// The name.
+        name: String,
+        /// Who has it.
+        other: String,
+    },
+    /// Another agent works in the run directory.
+    #[error("another agent works in {}; stop it first, or configure another directory", .0.display())]
+    RunDirectoryInUse(PathBuf),
     /// What the store holds is not an object.
     #[error("the state store's key {key} holds no object that this version knows: {message}")]
     Corrupt {
@@ -92,6 +106,8 @@ impl AgentError {
     pub fn reason(&self) -> &'static str {
         match self {
             Self::Config { .. } => "ConfigurationInvalid",
+            Self::HostNameTaken { .. } => "HostNameTaken",
+            Self::RunDirectoryInUse(_) => "RunDirectoryInUse",
             Self::Host(_) => "HostUnable",
             Self::Io { .. } => "HostFailure",
             Self::Netlink { .. } | Self::Datapath(_) => "NetworkFailure",

@@ -9,6 +9,8 @@
 pub mod config;
 mod error;
 mod events;
+mod failpoint;
+pub mod fleet;
 mod guest;
 pub mod host;
 mod metrics;
@@ -18,17 +20,19 @@ mod server;
 mod services;
 
 pub use error::AgentError;
+pub use failpoint::arm_failpoints;
 pub use metrics::serve_metrics;
 pub use reconciler::Reconciler;
 pub use server::serve;
 
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use keelson_controlplane::StateStore;
 
 use crate::config::Config;
 use crate::error::Result;
 use crate::events::EventRecorder;
+use crate::fleet::Fleet;
 use crate::host::{HostNetwork, Inventory};
 use crate::objects::ObjectStore;
 
@@ -40,6 +44,9 @@ pub struct Agent {
     network: HostNetwork,
     objects: ObjectStore,
     events: EventRecorder,
+    fleet: Fleet,
+    /// Keeps other agents out of the run directory for as long as this one lives.
+    run_directory: Arc<OnceLock<std::fs::File>>,
 }
 
 impl Agent {
@@ -56,7 +63,10 @@ impl Agent {
         let inventory = Inventory::read(config.host_name.as_deref())?;
         let network = HostNetwork::open(&config).await?;
         let store: Arc<dyn StateStore> = keelson_controlplane::open(&config.state).await?;
+        let fleet = Fleet::new(&config, &inventory, Arc::clone(&store)).await?;
         Ok(Self {
+            fleet,
+            run_directory: Arc::default(),
             config: Arc::new(config),
             inventory: Arc::new(inventory),
             network,
@@ -65,11 +75,35 @@ impl Agent {
         })
     }
 
+    /// Takes the run directory, and the host's place among those that share the state store.
+    ///
+    /// # Errors
+    /// [`AgentError::RunDirectoryInUse`], and [`AgentError::HostNameTaken`] where another agent has the
+    /// host's name.
+    pub async fn join_fleet(&self) -> Result<()> {
+        let lock = lock_run_directory(&self.config)?;
+        self.run_directory.get_or_init(|| lock);
+        self.fleet.join(self).await
+    }
+
     /// Closes the state store; guests keep running.
     ///
     /// # Errors
     /// [`AgentError::State`] where the store can't finish what is being written.
     pub async fn close(&self) -> Result<()> {
         self.objects.close().await
+    }
+}
+
+fn lock_run_directory(config: &Config) -> Result<std::fs::File> {
+    let path = config.run_directory.join("agent.lock");
+    let what = || format!("lock {}", path.display());
+    let file = std::fs::File::create(&path).map_err(AgentError::io(what()))?;
+    match file.try_lock() {
+        Ok(()) => Ok(file),
+        Err(std::fs::TryLockError::WouldBlock) => {
+            Err(AgentError::RunDirectoryInUse(config.run_directory.clone()))
+        }
+        Err(std::fs::TryLockError::Error(error)) => Err(AgentError::io(what())(error)),
     }
 }

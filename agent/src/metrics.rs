@@ -1,6 +1,7 @@
-//! Metrics of guests' networks and disks in Prometheus' text form, over HTTP.
+//! Metrics of the host, its guests, their networks and their disks in Prometheus' text form, over HTTP.
 
 mod disks;
+mod host;
 
 use std::io;
 use std::net::SocketAddr;
@@ -14,10 +15,12 @@ use keelson_api::{Kind, Object, SecurityGroup, VirtualMachine};
 use keelson_ebpf::{Direction, DirectionCounters, FlowUse, InterfaceCounters, Tally};
 use prometheus::core::Collector;
 use prometheus::process_collector::ProcessCollector;
+use prometheus::proto::MetricFamily;
 use prometheus::{IntCounterVec, IntGaugeVec, Opts, TextEncoder};
 use tokio::net::TcpListener;
 use tokio::sync::Semaphore;
 
+use self::host::HostFamilies;
 use crate::guest::rule_counters;
 use crate::host::HostNetwork;
 use crate::objects::World;
@@ -85,7 +88,9 @@ async fn page(agent: &Agent) -> Result<String> {
         }
     }
     let hook = agent.network.hook().await?;
-    let page = families.encode(&hook).map_err(failed)?;
+    let host = HostFamilies::new().map_err(failed)?;
+    host.set(agent, &world).await;
+    let page = families.encode(&hook, host.collect()).map_err(failed)?;
     Ok(page + &disks::page(agent).await?)
 }
 
@@ -226,7 +231,7 @@ impl Families {
         }
     }
 
-    fn encode(&self, hook: &str) -> prometheus::Result<String> {
+    fn encode(&self, hook: &str, more: Vec<MetricFamily>) -> prometheus::Result<String> {
         let version = env!("CARGO_PKG_VERSION");
         self.build.with_label_values(&[version, hook]).set(1);
         let mut families = ProcessCollector::for_self().collect();
@@ -237,6 +242,7 @@ impl Families {
         for gauges in [&self.flows, &self.max_flows, &self.interfaces, &self.build] {
             families.extend(gauges.collect());
         }
+        families.extend(more);
         // What nothing is known of is left out: a family without metrics is an error to the encoder.
         families.retain(|family| !family.get_metric().is_empty());
         TextEncoder::new().encode_to_string(&families)

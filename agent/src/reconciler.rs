@@ -58,6 +58,8 @@ impl Reconciler {
     }
 
     async fn list_and_watch(&mut self) -> Result<()> {
+        let fleet = self.agent.fleet.clone();
+        let lease = fleet.lease_id();
         let world = self.agent.objects.world().await?;
         let mut changes = self.agent.objects.watch(None, world.revision).await?;
         self.reconcile_all(&world).await?;
@@ -66,6 +68,8 @@ impl Reconciler {
             let change = tokio::select! {
                 change = changes.next() => change,
                 () = tokio::time::sleep(HEARTBEAT) => continue,
+                // What could not be started for want of a lease can be now.
+                () = fleet.another_lease(lease), if !fleet.is_exclusive() => return Ok(()),
             };
             let Some(change) = change else { return Ok(()) };
             let (change, _) = change?;
@@ -73,12 +77,15 @@ impl Reconciler {
                 Kind::Service => self.services.wake(),
                 Kind::VirtualMachine => {
                     self.services.wake();
-                    self.wake_guest(change.name());
+                    if self.concerns_this_host(&change) {
+                        self.wake_guest(change.name());
+                    }
                     if self.note_memberships(&change) {
                         self.wake_all();
                     }
                 }
                 // An object that guests refer to: few, and rarely changed.
+                Kind::Host => self.note_host(&change),
                 Kind::Disk | Kind::Network | Kind::SecurityGroup => {
                     let world = self.agent.objects.world().await?;
                     self.reconcile_all(&world).await?;
@@ -93,7 +100,11 @@ impl Reconciler {
         self.report_references(world).await?;
         self.services.wake();
         let in_store = world.of_kind(Kind::VirtualMachine);
-        let mut names: BTreeSet<_> = in_store
+        let here = in_store.filter(|stored| match &stored.object {
+            Object::VirtualMachine(guest) => self.agent.fleet.is_here(guest),
+            _ => false,
+        });
+        let mut names: BTreeSet<_> = here
             .map(|stored| stored.object.metadata().name.clone())
             .collect();
         // Guests whose objects were deleted while no agent looked.
@@ -106,9 +117,7 @@ impl Reconciler {
 
     fn wake_guest(&mut self, name: &str) {
         self.guests.retain(|_, mailbox| !mailbox.is_finished());
-        if let Some(mailbox) = self.guests.get(name) {
-            mailbox.wake();
-        } else {
+        if !self.guests.get(name).is_some_and(GuestMailbox::wake) {
             let mailbox = GuestActor::spawn(self.agent.clone(), name);
             self.guests.insert(name.into(), mailbox);
         }
@@ -116,8 +125,41 @@ impl Reconciler {
 
     fn wake_all(&self) {
         for mailbox in self.guests.values() {
-            mailbox.wake();
+            // One that has ended has nothing here that could be changed.
+            let _ = mailbox.wake();
         }
+    }
+
+    /// Whether a guest is placed here, or something of it is left here.
+    fn concerns_this_host(&self, change: &Change) -> bool {
+        let fleet = &self.agent.fleet;
+        let placed = match change {
+            Change::Set(object) => match object.as_ref() {
+                Object::VirtualMachine(guest) => fleet.is_here(guest),
+                _ => false,
+            },
+            Change::Gone(..) => false,
+        };
+        placed || self.guests.contains_key(change.name())
+    }
+
+    fn note_host(&self, change: &Change) {
+        let Change::Set(object) = change else { return };
+        if let Object::Host(host) = object.as_ref()
+            && host.metadata.name == self.agent.fleet.host()
+            && self.agent.fleet.set_draining(host.spec.drain)
+        {
+            self.wake_all();
+        }
+    }
+
+    /// Whether it is for this host to say what it observes of an object that several hosts see: two of
+    /// them that observe different things would contradict each other for ever.
+    fn reports(&self, disk: Option<&Disk>) -> bool {
+        let fleet = &self.agent.fleet;
+        let at_home = disk.is_some_and(|disk| disk.spec.host.as_deref() == Some(fleet.host()));
+        let nowhere = disk.is_none_or(|disk| disk.spec.host.is_none());
+        fleet.is_exclusive() || at_home || (nowhere && fleet.is_scheduler())
     }
 
     /// Whether other addresses are in security groups than before.
@@ -146,6 +188,12 @@ impl Reconciler {
             let name = network.metadata.name.as_str();
             names.push(name);
             let ensured = self.agent.network.ensure_network(name, &network.spec).await;
+            if !self.reports(None) {
+                if let Err(error) = ensured {
+                    tracing::error!(network = name, %error, "the network is not there on this host");
+                }
+                continue;
+            }
             let update = |network: &mut Network| match &ensured {
                 Ok(device) => {
                     network.status.device = Some(device.clone());
@@ -201,6 +249,7 @@ impl Reconciler {
         for stored in world.objects.values() {
             let name = stored.object.metadata().name.as_str();
             let updated = match &stored.object {
+                Object::Disk(disk) if !self.reports(Some(disk)) => Ok(()),
                 Object::Disk(_) => {
                     let update = |disk: &mut Disk| {
                         let image = std::fs::metadata(&disk.spec.path);
@@ -251,7 +300,10 @@ impl Reconciler {
                     };
                     self.agent.objects.update(name, update).await.map(drop)
                 }
-                Object::Network(_) | Object::Service(_) | Object::VirtualMachine(_) => Ok(()),
+                Object::Host(_)
+                | Object::Network(_)
+                | Object::Service(_)
+                | Object::VirtualMachine(_) => Ok(()),
             };
             ignore_gone(updated)?;
         }

@@ -34,6 +34,14 @@ pub struct Disk {
 pub struct DiskSpec {
     /// An image file or a block device on the host, absolute.
     pub path: PathBuf,
+    /// Every host finds the same bytes at `path`: a file system or a block device that hosts share.
+    /// Only guests whose disks are all shared can run on another host.
+    #[serde(default, skip_serializing_if = "is_false")]
+    pub shared: bool,
+    /// The host that has it, where it isn't shared; that of the agent that it was applied with where
+    /// not given. Nothing where the state store belongs to one host.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub host: Option<String>,
     /// How the image's bytes are to be understood: `overlay` where a base is given, else `raw`. It is
     /// never guessed, since a guest could make a raw image look like an overlay of any file.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -206,6 +214,10 @@ impl DiskSpec {
 
     pub(crate) fn validate(&self, errors: &mut Vec<FieldError>) {
         absolute_path("spec.path", &self.path, errors);
+        if self.shared && self.host.is_some() {
+            let message = "is given, but a shared disk is on every host; leave one of both out";
+            errors.push(FieldError::new("spec.host", message));
+        }
         if let Some(base) = &self.base {
             base.validate(&self.path, errors);
             if self.format == Some(DiskFormat::Raw) {

@@ -18,11 +18,13 @@
 //! # Ok::<(), keelson_api::ApiError>(())
 //! ```
 
+mod cloud_init;
 mod devices;
 mod disk;
 mod error;
 mod event;
 mod guest_configuration;
+mod host;
 pub mod manifest;
 mod metadata;
 mod network;
@@ -35,11 +37,13 @@ mod service;
 mod units;
 mod virtual_machine;
 
+pub use cloud_init::{CloudInit, CloudInitUser};
 pub use devices::{Balloon, Devices, EndAction, PanicDevice, Vsock, Watchdog};
 pub use disk::{Disk, DiskBase, DiskEncryption, DiskFormat, DiskLimits, DiskSpec, DiskStatus};
 pub use error::{ApiError, FieldError};
 pub use event::{Event, EventType, ObjectReference};
 pub use guest_configuration::{Dns, Route};
+pub use host::{Host, HostResources, HostSpec, HostStatus};
 pub use metadata::{Condition, ConditionStatus, ObjectMeta, set_condition, validate_name};
 pub use network::{Network, NetworkSpec, NetworkStatus};
 pub use object::{Kind, Object, Resource};
@@ -55,8 +59,9 @@ pub use service::{
 };
 pub use units::{BitRate, MacAddress, MemorySize, TimeLimit};
 pub use virtual_machine::{
-    DiskAttachment, HugepageSize, Interface, InterfaceStatus, KernelSource, Phase, PowerState,
-    RestartPolicy, VirtualMachine, VirtualMachineSpec, VirtualMachineStatus,
+    DiskAttachment, Failover, HugepageSize, Interface, InterfaceStatus, KernelSource, Phase,
+    Placement, PlacementState, PowerState, RestartPolicy, VirtualMachine, VirtualMachineSpec,
+    VirtualMachineStatus,
 };
 
 /// The version of the objects' shapes that this crate knows.

@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use crate::{
-    API_VERSION, ApiError, Disk, FieldError, Network, ObjectMeta, SecurityGroup, Service,
+    API_VERSION, ApiError, Disk, FieldError, Host, Network, ObjectMeta, SecurityGroup, Service,
     VirtualMachine,
 };
 
@@ -18,6 +18,8 @@ const PATH_LIMIT: usize = 4096;
 /// A kind of object.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub enum Kind {
+    /// [`Host`]
+    Host,
     /// [`Disk`]
     Disk,
     /// [`Network`]
@@ -32,7 +34,8 @@ pub enum Kind {
 
 impl Kind {
     /// Every kind, in the order in which the objects of one manifest depend on each other.
-    pub const ALL: [Self; 5] = [
+    pub const ALL: [Self; 6] = [
+        Self::Host,
         Self::Disk,
         Self::Network,
         Self::SecurityGroup,
@@ -43,6 +46,7 @@ impl Kind {
     /// The name in manifests.
     pub fn as_str(self) -> &'static str {
         match self {
+            Self::Host => "Host",
             Self::Disk => "Disk",
             Self::Network => "Network",
             Self::SecurityGroup => "SecurityGroup",
@@ -54,6 +58,7 @@ impl Kind {
     /// The lower-case plural, as in keys and on the command line.
     pub fn plural(self) -> &'static str {
         match self {
+            Self::Host => "hosts",
             Self::Disk => "disks",
             Self::Network => "networks",
             Self::SecurityGroup => "securitygroups",
@@ -65,6 +70,7 @@ impl Kind {
     /// The short name on the command line.
     pub fn short(self) -> &'static str {
         match self {
+            Self::Host => "host",
             Self::Disk => "disk",
             Self::Network => "net",
             Self::SecurityGroup => "sg",
@@ -218,7 +224,7 @@ macro_rules! resources {
     };
 }
 
-resources!(Disk, Network, SecurityGroup, Service, VirtualMachine);
+resources!(Host, Disk, Network, SecurityGroup, Service, VirtualMachine);
 
 fn typed<T: Resource>(document: &Value) -> Result<T, ApiError> {
     serde_path_to_error::deserialize(document).map_err(|error| {

@@ -1,6 +1,6 @@
 //! A guest.
 
-use std::collections::HashSet;
+use std::collections::{BTreeMap, HashSet};
 use std::net::{Ipv4Addr, Ipv6Addr};
 use std::path::PathBuf;
 
@@ -8,6 +8,7 @@ use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
 use crate::FieldError;
+use crate::cloud_init::CloudInit;
 use crate::devices::Devices;
 use crate::metadata::{Condition, ObjectMeta, validate_name};
 use crate::object::absolute_path;
@@ -17,6 +18,8 @@ use crate::units::{MacAddress, MemorySize, TimeLimit};
 
 /// The most vCPUs a guest may have.
 const CPU_LIMIT: u8 = 64;
+/// The name of the disk that cloud-init reads.
+const CLOUD_INIT_DISK: &str = "cidata";
 /// The least memory that a stock kernel and its initrd boot in.
 const MEMORY_MINIMUM_MIB: u64 = 32;
 /// PCI slots for disks and interfaces.
@@ -58,6 +61,10 @@ pub struct VirtualMachineSpec {
     pub hugepages: Option<HugepageSize>,
     /// What it boots.
     pub kernel: KernelSource,
+    /// What cloud-init makes of it. The agent leaves `ip=` out of the kernel's command line then, and adds
+    /// a disk `cidata` behind the others.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cloud_init: Option<CloudInit>,
     /// Its disks, in the order in which it finds them.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub disks: Vec<DiskAttachment>,
@@ -79,6 +86,18 @@ pub struct VirtualMachineSpec {
     /// How long it may take to shut down after the power button, before it is killed.
     #[serde(default = "default_stop_timeout")]
     pub stop_timeout: TimeLimit,
+    /// The host that it has to run on; the scheduler chooses one where not given.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub host: Option<String>,
+    /// Labels that its host has to have.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub host_selector: BTreeMap<String, String>,
+    /// It isn't placed beside another guest that has all of these labels.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub anti_affinity: BTreeMap<String, String>,
+    /// What happens to it when its host is lost to the fleet.
+    #[serde(default, skip_serializing_if = "Failover::is_never")]
+    pub failover: Failover,
 }
 
 fn default_stop_timeout() -> TimeLimit {
@@ -174,6 +193,25 @@ pub enum RestartPolicy {
     Never,
 }
 
+/// What happens to a guest when its host's lease ends.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Failover {
+    /// It goes on running on its host, if that lives, and is started nowhere else.
+    #[default]
+    Never,
+    /// Its host kills it before the lease ends, and it is started on another host. Only if all of its
+    /// disks are shared.
+    Restart,
+}
+
+impl Failover {
+    // Serde hands `skip_serializing_if` a reference.
+    #[allow(clippy::trivially_copy_pass_by_ref)]
+    fn is_never(&self) -> bool {
+        *self == Self::Never
+    }
+}
+
 impl VirtualMachineSpec {
     pub(crate) fn validate(&self, errors: &mut Vec<FieldError>) {
         if !(1..=CPU_LIMIT).contains(&self.cpus) {
@@ -188,6 +226,7 @@ impl VirtualMachineSpec {
             absolute_path("spec.kernel.initrd", initrd, errors);
         }
         self.validate_command_line(errors);
+        self.validate_cloud_init(errors);
         let disks = self
             .disks
             .iter()
@@ -198,6 +237,9 @@ impl VirtualMachineSpec {
             interfaces.map(|interface| (&interface.name, "network", &interface.network));
         validate_devices("spec.interfaces", interfaces, errors);
         self.validate_interfaces(errors);
+        if let Some(Err(message)) = self.host.as_deref().map(validate_name) {
+            errors.push(FieldError::new("spec.host", message));
+        }
         self.validate_slots(errors);
         self.devices.validate(self.memory, errors);
         self.limits.validate(self.memory, errors);
@@ -255,6 +297,29 @@ impl VirtualMachineSpec {
                 "spec.kernel.commandLine",
                 "holds something else than printable ASCII; write it so, on one line",
             ));
+        }
+    }
+
+    fn validate_cloud_init(&self, errors: &mut Vec<FieldError>) {
+        let Some(cloud_init) = &self.cloud_init else {
+            return;
+        };
+        cloud_init.validate(errors);
+        if self.disks.len() >= DEVICE_LIMIT {
+            let message = format!(
+                "goes with at most {} disks, as it is one more",
+                DEVICE_LIMIT - 1
+            );
+            errors.push(FieldError::new("spec.cloudInit", message));
+        }
+        for (index, disk) in self.disks.iter().enumerate() {
+            if disk.name == CLOUD_INIT_DISK {
+                let message = "is the name of the disk that cloudInit adds; choose another one";
+                errors.push(FieldError::new(
+                    format!("spec.disks[{index}].name"),
+                    message,
+                ));
+            }
         }
     }
 
@@ -372,9 +437,12 @@ pub struct VirtualMachineStatus {
     /// The generation of the spec that the running guest was started from.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub running_generation: Option<i64>,
-    /// The host that runs it.
+    /// The host that runs it, or ran it last.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub host: Option<String>,
+    /// Where it is placed; nothing where the state store belongs to one host.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub placement: Option<Placement>,
     /// The process id of its keelson-vmm.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub process_id: Option<u32>,
@@ -388,6 +456,32 @@ pub struct VirtualMachineStatus {
     pub interfaces: Vec<InterfaceStatus>,
     /// `Ready`, and `RestartRequired` where the spec changed under a running guest.
     pub conditions: Vec<Condition>,
+}
+
+/// Where a guest is placed. Only the host that is named here, and only while its lease lasts, may
+/// start the guest.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Placement {
+    /// The host.
+    pub host: String,
+    /// How often the guest was placed until now.
+    pub epoch: u64,
+    /// What the host has made of it.
+    pub state: PlacementState,
+}
+
+/// What a host has made of a guest that was placed on it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum PlacementState {
+    /// Nothing of the guest runs there. It can be placed elsewhere once the host's lease has ended.
+    Assigned,
+    /// It may run there, also when the host's lease has ended: it is placed nowhere else.
+    Held,
+    /// It may run there until shortly before the host's lease ends, and can then be placed elsewhere.
+    Leased,
+    /// The host gave it up, with nothing of it left there: it is to be placed anew.
+    Released,
 }
 
 /// An interface as it is on the host.

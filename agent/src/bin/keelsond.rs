@@ -5,10 +5,12 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
 
 use anyhow::Context;
 use clap::Parser;
 use keelson_agent::config::Config;
+use keelson_agent::fleet::{Instant, guard};
 use keelson_agent::{Agent, Reconciler, serve, serve_metrics};
 use tokio::signal::unix::{SignalKind, signal};
 use tracing_subscriber::EnvFilter;
@@ -45,10 +47,28 @@ struct Arguments {
     /// Check the configuration and the host, then exit.
     #[arg(long)]
     check: bool,
+    /// Kill the guests of this run directory that run on the host's lease when the deadline passes; an
+    /// agent starts it so.
+    #[arg(long, hide = true, requires = "guard_deadline")]
+    guard: Option<PathBuf>,
+    /// The deadline, in nanoseconds since boot.
+    #[arg(long, hide = true)]
+    guard_deadline: Option<u64>,
 }
 
 fn main() -> ExitCode {
     let arguments = Arguments::parse();
+    if let (Some(run_directory), Some(deadline)) = (&arguments.guard, arguments.guard_deadline) {
+        let deadline = Instant::since_boot(Duration::from_nanos(deadline));
+        return match guard::run(run_directory, deadline) {
+            Ok(()) => ExitCode::SUCCESS,
+            Err(error) => {
+                eprintln!("keelsond --guard: {error}");
+                ExitCode::FAILURE
+            }
+        };
+    }
+    keelson_agent::arm_failpoints();
     match start(&arguments) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
@@ -91,6 +111,7 @@ async fn run(config: Config, check: bool) -> anyhow::Result<()> {
     if let Some(address) = metrics_listen {
         tokio::spawn(serve_metrics(agent.clone(), address).await?);
     }
+    agent.join_fleet().await?;
     let reconciler = Reconciler::new(agent.clone());
     let beats = reconciler.beats();
     let reconciling = tokio::spawn(reconciler.run());

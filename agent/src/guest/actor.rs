@@ -5,15 +5,18 @@ use std::time::Duration;
 
 use futures::FutureExt;
 use futures::future::{BoxFuture, select_all};
-use keelson_api::{Kind, Phase, PowerState, RestartPolicy, VirtualMachine};
+use keelson_api::{
+    Disk, Failover, Kind, Phase, PlacementState, PowerState, RestartPolicy, VirtualMachine,
+};
 use keelson_vmm::api::{ExitReason, ExitStatus};
-use tokio::sync::Notify;
-use tokio::task::JoinHandle;
 use tokio::time::Instant;
 
+use super::mailbox::{Bell, GuestMailbox};
 use super::plan::Plan;
 use super::runtime::Runtime;
 use super::status::StatusWriter;
+use crate::failpoint::failpoint;
+use crate::fleet::{LeaseCheck, is_movable};
 use crate::host::Exit;
 use crate::objects::Stored;
 use crate::{Agent, AgentError, error::Result};
@@ -22,40 +25,17 @@ use crate::{Agent, AgentError, error::Result};
 const RESYNC: Duration = Duration::from_secs(10);
 const BACKOFF_FIRST: Duration = Duration::from_secs(1);
 const BACKOFF_LIMIT: Duration = Duration::from_mins(1);
+/// Why a guest ended that the guard killed.
+pub(super) const FENCED: &str = "Fenced";
 /// A guest that ran so long starts again without delay.
 const STABLE_AFTER: Duration = Duration::from_mins(1);
-
-/// Wakes the actor of one guest.
-#[derive(Debug)]
-pub struct GuestMailbox {
-    wake: Arc<Notify>,
-    task: JoinHandle<()>,
-}
-
-impl GuestMailbox {
-    /// Makes the actor look at its guest's object again.
-    pub fn wake(&self) {
-        self.wake.notify_one();
-    }
-
-    /// Whether the actor's work is over: its guest is gone.
-    pub fn is_finished(&self) -> bool {
-        self.task.is_finished()
-    }
-}
-
-impl Drop for GuestMailbox {
-    fn drop(&mut self) {
-        self.task.abort();
-    }
-}
 
 /// The task that keeps one guest as its object desires.
 #[derive(Debug)]
 pub struct GuestActor {
     agent: Agent,
     name: String,
-    wake: Arc<Notify>,
+    bell: Arc<Bell>,
     runtime: Runtime,
     status: StatusWriter,
     stopping_since: Option<Instant>,
@@ -67,43 +47,42 @@ pub struct GuestActor {
 /// When to look again, unless something happens.
 enum Next {
     After(Duration),
-    /// The guest and its object are gone.
+    /// Nothing of the guest is here, or is to be.
     Gone,
 }
 
 impl GuestActor {
     /// Starts the actor of the guest `name`.
     pub fn spawn(agent: Agent, name: &str) -> GuestMailbox {
-        let wake = Arc::new(Notify::new());
+        let bell = Arc::new(Bell::default());
         let actor = Self {
             runtime: Runtime::new(&agent, name),
             status: StatusWriter::new(&agent, name),
             agent,
             name: name.into(),
-            wake: Arc::clone(&wake),
+            bell: Arc::clone(&bell),
             stopping_since: None,
             failures: 0,
             not_before: None,
         };
-        GuestMailbox {
-            wake,
-            task: tokio::spawn(actor.run()),
-        }
+        GuestMailbox::new(bell, tokio::spawn(actor.run()))
     }
 
     async fn run(mut self) {
         self.adopt().await;
         loop {
+            self.bell.looking();
             let next = match self.reconcile().await {
                 Ok(Next::After(delay)) => delay.min(RESYNC),
-                Ok(Next::Gone) => return,
+                Ok(Next::Gone) if self.bell.close() => return,
+                Ok(Next::Gone) => Duration::ZERO,
                 Err(error) => {
                     tracing::warn!(guest = self.name, %error, "reconciling failed; trying again");
                     BACKOFF_FIRST
                 }
             };
             tokio::select! {
-                () = self.wake.notified() => {}
+                () = self.bell.rang() => {}
                 () = self.runtime.something_ended() => {}
                 () = tokio::time::sleep(next) => {}
             }
@@ -141,12 +120,24 @@ impl GuestActor {
             }
             Err(error) => return Err(error),
         };
+        if !self.agent.fleet.is_here(&guest) {
+            return self.leave(&guest).await;
+        }
         if let Some(exit) = self.runtime.take_exit().await {
             self.handle_end(&guest, exit).await?;
             return Ok(Next::After(Duration::ZERO));
         }
+        if self.runtime.is_running() && !self.runtime.may_run() {
+            // As the guard does; what its backends lose meanwhile must not come back.
+            self.runtime.kill().await;
+            return Ok(Next::After(Duration::ZERO));
+        }
         let deleting = guest.metadata.deletion_timestamp.is_some();
-        let wanted = !deleting && guest.spec.power_state == PowerState::Running;
+        let leaving = !deleting && self.is_leaving(&guest).await?;
+        let wanted = !deleting && !leaving && guest.spec.power_state == PowerState::Running;
+        if leaving && !self.runtime.is_running() {
+            return self.release(&guest).await;
+        }
         match (wanted, self.runtime.is_running()) {
             (true, true) => self.maintain(&guest).await,
             (true, false) if is_resting(&guest) => Ok(Next::After(RESYNC)),
@@ -167,12 +158,12 @@ impl GuestActor {
             return Ok(Next::After(wait));
         }
         self.stopping_since = None;
-        self.status.starting(guest).await?;
-        let started = async {
-            let plan = Plan::resolve(&self.agent.objects, guest).await?;
-            self.runtime.start(&plan, guest.status.restarts).await
+        let started = match self.may_start(guest).await {
+            Ok(Permit::NotNow) => return Ok(Next::After(RESYNC)),
+            Ok(permit) => self.start_permitted(guest, permit).await,
+            Err(error) => Err(error),
         };
-        match started.await {
+        match started {
             Ok(()) => {
                 let message = format!("process {}", self.runtime.process_id().unwrap_or_default());
                 self.agent
@@ -194,10 +185,135 @@ impl GuestActor {
         }
     }
 
+    async fn start_permitted(&mut self, guest: &VirtualMachine, permit: Permit) -> Result<()> {
+        let lease = match permit {
+            Permit::Leased(lease) => Some(lease),
+            Permit::Free | Permit::NotNow => None,
+        };
+        failpoint(&self.name, "start-said");
+        let plan = Plan::resolve(&self.agent, guest).await?;
+        self.runtime
+            .start(&plan, guest.status.restarts, lease)
+            .await
+    }
+
+    /// Whether the guest may be started here, and on which terms, once that is said in its object.
+    async fn may_start(&self, guest: &VirtualMachine) -> Result<Permit> {
+        if self.agent.fleet.is_exclusive() {
+            self.status.starting(guest).await?;
+            return Ok(Permit::Free);
+        }
+        let leased = self.is_leasable(guest).await?;
+        let state = if leased {
+            self.agent.fleet.arm_guard().await?;
+            PlacementState::Leased
+        } else {
+            PlacementState::Held
+        };
+        // The very lease that is compared: if the host has another one later, much may have happened.
+        let lease = self.agent.fleet.lease_check();
+        if !self.status.claim(guest, state, &lease).await? {
+            tracing::info!(
+                guest = self.name,
+                "not started: it is placed elsewhere, or this host's lease ended"
+            );
+            return Ok(Permit::NotNow);
+        }
+        Ok(if leased {
+            Permit::Leased(lease)
+        } else {
+            Permit::Free
+        })
+    }
+
+    /// Whether the guest is to run on the host's lease, so that it can be started elsewhere.
+    async fn is_leasable(&self, guest: &VirtualMachine) -> Result<bool> {
+        Ok(guest.spec.failover == Failover::Restart && self.is_movable(guest).await?)
+    }
+
+    async fn is_movable(&self, guest: &VirtualMachine) -> Result<bool> {
+        let mut disks = Vec::new();
+        for attachment in &guest.spec.disks {
+            match self.agent.objects.get_typed::<Disk>(&attachment.disk).await {
+                Ok(disk) => disks.push(disk.object),
+                Err(AgentError::NotFound { .. }) => return Ok(false),
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(is_movable(guest, disks.iter().map(|disk| &disk.spec)))
+    }
+
+    /// Whether the guest is to leave this host, which is drained.
+    async fn is_leaving(&self, guest: &VirtualMachine) -> Result<bool> {
+        Ok(self.agent.fleet.is_draining() && self.is_movable(guest).await?)
+    }
+
+    /// Gives up a guest of which nothing runs, so that it is placed elsewhere.
+    async fn release(&mut self, guest: &VirtualMachine) -> Result<Next> {
+        self.runtime.tear_down(&interface_names(guest)).await?;
+        self.stopping_since = None;
+        self.status.released(guest).await?;
+        let message = "nothing of it is left on this host, which is being drained";
+        let events = &self.agent.events;
+        events
+            .normal(Kind::VirtualMachine, &self.name, "Released", message)
+            .await;
+        Ok(Next::Gone)
+    }
+
+    /// Removes what is here of a guest that is placed elsewhere.
+    async fn leave(&mut self, guest: &VirtualMachine) -> Result<Next> {
+        let status = &guest.status;
+        let is_ours = status.host.as_deref() == Some(self.agent.fleet.host());
+        if status.placement.is_none() && is_ours && self.runtime.is_running() {
+            self.status.take_over(guest).await?;
+            return Ok(Next::After(Duration::ZERO));
+        }
+        if let Some(exit) = self.runtime.take_exit().await {
+            let events = &self.agent.events;
+            events
+                .warning(Kind::VirtualMachine, &self.name, exit.reason, &exit.message)
+                .await;
+        }
+        if self.runtime.is_running() {
+            let message = "it runs here, but was placed elsewhere";
+            let events = &self.agent.events;
+            events
+                .warning(Kind::VirtualMachine, &self.name, "Killed", message)
+                .await;
+            self.runtime.kill().await;
+        }
+        self.runtime.tear_down(&interface_names(guest)).await?;
+        Ok(Next::Gone)
+    }
+
+    /// Puts a running guest on the host's lease or takes it off, as its object desires.
+    async fn adjust_terms(&mut self, guest: &VirtualMachine) -> Result<()> {
+        if self.agent.fleet.is_exclusive() {
+            return Ok(());
+        }
+        match (self.is_leasable(guest).await?, self.runtime.is_leased()) {
+            (true, false) => {
+                self.agent.fleet.arm_guard().await?;
+                // The object says so with the next status, after what makes it true.
+                self.runtime.put_on_lease(self.agent.fleet.lease_check())
+            }
+            (false, true)
+                if self
+                    .status
+                    .change_terms(guest, PlacementState::Held)
+                    .await? =>
+            {
+                self.runtime.take_off_lease()
+            }
+            _ => Ok(()),
+        }
+    }
+
     /// Keeps what runs up to date with the object, and the object's status with what runs.
     async fn maintain(&mut self, guest: &VirtualMachine) -> Result<Next> {
         self.stopping_since = None;
-        let plan = match Plan::resolve(&self.agent.objects, guest).await {
+        let plan = match Plan::resolve(&self.agent, guest).await {
             Ok(plan) => plan,
             Err(error @ AgentError::State(_)) => return Err(error),
             Err(error) => {
@@ -208,6 +324,13 @@ impl GuestActor {
                 return Ok(Next::After(RESYNC));
             }
         };
+        if let Err(error) = self.adjust_terms(guest).await {
+            let problem = Some((error.reason(), error.to_string()));
+            self.status
+                .running(guest, &self.runtime, Some(&plan), problem)
+                .await?;
+            return Ok(Next::After(RESYNC));
+        }
         let problem = match self.runtime.maintain(&plan).await {
             Ok(problem) => problem,
             Err(error) => Some((error.reason(), error.to_string())),
@@ -215,6 +338,7 @@ impl GuestActor {
         self.status
             .running(guest, &self.runtime, Some(&plan), problem)
             .await?;
+        failpoint(&self.name, "running-said");
         Ok(Next::After(RESYNC))
     }
 
@@ -223,6 +347,7 @@ impl GuestActor {
         let Some(since) = self.stopping_since else {
             self.stopping_since = Some(Instant::now());
             self.status.stopping(guest).await?;
+            failpoint(&self.name, "stop-said");
             self.agent
                 .events
                 .normal(
@@ -235,6 +360,7 @@ impl GuestActor {
             if let Err(error) = self.runtime.press_power_button().await {
                 tracing::warn!(guest = self.name, %error, "the power button could not be pressed");
             }
+            failpoint(&self.name, "stop-button-pressed");
             return Ok(Next::After(limit));
         };
         let left = limit.saturating_sub(since.elapsed());
@@ -261,7 +387,9 @@ impl GuestActor {
                 .await?;
             return Ok(Next::After(RESYNC));
         }
+        failpoint(&self.name, "delete-torn-down");
         self.runtime.remove_kept()?;
+        failpoint(&self.name, "delete-logs-gone");
         self.agent
             .objects
             .remove(Kind::VirtualMachine, &self.name)
@@ -279,6 +407,7 @@ impl GuestActor {
     }
 
     async fn handle_end(&mut self, guest: &VirtualMachine, exit: GuestExit) -> Result<()> {
+        failpoint(&self.name, "end-seen");
         let ran = self.runtime.running_for();
         self.runtime.tear_down(&interface_names(guest)).await?;
         let deleting = guest.metadata.deletion_timestamp.is_some();
@@ -289,8 +418,13 @@ impl GuestActor {
                 .normal(Kind::VirtualMachine, &self.name, "Stopped", &exit.message)
                 .await;
         } else {
+            let reason = if exit.reason == FENCED {
+                FENCED
+            } else {
+                "Ended"
+            };
             events
-                .warning(Kind::VirtualMachine, &self.name, "Ended", &exit.message)
+                .warning(Kind::VirtualMachine, &self.name, reason, &exit.message)
                 .await;
         }
         if !wanted {
@@ -302,6 +436,10 @@ impl GuestActor {
         }
         if ran.is_some_and(|ran| ran >= STABLE_AFTER) {
             self.failures = 0;
+        }
+        if exit.reason == FENCED {
+            // It did nothing wrong: it starts again as soon as it may.
+            return self.status.fenced(guest, exit.reason, &exit.message).await;
         }
         match (guest.spec.restart_policy, exit.clean) {
             (RestartPolicy::Always, _) | (RestartPolicy::OnFailure, false) => {
@@ -322,6 +460,17 @@ impl GuestActor {
         self.failures = self.failures.saturating_add(1);
         self.not_before = Some(Instant::now() + delay.min(BACKOFF_LIMIT));
     }
+}
+
+/// Whether a guest may be started.
+#[derive(Clone, Debug)]
+enum Permit {
+    /// Whatever becomes of the host's lease.
+    Free,
+    /// As long as this lease lasts.
+    Leased(LeaseCheck),
+    /// It may not.
+    NotNow,
 }
 
 /// How a guest ended.
@@ -385,7 +534,7 @@ pub fn first_ended(waits: Vec<BoxFuture<'_, ()>>) -> BoxFuture<'_, ()> {
 }
 
 /// Whether a guest ended by itself and its restart policy leaves it so.
-fn is_resting(guest: &VirtualMachine) -> bool {
+pub fn is_resting(guest: &VirtualMachine) -> bool {
     let status = &guest.status;
     status.observed_generation == guest.metadata.generation
         && match status.phase {

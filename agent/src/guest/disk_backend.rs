@@ -12,6 +12,8 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use super::{GuestPaths, disk_image};
+use crate::failpoint::failpoint;
+use crate::fleet::LeaseCheck;
 use crate::host::{LaunchRequest, ProcessHandle};
 use crate::{AgentError, error::Result};
 
@@ -39,6 +41,7 @@ pub async fn start(
     guest: &str,
     disk: &str,
     spec: &DiskSpec,
+    lease: Option<LeaseCheck>,
 ) -> Result<ProcessHandle> {
     let key = disk_image::key(spec)?;
     let mut arguments = vec![
@@ -92,10 +95,14 @@ pub async fn start(
         record: paths.disk_record(disk),
         limits: keelson_api::ResourceLimits::default(),
         inherited: key,
+        lease,
     };
     let process = ProcessHandle::launch(&request)?;
     match tokio::time::timeout(READY_LIMIT, ready(&process, &request.log)).await {
-        Ok(Ok(())) => Ok(process),
+        Ok(Ok(())) => {
+            failpoint(guest, "disk-backend-ready");
+            Ok(process)
+        }
         Ok(Err(error)) => {
             process.reap();
             Err(error)

@@ -21,6 +21,8 @@ use super::GuestPaths;
 use super::jail::JailUser;
 use super::plan::Plan;
 use crate::events::EventRecorder;
+use crate::failpoint::failpoint;
+use crate::fleet::LeaseCheck;
 use crate::host::{Exit, LaunchRequest, ProcessHandle};
 use crate::{AgentError, error::Result};
 
@@ -57,6 +59,7 @@ impl Machine {
         paths: &GuestPaths,
         plan: &Plan,
         origin: &Origin,
+        lease: Option<LeaseCheck>,
     ) -> Result<Self> {
         let config = vmm_config(paths, plan)?;
         crate::host::write_atomically(&paths.vmm_config(), &config)?;
@@ -84,8 +87,10 @@ impl Machine {
             record: paths.vmm_record(),
             limits: plan.limits,
             inherited: None,
+            lease,
         };
         let process = ProcessHandle::launch(&request)?;
+        failpoint(&plan.name, "machine-launched");
         let machine = Self {
             process,
             paths: paths.clone(),

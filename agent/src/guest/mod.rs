@@ -1,22 +1,27 @@
 //! One guest on this host: what it needs, its processes, and the actor that keeps them as desired.
 
 mod actor;
+mod cloud_init;
 mod disk_backend;
 mod disk_image;
 mod groups;
 mod jail;
 mod machine;
+mod mailbox;
 mod paths;
 mod plan;
 mod runtime;
 mod served_disks;
 mod snapshots;
 mod status;
+mod usage;
 
-pub use actor::{GuestActor, GuestMailbox};
+pub use actor::{GuestActor, is_resting};
 pub use groups::{Memberships, memberships, rule_counters};
 pub use machine::Machine;
+pub use mailbox::GuestMailbox;
 pub use paths::GuestPaths;
 pub use runtime::Runtime;
 pub use served_disks::{ServedDisk, served_disks, snapshot};
 pub use snapshots::{GuestSnapshots, SnapshotEntry};
+pub use usage::usage;

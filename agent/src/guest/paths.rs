@@ -1,5 +1,6 @@
 //! Where a guest's sockets, records and logs are.
 
+use std::ffi::OsStr;
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
@@ -17,7 +18,12 @@ pub struct GuestPaths {
 impl GuestPaths {
     /// The folder that holds one folder for each guest that was started.
     pub fn all_guests(config: &Config) -> PathBuf {
-        config.run_directory.join("vms")
+        Self::all_in(&config.run_directory)
+    }
+
+    /// The same, of a run directory.
+    pub fn all_in(run_directory: &Path) -> PathBuf {
+        run_directory.join("vms")
     }
 
     /// The paths of the guest `name`.
@@ -26,6 +32,30 @@ impl GuestPaths {
             run: Self::all_guests(config).join(name),
             log: config.log_directory.join(name),
         }
+    }
+
+    /// The paths in the run directory of the guest `name`, for who does not know where its logs are.
+    pub fn in_run_directory(run_directory: &Path, name: &OsStr) -> Self {
+        let run = Self::all_in(run_directory).join(name);
+        Self {
+            log: run.clone(),
+            run,
+        }
+    }
+
+    /// The guest's folder in the run directory.
+    pub fn run(&self) -> &Path {
+        &self.run
+    }
+
+    /// Says that the guest is killed when the host's lease is about to end.
+    pub fn lease(&self) -> PathBuf {
+        self.run.join("lease")
+    }
+
+    /// Says that and when it was.
+    pub fn fenced(&self) -> PathBuf {
+        self.run.join("fenced")
     }
 
     /// Creates the guest's folders.
@@ -127,6 +157,11 @@ impl GuestPaths {
     /// The log of the keelson-blk of one of its disks.
     pub fn disk_log(&self, disk: &str) -> PathBuf {
         self.log.join(format!("{disk}.disk.log"))
+    }
+
+    /// The disk by which cloud-init in the guest learns what to do.
+    pub fn cloud_init_image(&self) -> PathBuf {
+        self.run.join("cidata.img")
     }
 
     /// The records of all keelson-blk processes that were started for it.

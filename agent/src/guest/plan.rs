@@ -6,10 +6,11 @@ use keelson_api::{
 };
 use serde::{Deserialize, Serialize};
 
+use super::GuestPaths;
+use super::cloud_init::{self, Seed};
 use super::groups::rules_of;
 use crate::host::GuestPort;
-use crate::objects::ObjectStore;
-use crate::{AgentError, error::Result};
+use crate::{Agent, AgentError, error::Result};
 
 /// Everything that a guest needs, with all references resolved.
 #[derive(Clone, Debug)]
@@ -37,6 +38,9 @@ pub struct Hardware {
     pub hugepages: Option<HugepageSize>,
     /// What it boots, with the agent's additions to the command line.
     pub kernel: KernelSource,
+    /// What cloud-init is told, on the last of the disks.
+    #[serde(default)]
+    pub seed: Option<Seed>,
     /// Its disks by the names that it knows them by.
     pub disks: Vec<(String, DiskSpec)>,
     /// Its interfaces: name, network, Ethernet address, MTU.
@@ -67,7 +71,8 @@ impl Plan {
     ///
     /// # Errors
     /// [`AgentError::NotFound`] where an object that it refers to is gone.
-    pub async fn resolve(objects: &ObjectStore, guest: &VirtualMachine) -> Result<Self> {
+    pub async fn resolve(agent: &Agent, guest: &VirtualMachine) -> Result<Self> {
+        let objects = &agent.objects;
         let spec = &guest.spec;
         let mut disks = Vec::new();
         for attachment in &spec.disks {
@@ -102,7 +107,9 @@ impl Plan {
             });
         }
         let mut kernel = spec.kernel.clone();
-        if let Some(option) = ports.first().and_then(ip_option) {
+        // cloud-init would take what the kernel is told for all that there is to know.
+        let first = ports.first().filter(|_| spec.cloud_init.is_none());
+        if let Some(option) = first.and_then(ip_option) {
             kernel.command_line = with_option(&kernel.command_line, &option);
         }
         let interfaces = ports.iter().map(|port| {
@@ -114,7 +121,14 @@ impl Plan {
                 mtu,
             )
         });
+        let cloud_init = spec.cloud_init.as_ref();
+        let seed = cloud_init.map(|cloud_init| Seed::of(guest, cloud_init, &ports));
+        if seed.is_some() {
+            let path = GuestPaths::new(&agent.config, &guest.metadata.name).cloud_init_image();
+            disks.push((cloud_init::DISK.to_owned(), cloud_init::disk(path)));
+        }
         let hardware = Hardware {
+            seed,
             cpus: spec.cpus,
             memory: spec.memory,
             hugepages: spec.hugepages,

@@ -17,6 +17,8 @@ use super::machine::Origin;
 use super::plan::{Plan, RunningPlan};
 use super::snapshots::GuestSnapshots;
 use super::{GuestPaths, Machine, disk_backend, disk_image};
+use crate::failpoint::failpoint;
+use crate::fleet::LeaseCheck;
 use crate::host::{GuestPort, ProcessHandle, write_atomically};
 use crate::{Agent, AgentError, error::Result};
 
@@ -53,6 +55,8 @@ pub struct Runtime {
     ports: Vec<GuestPort>,
     /// How the guest ended, where an earlier agent did not see it.
     ended_unseen: Option<GuestExit>,
+    /// What it runs by, where it may run only while the host's lease lasts.
+    lease: Option<LeaseCheck>,
 }
 
 impl Runtime {
@@ -69,6 +73,7 @@ impl Runtime {
             running: None,
             ports: Vec::new(),
             ended_unseen: None,
+            lease: None,
         }
     }
 
@@ -76,6 +81,10 @@ impl Runtime {
     pub async fn adopt(&mut self) -> Result<bool> {
         if !self.paths.exist() {
             return Ok(false);
+        }
+        failpoint(&self.name, "adopt-begun");
+        if self.paths.lease().exists() {
+            self.lease = Some(self.agent.fleet.lease_check());
         }
         self.running = fs::read(self.paths.plan())
             .ok()
@@ -89,6 +98,7 @@ impl Runtime {
                 self.disks.insert(disk.clone(), process);
             }
         }
+        failpoint(&self.name, "adopt-disks-found");
         match Machine::find(&self.paths)? {
             None => Ok(false),
             Some(Err(exit)) => {
@@ -101,36 +111,61 @@ impl Runtime {
                 Ok(false)
             }
             Some(Ok(machine)) => {
+                failpoint(&self.name, "adopt-machine-found");
                 self.follow(machine);
                 Ok(true)
             }
         }
     }
 
-    /// Sets up everything that the plan names and starts the guest.
+    /// Sets up everything that the plan names and starts the guest; with `lease`, so that it is killed
+    /// when the host's lease is about to end.
     ///
     /// # Errors
     /// What could not be set up, and why. What was set up until then stays, for
     /// [`Self::tear_down`].
-    pub async fn start(&mut self, plan: &Plan, restarts: u32) -> Result<()> {
+    pub async fn start(
+        &mut self,
+        plan: &Plan,
+        restarts: u32,
+        lease: Option<LeaseCheck>,
+    ) -> Result<()> {
         self.tear_down(&[]).await?;
         self.paths.create()?;
+        self.lease = lease;
+        if self.lease.is_some() {
+            self.mark_leased()?;
+        }
+        failpoint(&self.name, "start-folder-made");
+        if let Some(seed) = &plan.hardware.seed {
+            seed.write(&self.paths.cloud_init_image())?;
+        }
         let programs = self.agent.config.programs()?;
         for (disk, spec) in &plan.hardware.disks {
             disk_image::prepare(spec).await?;
-            let process =
-                disk_backend::start(&programs, &self.paths, &self.name, disk, spec).await?;
+            failpoint(&self.name, "disk-image-prepared");
+            let process = disk_backend::start(
+                &programs,
+                &self.paths,
+                &self.name,
+                disk,
+                spec,
+                self.lease.clone(),
+            )
+            .await?;
             self.disks.insert(disk.clone(), process);
         }
         for port in &plan.ports {
             self.agent.network.ensure_port(port).await?;
         }
         self.ports.clone_from(&plan.ports);
+        failpoint(&self.name, "start-ports-made");
         let snapshots = self.snapshots.create()?;
         let jail = self.agent.config.jail.then(|| JailUser::of(&self.name));
         if let Some(user) = jail {
             user.take_over(&self.paths, &plan.hardware.disks)?;
         }
+        failpoint(&self.name, "start-jail-owned");
         let restored = self.snapshots.to_restore();
         let origin = Origin {
             snapshot: restored.as_ref().map(|snapshot| snapshots.join(snapshot)),
@@ -145,7 +180,9 @@ impl Runtime {
             restarts,
             limits: plan.limits,
         };
+        failpoint(&self.name, "machine-ready");
         write_atomically(&self.paths.plan(), &running)?;
+        failpoint(&self.name, "start-plan-written");
         self.running = Some(running);
         self.follow(machine);
         Ok(())
@@ -160,7 +197,7 @@ impl Runtime {
     ) -> Result<Machine> {
         let disks_as_of = self.snapshots.disks_as_of();
         self.snapshots.forget_disks()?;
-        let started = Machine::start(programs, &self.paths, plan, origin).await;
+        let started = Machine::start(programs, &self.paths, plan, origin, self.lease.clone()).await;
         if let (Err(AgentError::Process { reason, .. }), Some(snapshot)) = (&started, disks_as_of)
             && REFUSED.contains(reason)
         {
@@ -276,7 +313,9 @@ impl Runtime {
         };
         let programs = self.agent.config.programs()?;
         // Nothing is created where an image was: the guest would go on with another disk.
-        let process = disk_backend::start(&programs, &self.paths, &self.name, disk, spec).await?;
+        let lease = self.lease.clone();
+        let process =
+            disk_backend::start(&programs, &self.paths, &self.name, disk, spec, lease).await?;
         if self.agent.config.jail {
             JailUser::of(&self.name).own_socket(&self.paths, disk)?;
         }
@@ -288,6 +327,36 @@ impl Runtime {
                  with what was under way"
             ),
         ))
+    }
+
+    /// Whether the guest is killed when the host's lease is about to end.
+    pub fn is_leased(&self) -> bool {
+        self.lease.is_some()
+    }
+
+    /// Whether it may run as far as the host's lease goes.
+    pub fn may_run(&self) -> bool {
+        self.lease.as_ref().is_none_or(LeaseCheck::holds)
+    }
+
+    /// From now on the guest is killed when the host's lease is about to end. There must be a guard.
+    pub fn put_on_lease(&mut self, lease: LeaseCheck) -> Result<()> {
+        self.mark_leased()?;
+        self.lease = Some(lease);
+        Ok(())
+    }
+
+    /// From now on it goes on without the lease, which its object must say already.
+    pub fn take_off_lease(&mut self) -> Result<()> {
+        let path = self.paths.lease();
+        fs::remove_file(&path).map_err(AgentError::io(format!("remove {}", path.display())))?;
+        self.lease = None;
+        Ok(())
+    }
+
+    fn mark_leased(&self) -> Result<()> {
+        let path = self.paths.lease();
+        fs::write(&path, "").map_err(AgentError::io(format!("write {}", path.display())))
     }
 
     /// Whether the guest's keelson-vmm runs.
@@ -352,7 +421,7 @@ impl Runtime {
     /// How the guest ended, if it did since this was last asked.
     pub async fn take_exit(&mut self) -> Option<GuestExit> {
         if let Some(exit) = self.ended_unseen.take() {
-            return Some(exit);
+            return Some(self.fenced(exit));
         }
         let exit = self.machine.as_ref()?.process.has_ended()?;
         let machine = self.machine.take()?;
@@ -361,7 +430,22 @@ impl Runtime {
             let _ = tokio::time::timeout(LAST_WORDS_LIMIT, follower).await;
         }
         machine.process.reap();
-        Some(GuestExit::new(self.last_words(), &exit))
+        Some(self.fenced(GuestExit::new(self.last_words(), &exit)))
+    }
+
+    /// What to say of a guest that the guard killed.
+    fn fenced(&self, exit: GuestExit) -> GuestExit {
+        match fs::read_to_string(self.paths.fenced()) {
+            Ok(at) => GuestExit {
+                clean: false,
+                reason: super::actor::FENCED,
+                message: format!(
+                    "killed at {at}, since the host's lease was not renewed and the guest may be \
+                     started elsewhere"
+                ),
+            },
+            Err(_) => exit,
+        }
     }
 
     /// Waits until one of the guest's processes ends.
@@ -386,7 +470,9 @@ impl Runtime {
                 process.reap();
             }
         }
+        failpoint(&self.name, "teardown-disks-ended");
         self.disks.clear();
+        self.lease = None;
         let mut interfaces: Vec<_> = interfaces.to_vec();
         if let Some(running) = self.running.take() {
             interfaces.extend(
@@ -406,9 +492,12 @@ impl Runtime {
                     .network
                     .remove_port(&self.name, interface)
                     .await?;
+                failpoint(&self.name, "teardown-port-gone");
             }
         }
-        self.paths.remove()
+        self.paths.remove()?;
+        failpoint(&self.name, "teardown-folder-gone");
+        Ok(())
     }
 
     /// Removes the guest's logs and snapshots.

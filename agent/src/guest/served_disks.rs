@@ -105,6 +105,9 @@ pub async fn snapshot(agent: &Agent, name: &str, snapshot: &str) -> Result<PathB
     if disk.spec.read_only {
         return refuse("it is read-only, so it holds what its image holds");
     }
+    if let Some(reason) = elsewhere(agent, &disk).await? {
+        return refuse(&reason);
+    }
     let served = served_disks(agent).await?;
     let path = match served.into_iter().find(|served| served.disk == name) {
         Some(served) => {
@@ -123,6 +126,36 @@ pub async fn snapshot(agent: &Agent, name: &str, snapshot: &str) -> Result<PathB
         .normal(Kind::Disk, name, "SnapshotTaken", message)
         .await;
     Ok(path)
+}
+
+// What is on another host, or in use there, is not to be opened here.
+async fn elsewhere(agent: &Agent, disk: &Disk) -> Result<Option<String>> {
+    if agent.fleet.is_exclusive() {
+        return Ok(None);
+    }
+    let ask =
+        |host: &str| format!("it is on the host {host}, and this is another one; ask its agent");
+    if let Some(host) = disk
+        .spec
+        .host
+        .as_deref()
+        .filter(|host| *host != agent.fleet.host())
+    {
+        return Ok(Some(ask(host)));
+    }
+    let world = agent.objects.world().await?;
+    for stored in world.of_kind(Kind::VirtualMachine) {
+        let Object::VirtualMachine(guest) = &stored.object else {
+            continue;
+        };
+        let mut disks = guest.spec.disks.iter();
+        let has = disks.any(|attachment| attachment.disk == disk.metadata.name);
+        let placement = guest.status.placement.as_ref();
+        if let Some(placement) = placement.filter(|_| has && !agent.fleet.is_here(guest)) {
+            return Ok(Some(ask(&placement.host)));
+        }
+    }
+    Ok(None)
 }
 
 // The image's lock keeps a guest that starts meanwhile from it.

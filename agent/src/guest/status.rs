@@ -2,12 +2,13 @@
 
 use jiff::Timestamp;
 use keelson_api::{
-    ConditionStatus, InterfaceStatus, Kind, Phase, VirtualMachine, VirtualMachineStatus,
-    set_condition,
+    ConditionStatus, InterfaceStatus, Kind, Phase, Placement, PlacementState, VirtualMachine,
+    VirtualMachineStatus, set_condition,
 };
 
 use super::plan::Plan;
 use super::runtime::{Problem, Runtime};
+use crate::fleet::{LeaseCheck, claim};
 use crate::{Agent, AgentError, error::Result};
 
 /// Writes what is observed of a guest into its object's status.
@@ -29,7 +30,7 @@ impl StatusWriter {
         }
     }
 
-    /// It is being set up.
+    /// It is being set up, where no other host can be meant.
     pub async fn starting(&self, guest: &VirtualMachine) -> Result<()> {
         self.write(guest, |status| {
             if status.phase != Phase::Failed {
@@ -43,6 +44,84 @@ impl StatusWriter {
             }
         })
         .await
+    }
+
+    /// It is being set up, on this host and on these terms: a transaction that holds only if the guest is
+    /// placed here and this lease of the host lives. Whether it does.
+    pub async fn claim(
+        &self,
+        guest: &VirtualMachine,
+        state: PlacementState,
+        lease: &LeaseCheck,
+    ) -> Result<bool> {
+        let Some(lease) = lease.compare(&self.agent.fleet) else {
+            return Ok(false);
+        };
+        let (host, epoch) = (self.agent.fleet.host(), claim::epoch_of(guest));
+        let generation = guest.metadata.generation;
+        let claim = |guest: &mut VirtualMachine| {
+            guest.status.observed_generation = generation;
+            claim::claim(guest, host, epoch, state)
+        };
+        match self
+            .agent
+            .objects
+            .update_when(&self.name, &[lease], claim)
+            .await
+        {
+            Ok(claimed) => Ok(claimed.is_some()),
+            Err(AgentError::NotFound { .. }) => Ok(false),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// It runs on other terms from now on; whether that could be said while the host's lease lives.
+    pub async fn change_terms(
+        &self,
+        guest: &VirtualMachine,
+        state: PlacementState,
+    ) -> Result<bool> {
+        let lease = self.agent.fleet.lease_check();
+        let Some(lease) = lease.compare(&self.agent.fleet) else {
+            return Ok(false);
+        };
+        let (host, epoch) = (self.agent.fleet.host(), claim::epoch_of(guest));
+        let change = |guest: &mut VirtualMachine| claim::change_terms(guest, host, epoch, state);
+        let changed = self
+            .agent
+            .objects
+            .update_when(&self.name, &[lease], change)
+            .await;
+        Ok(changed?.is_some())
+    }
+
+    /// Nothing of it is left on this host, and it is to be placed on another one.
+    pub async fn released(&self, guest: &VirtualMachine) -> Result<()> {
+        self.write(guest, |status| {
+            status.phase = Phase::Pending;
+            not_running(status);
+            status.interfaces.clear();
+            if let Some(placement) = &mut status.placement {
+                placement.state = PlacementState::Released;
+            }
+            let message = "its host is being drained; it is to be placed on another one";
+            ready(status, ConditionStatus::False, "Released", message);
+        })
+        .await
+    }
+
+    /// It runs here since before guests were placed: this is where it is placed.
+    pub async fn take_over(&self, guest: &VirtualMachine) -> Result<()> {
+        let host = self.agent.fleet.host().to_owned();
+        let update = |guest: &mut VirtualMachine| {
+            guest.status.placement.get_or_insert_with(|| Placement {
+                host: host.clone(),
+                epoch: 1,
+                state: PlacementState::Held,
+            });
+        };
+        let name = &guest.metadata.name;
+        self.agent.objects.update(name, update).await.map(drop)
     }
 
     /// It runs; `problem` is what is wrong all the same.
@@ -60,7 +139,15 @@ impl StatusWriter {
         let restart = plan
             .zip(running)
             .map(|(plan, running)| plan.hardware != running.hardware);
+        let terms = if runtime.is_leased() {
+            PlacementState::Leased
+        } else {
+            PlacementState::Held
+        };
         self.write(guest, |status| {
+            if let Some(placement) = &mut status.placement {
+                placement.state = terms;
+            }
             status.phase = if paused {
                 Phase::Paused
             } else {
@@ -147,6 +234,17 @@ impl StatusWriter {
         .await
     }
 
+    /// It was killed since the host's lease was about to end; whatever its restart policy, it is to run.
+    pub async fn fenced(&self, guest: &VirtualMachine, reason: &str, message: &str) -> Result<()> {
+        self.write(guest, |status| {
+            status.phase = Phase::Pending;
+            status.restarts = status.restarts.saturating_add(1);
+            not_running(status);
+            ready(status, ConditionStatus::False, reason, message);
+        })
+        .await
+    }
+
     /// It can't be started, or ended by a failure and is left so.
     pub async fn failed(
         &mut self,
@@ -181,7 +279,16 @@ impl StatusWriter {
         mut change: impl FnMut(&mut VirtualMachineStatus) + Send,
     ) -> Result<()> {
         let generation = guest.metadata.generation;
+        let placed = |guest: &VirtualMachine| {
+            let placement = guest.status.placement.as_ref();
+            placement.map(|placement| (placement.host.clone(), placement.epoch))
+        };
+        let given = placed(guest);
         let update = |guest: &mut VirtualMachine| {
+            // It was placed elsewhere meanwhile: what is observed here counts no more.
+            if placed(guest) != given {
+                return;
+            }
             guest.status.observed_generation = generation;
             change(&mut guest.status);
         };
@@ -223,6 +330,9 @@ fn not_running(status: &mut VirtualMachineStatus) {
     status.process_id = None;
     status.started_at = None;
     status.running_generation = None;
+    if let Some(placement) = &mut status.placement {
+        placement.state = PlacementState::Assigned;
+    }
     restart_required(status, false);
 }
 

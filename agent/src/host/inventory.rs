@@ -3,14 +3,17 @@
 use std::fs;
 use std::io;
 
-use keelson_api::MemorySize;
+use std::path::Path;
 
+use keelson_api::{HostResources, HostStatus, MemorySize};
+
+use crate::config::Config;
 use crate::{AgentError, error::Result};
 
 /// What the host has.
 #[derive(Clone, Debug)]
 pub struct Inventory {
-    /// Its name.
+    /// Its name in the fleet: an RFC 1123 label.
     pub hostname: String,
     /// The kernel's release, such as `6.12.0`.
     pub kernel: String,
@@ -18,7 +21,16 @@ pub struct Inventory {
     pub cpus: u32,
     /// All of its memory, in bytes.
     pub memory_bytes: u64,
+    /// Huge pages of 2 MiB, whoever uses them.
+    pub hugepages_2mi: u64,
+    /// Huge pages of 1 GiB.
+    pub hugepages_1gi: u64,
 }
+
+/// Where images are by convention.
+const IMAGES: &str = "/var/lib/keelson";
+/// The longest name of an object.
+const NAME_LIMIT: usize = 63;
 
 impl Inventory {
     /// Asks the kernel.
@@ -29,20 +41,80 @@ impl Inventory {
         let uname = rustix::system::uname();
         let cpus = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
         Ok(Self {
-            hostname: host_name.map_or_else(
-                || uname.nodename().to_string_lossy().into_owned(),
-                str::to_owned,
-            ),
+            hostname: label(host_name.unwrap_or(&uname.nodename().to_string_lossy())),
             kernel: uname.release().to_string_lossy().into_owned(),
             cpus: u32::try_from(cpus).unwrap_or(u32::MAX),
             memory_bytes: memory_total()?,
+            hugepages_2mi: hugepages("2048kB"),
+            hugepages_1gi: hugepages("1048576kB"),
         })
+    }
+
+    /// What there is to say of the host, without conditions.
+    pub fn status(&self, config: &Config) -> HostStatus {
+        let disk = mebibytes(disk_bytes());
+        let capacity = HostResources {
+            cpus: self.cpus,
+            memory: self.memory(),
+            hugepages_2mi: self.hugepages_2mi,
+            hugepages_1gi: self.hugepages_1gi,
+            disk,
+        };
+        let in_hugepages = (self.hugepages_2mi << 21).saturating_add(self.hugepages_1gi << 30);
+        let taken = config
+            .host_reserved_memory
+            .bytes()
+            .saturating_add(in_hugepages);
+        let allocatable = HostResources {
+            cpus: self.cpus.saturating_mul(config.cpu_overcommit),
+            memory: mebibytes(self.memory_bytes.saturating_sub(taken)),
+            ..capacity
+        };
+        HostStatus {
+            version: env!("CARGO_PKG_VERSION").into(),
+            kernel: self.kernel.clone(),
+            capacity: Some(capacity),
+            allocatable: Some(allocatable),
+            conditions: Vec::new(),
+        }
     }
 
     /// The memory as it is written in manifests, rounded down.
     pub fn memory(&self) -> MemorySize {
-        MemorySize::from_mib(self.memory_bytes >> 20).unwrap_or_else(|| unreachable!("shifted"))
+        mebibytes(self.memory_bytes)
     }
+}
+
+fn mebibytes(bytes: u64) -> MemorySize {
+    MemorySize::from_mib(bytes >> 20).unwrap_or_else(|| unreachable!("shifted"))
+}
+
+/// A host name as a name of an object: in lower case, with hyphens for dots.
+fn label(host_name: &str) -> String {
+    let lower = host_name.to_ascii_lowercase();
+    let label: String = lower
+        .chars()
+        .map(|c| if c.is_ascii_alphanumeric() { c } else { '-' })
+        .take(NAME_LIMIT)
+        .collect();
+    match label.trim_matches('-') {
+        "" => "host".into(),
+        label => label.into(),
+    }
+}
+
+/// How many huge pages of a size there are (Linux, Documentation/admin-guide/mm/hugetlbpage.rst).
+fn hugepages(size: &str) -> u64 {
+    let path = format!("/sys/kernel/mm/hugepages/hugepages-{size}/nr_hugepages");
+    let text = fs::read_to_string(path).unwrap_or_default();
+    text.trim().parse().unwrap_or(0)
+}
+
+/// The size of the file system that images are on; 0 where the kernel doesn't say it.
+fn disk_bytes() -> u64 {
+    let mut folders = Path::new(IMAGES).ancestors();
+    let statistics = folders.find_map(|folder| rustix::fs::statvfs(folder).ok());
+    statistics.map_or(0, |found| found.f_blocks.saturating_mul(found.f_frsize))
 }
 
 fn memory_total() -> Result<u64> {
@@ -88,4 +160,17 @@ pub fn check_abilities() -> Result<()> {
         }));
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_host_name_becomes_a_label() {
+        assert_eq!(label("Node-7.example.org"), "node-7-example-org");
+        assert_eq!(label("h1"), "h1");
+        assert_eq!(label("_"), "host");
+        assert_eq!(label(&"x".repeat(100)).len(), 63);
+    }
 }

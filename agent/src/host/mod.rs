@@ -12,8 +12,12 @@ mod packet_events;
 mod process;
 mod rules;
 mod tap;
+mod usage;
 
 pub use inventory::{Inventory, check_abilities};
 pub use network::{GuestPort, HostNetwork, network_number};
-pub use process::{Exit, LaunchRequest, ProcessHandle, write_atomically};
+pub use process::{
+    Exit, LaunchRequest, ProcessHandle, kill_recorded, recorded_process, write_atomically,
+};
 pub use rules::{ResolvedRule, Rules};
+pub use usage::Usage;

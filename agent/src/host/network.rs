@@ -20,6 +20,7 @@ use super::packet_events::PacketEvents;
 use super::rules::{Rules, expand};
 use super::{bridge, tap};
 use crate::config::{Config, NetworkHook};
+use crate::failpoint::failpoint;
 use crate::{AgentError, error::Result};
 
 const BRIDGE_PREFIX: &str = "kbr-";
@@ -174,16 +175,19 @@ impl HostNetwork {
         if self.links.index(&device).await?.is_none() {
             tap::create(&device)?;
         }
+        failpoint(&port.guest, "port-device-made");
         let policy = port.policy()?;
         self.datapath
             .with(move |datapath| datapath.attach(&policy))
             .await?;
         self.captures.resume(&device).await?;
+        failpoint(&port.guest, "port-policy-attached");
         self.links
             .bring_up(&device, port.network_spec.mtu, Some(bridge))
             .await?;
         let ifindex = self.links.require(&device).await?;
         self.configurations.set(ifindex, of_port(port, router_mac));
+        failpoint(&port.guest, "port-up");
         Ok(())
     }
 

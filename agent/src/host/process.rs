@@ -21,6 +21,8 @@ use tokio::io::unix::AsyncFd;
 
 use super::cgroup::GroupKeeper;
 use super::launch::launch;
+use crate::failpoint::failpoint;
+use crate::fleet::LeaseCheck;
 use crate::{AgentError, error::Result};
 
 /// How much of a log's end is searched for its last line.
@@ -45,6 +47,8 @@ pub struct LaunchRequest {
     pub limits: ResourceLimits,
     /// A descriptor that the program gets under its own number, beside the usual three.
     pub inherited: Option<Arc<OwnedFd>>,
+    /// Without it the process runs whether or not the host has a lease.
+    pub lease: Option<LeaseCheck>,
 }
 
 /// What tells a process from all others since the host booted.
@@ -111,6 +115,7 @@ impl ProcessHandle {
         }
         let mut launched = None;
         launch(command, |process_id| {
+            failpoint(&request.unit, "forked");
             let record = ProcessRecord {
                 process_id,
                 start_time: start_time(process_id)?,
@@ -120,11 +125,20 @@ impl ProcessHandle {
             keeper
                 .place(&request.unit, process_id, &request.limits)
                 .map_err(io::Error::other)?;
+            failpoint(&request.unit, "placed");
             write_atomically(&request.record, &record).map_err(io::Error::other)?;
+            failpoint(&request.unit, "recorded");
             launched = Self::open(record).map_err(io::Error::other)?;
-            Ok::<_, io::Error>(())
+            // As late as can be: from here on the guard finds it by its record.
+            match &request.lease {
+                Some(lease) if !lease.holds() => {
+                    Err(io::Error::other("this host's lease is not renewed"))
+                }
+                _ => Ok(()),
+            }
         })
         .map_err(AgentError::io(what()))?;
+        failpoint(&request.unit, "executed");
         launched.ok_or_else(|| AgentError::Process {
             reason: "ProcessEnded",
             message: format!("{} ended at once", request.program.display()),
@@ -152,19 +166,10 @@ impl ProcessHandle {
 
     fn open(record: ProcessRecord) -> Result<Option<Self>> {
         let what = || format!("watch process {}", record.process_id);
-        let pid = i32::try_from(record.process_id)
-            .ok()
-            .and_then(Pid::from_raw);
-        let Some(pid) = pid else { return Ok(None) };
-        let pidfd = match pidfd_open(pid, PidfdFlags::NONBLOCK) {
-            Ok(pidfd) => pidfd,
-            Err(rustix::io::Errno::SRCH) => return Ok(None),
-            Err(error) => return Err(AgentError::io(what())(error.into())),
-        };
-        // Only after the descriptor is held can the id not be given to another process.
-        if start_time(record.process_id).ok() != Some(record.start_time) {
+        let opened = record.open().map_err(AgentError::io(what()))?;
+        let Some(pidfd) = opened else {
             return Ok(None);
-        }
+        };
         // SAFETY: an OwnedFd owns its descriptor, which stays open until the AsyncFd drops it.
         let pidfd = unsafe { AsyncFd::register(pidfd) }
             .map_err(|error| AgentError::io(what())(error.into()))?;
@@ -253,6 +258,60 @@ impl ProcessHandle {
             WaitId::PidFd(rustix::fd::AsFd::as_fd(self.pidfd.get_ref())),
             options,
         );
+        // What it had started may have been about to end when it was first tried.
+        GroupKeeper::detect().remove(&self.record.unit);
+    }
+}
+
+impl ProcessRecord {
+    /// A descriptor of the process, unless it is gone.
+    fn open(&self) -> io::Result<Option<OwnedFd>> {
+        let pid = i32::try_from(self.process_id).ok().and_then(Pid::from_raw);
+        let Some(pid) = pid else { return Ok(None) };
+        let pidfd = match pidfd_open(pid, PidfdFlags::NONBLOCK) {
+            Ok(pidfd) => pidfd,
+            Err(rustix::io::Errno::SRCH) => return Ok(None),
+            Err(error) => return Err(error.into()),
+        };
+        // Only after the descriptor is held can the id not be given to another process.
+        let same = start_time(self.process_id).ok() == Some(self.start_time);
+        Ok(same.then_some(pidfd))
+    }
+}
+
+/// The process id of the record at `path`, unless the process is gone.
+pub fn recorded_process(path: &Path) -> Option<u32> {
+    let record: ProcessRecord = serde_json::from_slice(&fs::read(path).ok()?).ok()?;
+    record.open().ok()?.map(|_| record.process_id)
+}
+
+/// Kills the process of the record at `path`; whether it was there. Without the agent's runtime.
+pub fn kill_recorded(path: &Path) -> io::Result<bool> {
+    let text = match fs::read(path) {
+        Ok(text) => text,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(false),
+        Err(error) => return Err(error),
+    };
+    let record: ProcessRecord = serde_json::from_slice(&text)?;
+    let Some(pidfd) = record.open()? else {
+        return Ok(false);
+    };
+    // One that has ended and was not waited for is not there any more, but for the kernel.
+    let mut poll = [rustix::event::PollFd::new(
+        &pidfd,
+        rustix::event::PollFlags::IN,
+    )];
+    let now = rustix::event::Timespec {
+        tv_sec: 0,
+        tv_nsec: 0,
+    };
+    if rustix::event::poll(&mut poll, Some(&now))? > 0 {
+        return Ok(false);
+    }
+    match pidfd_send_signal(&pidfd, Signal::KILL) {
+        Ok(()) => Ok(true),
+        Err(rustix::io::Errno::SRCH) => Ok(false),
+        Err(error) => Err(error.into()),
     }
 }
 
@@ -304,6 +363,7 @@ mod tests {
             record: directory.join("record"),
             limits: ResourceLimits::default(),
             inherited: None,
+            lease: None,
         }
     }
 

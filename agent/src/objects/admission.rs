@@ -5,14 +5,16 @@ use std::collections::BTreeSet;
 
 use jiff::Timestamp;
 use keelson_api::{
-    Disk, DiskStatus, Kind, Network, NetworkStatus, Object, Phase, PowerState, SecurityGroup,
-    SecurityGroupStatus, Service, ServiceStatus, VirtualMachine, VirtualMachineStatus,
+    Disk, DiskStatus, Host, HostStatus, Kind, Network, NetworkStatus, Object, Phase,
+    PlacementState, PowerState, SecurityGroup, SecurityGroupStatus, Service, ServiceStatus,
+    VirtualMachine, VirtualMachineStatus,
 };
 use serde_json::Value;
 
 use super::allocation::{Allocation, holder};
 use super::checks;
 use super::store::{ObjectStore, World};
+use crate::fleet::Fleet;
 use crate::host::Inventory;
 use crate::{AgentError, error::Result};
 
@@ -44,8 +46,10 @@ pub struct Applied {
 pub struct Admission<'a> {
     /// Where the objects are.
     pub objects: &'a ObjectStore,
-    /// What the host has.
+    /// What this host has.
     pub inventory: &'a Inventory,
+    /// This host among others.
+    pub fleet: &'a Fleet,
 }
 
 impl Admission<'_> {
@@ -105,6 +109,9 @@ impl Admission<'_> {
                     format!("{}/{name}", stored.object.kind())
                 })
                 .collect();
+            if kind == Kind::Host {
+                self.check_host_is_gone(name).await?;
+            }
             if !users.is_empty() {
                 let users = users.join(", ");
                 return Err(AgentError::Precondition(vec![format!(
@@ -116,6 +123,16 @@ impl Admission<'_> {
             }
         }
         Err(AgentError::Conflict(format!("{kind}/{name}")))
+    }
+
+    async fn check_host_is_gone(&self, name: &str) -> Result<()> {
+        let registered = !self.fleet.is_exclusive() && self.fleet.is_registered(name).await?;
+        if registered || name == self.fleet.host() {
+            return Err(AgentError::Precondition(vec![format!(
+                "Host/{name} has an agent that renews its lease; drain it and stop its agent first"
+            )]));
+        }
+        Ok(())
     }
 
     /// Gives every object the history and allocations of its predecessor, and checks the result
@@ -159,8 +176,17 @@ impl Admission<'_> {
                         Some(Object::Disk(before)) => Some(before),
                         _ => None,
                     };
-                    checks::disk(disk, before.as_ref(), &mut report);
+                    self.place_disk(disk, &after, &mut report);
+                    if let Some(before) = &before {
+                        checks::place_unchanged(before, disk, world, &mut report);
+                    }
+                    if disk.spec.shared || self.is_here(disk.spec.host.as_deref()) {
+                        checks::disk(disk, before.as_ref(), &mut report);
+                    } else {
+                        checks::disk_elsewhere(disk, before.as_ref(), &mut report);
+                    }
                 }
+                Object::Host(_) => {}
                 Object::Network(network) => checks::network(network, &after, &mut report),
                 Object::SecurityGroup(group) => {
                     checks::security_group(group, &after, &mut report);
@@ -170,7 +196,12 @@ impl Admission<'_> {
                     allocate_service(service, &after, &mut allocation, &mut report);
                 }
                 Object::VirtualMachine(guest) => {
+                    let before = match world.get::<VirtualMachine>(&guest.metadata.name) {
+                        Some(Object::VirtualMachine(before)) => Some(before),
+                        _ => None,
+                    };
                     self.check_guest(guest, &after, &mut report);
+                    self.check_placement(guest, before.as_ref(), &after, &mut report);
                     allocate(guest, &after, &mut allocation, &mut report);
                 }
             }
@@ -190,19 +221,21 @@ impl Admission<'_> {
         after: &World,
         report: &mut impl FnMut(&str, String),
     ) {
-        if guest.spec.memory.bytes() > self.inventory.memory_bytes {
-            report(
-                "spec.memory",
-                format!(
-                    "is {}; this host has {}",
-                    guest.spec.memory,
-                    self.inventory.memory()
-                ),
-            );
-        }
-        checks::file("spec.kernel.image", &guest.spec.kernel.image, report);
-        if let Some(initrd) = &guest.spec.kernel.initrd {
-            checks::file("spec.kernel.initrd", initrd, report);
+        if self.is_here(guest.spec.host.as_deref()) {
+            if guest.spec.memory.bytes() > self.inventory.memory_bytes {
+                report(
+                    "spec.memory",
+                    format!(
+                        "is {}; this host has {}",
+                        guest.spec.memory,
+                        self.inventory.memory()
+                    ),
+                );
+            }
+            checks::file("spec.kernel.image", &guest.spec.kernel.image, report);
+            if let Some(initrd) = &guest.spec.kernel.initrd {
+                checks::file("spec.kernel.initrd", initrd, report);
+            }
         }
         for (index, disk) in guest.spec.disks.iter().enumerate() {
             if after.get::<Disk>(&disk.disk).is_none() {
@@ -218,6 +251,77 @@ impl Admission<'_> {
                 }
             }
         }
+    }
+}
+
+impl Admission<'_> {
+    /// Whether what is on the host `host` can be looked at here.
+    fn is_here(&self, host: Option<&str>) -> bool {
+        self.fleet.is_exclusive() || host == Some(self.fleet.host())
+    }
+
+    /// A disk that isn't shared is on one host: this one, unless it says another one.
+    fn place_disk(&self, disk: &mut Disk, after: &World, report: &mut impl FnMut(&str, String)) {
+        if self.fleet.is_exclusive() || disk.spec.shared {
+            return;
+        }
+        let host = disk
+            .spec
+            .host
+            .get_or_insert_with(|| self.fleet.host().to_owned());
+        if after.get::<Host>(host).is_none() {
+            let message = checks::no_such_host(host);
+            report("spec.host", message);
+        }
+    }
+
+    /// Whether there is a host that the guest can be placed on, as far as that does not change from day
+    /// to day.
+    fn check_placement(
+        &self,
+        guest: &VirtualMachine,
+        before: Option<&VirtualMachine>,
+        after: &World,
+        report: &mut impl FnMut(&str, String),
+    ) {
+        let spec = &guest.spec;
+        if self.fleet.is_exclusive() {
+            if spec
+                .host
+                .as_deref()
+                .is_some_and(|host| host != self.fleet.host())
+            {
+                let message = format!(
+                    "is another host than this one, {}, to which the state store belongs",
+                    self.fleet.host()
+                );
+                report("spec.host", message);
+            }
+            return;
+        }
+        checks::disks_on_one_host(guest, after, report);
+        let placement = before.and_then(|before| before.status.placement.as_ref());
+        if let (Some(placement), Some(host)) = (placement, &spec.host)
+            && placement.host != *host
+            && matches!(
+                placement.state,
+                PlacementState::Held | PlacementState::Leased
+            )
+        {
+            let message = format!(
+                "is {host}, but it runs on {}; stop it first",
+                placement.host
+            );
+            report("spec.host", message);
+        }
+        let hosts: Vec<Host> = after
+            .of_kind(Kind::Host)
+            .filter_map(|stored| match &stored.object {
+                Object::Host(host) => Some(host.clone()),
+                _ => None,
+            })
+            .collect();
+        checks::fits_a_host(guest, &hosts, report);
     }
 }
 
@@ -285,6 +389,10 @@ fn inherit(world: &World, mut object: Object, errors: &mut Vec<String>) -> Objec
                 spec.address_v6 = spec.address_v6.or(known.address_v6);
             }
         }
+        // A disk that says nothing stays where it is.
+        (Object::Disk(disk), Object::Disk(known)) if !disk.spec.shared => {
+            disk.spec.host = disk.spec.host.take().or_else(|| known.spec.host.clone());
+        }
         _ => {}
     }
     object
@@ -292,6 +400,7 @@ fn inherit(world: &World, mut object: Object, errors: &mut Vec<String>) -> Objec
 
 fn clear_status(object: &mut Object) {
     match object {
+        Object::Host(host) => host.status = HostStatus::default(),
         Object::Disk(disk) => disk.status = DiskStatus::default(),
         Object::Network(network) => network.status = NetworkStatus::default(),
         Object::SecurityGroup(group) => group.status = SecurityGroupStatus::default(),

@@ -7,7 +7,7 @@ use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::Path;
 
 use keelson_api::{
-    Disk, DiskSpec, Interface, Kind, Network, NetworkSpec, Object, SecurityGroup, Service,
+    Disk, DiskSpec, Host, Interface, Kind, Network, NetworkSpec, Object, SecurityGroup, Service,
     VirtualMachine,
 };
 
@@ -51,6 +51,141 @@ pub(super) fn disk(disk: &Disk, before: Option<&Disk>, report: &mut impl FnMut(&
         return;
     }
     image("spec.path", &spec.path, report);
+}
+
+/// Checks a disk of another host, whose files can't be looked at here.
+pub(super) fn disk_elsewhere(
+    disk: &Disk,
+    before: Option<&Disk>,
+    report: &mut impl FnMut(&str, String),
+) {
+    if let Some(before) = before {
+        unchanged(&before.spec, &disk.spec, report);
+    }
+}
+
+/// Checks that a disk that a guest refers to stays where it is: the guest was placed accordingly.
+pub(super) fn place_unchanged(
+    before: &Disk,
+    disk: &Disk,
+    world: &World,
+    report: &mut impl FnMut(&str, String),
+) {
+    let moved = before.spec.host.is_some() && before.spec.host != disk.spec.host;
+    if !moved && before.spec.shared == disk.spec.shared {
+        return;
+    }
+    let field = if moved { "spec.host" } else { "spec.shared" };
+    for stored in world.of_kind(Kind::VirtualMachine) {
+        let Object::VirtualMachine(guest) = &stored.object else {
+            continue;
+        };
+        if guest
+            .spec
+            .disks
+            .iter()
+            .any(|d| d.disk == disk.metadata.name)
+        {
+            let name = &guest.metadata.name;
+            report(
+                field,
+                format!("can't be changed while VirtualMachine/{name} has the disk"),
+            );
+        }
+    }
+}
+
+/// Checks that a guest's disks that aren't shared are all on one host, which is also the guest's.
+pub(super) fn disks_on_one_host(
+    guest: &VirtualMachine,
+    after: &World,
+    report: &mut impl FnMut(&str, String),
+) {
+    let mut place = guest
+        .spec
+        .host
+        .clone()
+        .map(|host| (host, "spec.host".to_owned()));
+    for (index, attachment) in guest.spec.disks.iter().enumerate() {
+        let Some(Object::Disk(disk)) = after.get::<Disk>(&attachment.disk) else {
+            continue;
+        };
+        let Some(host) = disk.spec.host.filter(|_| !disk.spec.shared) else {
+            continue;
+        };
+        match &place {
+            Some((other, by)) if *other != host => report(
+                &format!("spec.disks[{index}].disk"),
+                format!(
+                    "Disk/{} is on {host}, but {by} says {other}",
+                    attachment.disk
+                ),
+            ),
+            Some(_) => {}
+            None => place = Some((host, format!("Disk/{}", attachment.disk))),
+        }
+    }
+}
+
+/// Checks that there is a host which has enough for the guest if it has nothing else to run.
+pub(super) fn fits_a_host(
+    guest: &VirtualMachine,
+    hosts: &[Host],
+    report: &mut impl FnMut(&str, String),
+) {
+    let spec = &guest.spec;
+    if let Some(name) = &spec.host
+        && !hosts.iter().any(|host| host.metadata.name == *name)
+    {
+        report("spec.host", no_such_host(name));
+        return;
+    }
+    let allowed = |host: &&Host| {
+        let labels = &host.metadata.labels;
+        let chosen = spec
+            .host
+            .as_ref()
+            .is_none_or(|name| host.metadata.name == *name);
+        chosen
+            && spec
+                .host_selector
+                .iter()
+                .all(|(key, value)| labels.get(key) == Some(value))
+    };
+    let allowed: Vec<_> = hosts.iter().filter(allowed).collect();
+    if allowed.is_empty() {
+        let message =
+            "no host that it may run on has all of these labels; see `keelson get hosts -o yaml`";
+        report("spec.hostSelector", message.into());
+        return;
+    }
+    let available = |host: &&Host| {
+        let allocatable = host.status.allocatable?;
+        Some(match spec.hugepages {
+            None => allocatable.memory.bytes(),
+            Some(keelson_api::HugepageSize::Size2Mi) => allocatable.hugepages_2mi << 21,
+            Some(keelson_api::HugepageSize::Size1Gi) => allocatable.hugepages_1gi << 30,
+        })
+    };
+    let most = allowed.iter().filter_map(available).max().unwrap_or(0);
+    if spec.memory.bytes() > most {
+        let what = if spec.hugepages.is_some() {
+            "huge pages"
+        } else {
+            "memory"
+        };
+        let message = format!(
+            "is {}; of the hosts that it may run on, none has more than {} MiB of {what} for guests",
+            spec.memory,
+            most >> 20
+        );
+        report("spec.memory", message);
+    }
+}
+
+/// What to say of a host that there isn't.
+pub(super) fn no_such_host(name: &str) -> String {
+    format!("Host/{name} does not exist; `keelson get hosts` lists those whose agents have come up")
 }
 
 // What an overlay is made of is settled when it is created.

@@ -215,6 +215,77 @@ impl ObjectStore {
         Err(AgentError::Conflict(format!("{}/{name}", T::KIND)))
     }
 
+    /// Lets `change` change one object in a transaction that holds only if all of `compares` do, which are
+    /// about other keys. Writes also where the object stays the same, so that the comparisons are made.
+    /// `None` where one does not hold, or where `change` says that nothing is to be changed.
+    ///
+    /// # Errors
+    /// [`AgentError::NotFound`], or [`AgentError::Conflict`] where others changed it every time.
+    pub async fn update_when<T: Resource>(
+        &self,
+        name: &str,
+        compares: &[Compare],
+        mut change: impl FnMut(&mut T) -> bool + Send,
+    ) -> Result<Option<Stored<T>>> {
+        let key = key(T::KIND, name);
+        for _ in 0..UPDATE_ATTEMPTS {
+            let stored: Stored<T> = self.get_typed(name).await?;
+            let mut object = stored.object;
+            if !change(&mut object) {
+                return Ok(None);
+            }
+            if let Some(revision) = self.replace(&object, stored.revision, compares).await? {
+                object.metadata_mut().resource_version = revision.to_string();
+                return Ok(Some(Stored { object, revision }));
+            }
+            // Was it the object that changed, or does a comparison not hold?
+            let now = self.store.get(key.as_bytes()).await?;
+            if now.is_some_and(|now| now.mod_revision == stored.revision) {
+                return Ok(None);
+            }
+        }
+        Err(AgentError::Conflict(format!("{}/{name}", T::KIND)))
+    }
+
+    /// Writes an object that was last changed at `revision`, if all of `compares` hold; the revision, or
+    /// `None` if it or one of them has changed.
+    pub async fn replace<T: Resource>(
+        &self,
+        object: &T,
+        revision: Revision,
+        compares: &[Compare],
+    ) -> Result<Option<Revision>> {
+        let key = key(T::KIND, &object.metadata().name);
+        let txn = Txn::new()
+            .when([Compare::unchanged(key.as_str(), revision)])
+            .when(compares.iter().cloned())
+            .then([PutRequest::new(key, encode(object)?).into()]);
+        let answer = self.store.txn(txn).await?;
+        Ok(answer.succeeded.then_some(answer.revision))
+    }
+
+    /// Removes an object that was last changed at `revision`, if all of `compares` hold; whether it was
+    /// removed.
+    pub async fn remove_when(
+        &self,
+        kind: Kind,
+        name: &str,
+        revision: Revision,
+        compares: &[Compare],
+    ) -> Result<bool> {
+        let key = key(kind, name);
+        let txn = Txn::new()
+            .when([Compare::unchanged(key.as_str(), revision)])
+            .when(compares.iter().cloned())
+            .then([DeleteRequest::new(KeyRange::key(key)).into()]);
+        Ok(self.store.txn(txn).await?.succeeded)
+    }
+
+    /// Writes an object that isn't there yet; one that is stays as it is.
+    pub async fn create<T: Resource>(&self, object: &T) -> Result<()> {
+        self.replace(object, 0, &[]).await.map(drop)
+    }
+
     /// Removes an object at the end of its teardown. One that is gone already is no error.
     pub async fn remove(&self, kind: Kind, name: &str) -> Result<()> {
         self.store.remove(key(kind, name).as_bytes()).await?;

@@ -1,10 +1,11 @@
 //! What the agent's host is.
 
 use keelson_api::proto::host_server::Host;
-use keelson_api::proto::{InfoRequest, InfoResponse};
+use keelson_api::proto::{InfoRequest, InfoResponse, Object, ScheduleRequest};
+use keelson_api::{HostSpec, Kind, Resource};
 use tonic::{Request, Response, Status};
 
-use super::status;
+use super::{status, to_proto};
 use crate::Agent;
 
 /// What the agent's host is.
@@ -33,5 +34,38 @@ impl Host for HostService {
             state: self.agent.objects.location().await.map_err(status)?,
             network_hook: self.agent.network.hook().await.map_err(status)?,
         }))
+    }
+
+    async fn schedule(
+        &self,
+        request: Request<ScheduleRequest>,
+    ) -> Result<Response<Object>, Status> {
+        let request = request.into_inner();
+        let spec = HostSpec {
+            unschedulable: request.unschedulable,
+            drain: request.drain,
+        };
+        if spec.drain && !spec.unschedulable {
+            let message = "a host that is drained is unschedulable as well";
+            return Err(Status::invalid_argument(message));
+        }
+        let change = |host: &mut keelson_api::Host| {
+            if host.spec != spec {
+                host.spec = spec;
+                host.metadata.generation += 1;
+            }
+        };
+        let changed = self.agent.objects.update(&request.name, change).await;
+        let (reason, message) = match (spec.unschedulable, spec.drain) {
+            (_, true) => ("Drained", "guests that can run elsewhere leave it"),
+            (true, false) => ("Cordoned", "no further guests are placed on it"),
+            (false, false) => ("Uncordoned", "guests are placed on it"),
+        };
+        let object = changed.map_err(status)?.object.into_object();
+        let events = &self.agent.events;
+        events
+            .normal(Kind::Host, &request.name, reason, message)
+            .await;
+        Ok(Response::new(to_proto(&object)?))
     }
 }

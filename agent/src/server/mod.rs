@@ -8,6 +8,7 @@ mod host;
 mod objects;
 mod packets;
 mod snapshots;
+mod usage;
 mod virtual_machines;
 
 use std::fs;

@@ -14,6 +14,7 @@ use keelson_api::{ApiError, manifest};
 use tonic::{Request, Response, Status};
 
 use super::{parse_kind, status, stored_to_proto, to_proto};
+use crate::failpoint::failpoint;
 use crate::objects::{Action, Admission, Change};
 use crate::{Agent, AgentError};
 
@@ -33,6 +34,7 @@ impl ObjectsService {
         Admission {
             objects: &self.agent.objects,
             inventory: &self.agent.inventory,
+            fleet: &self.agent.fleet,
         }
     }
 }
@@ -63,6 +65,9 @@ impl Objects for ObjectsService {
             .apply(&documents, request.dry_run)
             .await
             .map_err(status)?;
+        for applied in &applied {
+            failpoint(&applied.object.metadata().name, "apply-committed");
+        }
         let mut results = Vec::new();
         for applied in applied {
             let action = match applied.action {

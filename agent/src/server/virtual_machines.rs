@@ -12,7 +12,7 @@ use keelson_api::proto::{
     FlowsResponse, InterfaceCounters, ListSnapshotsRequest, ListSnapshotsResponse, LogsChunk,
     LogsRequest, Object, PacketCounter, PacketEvent, PacketsRequest, PauseRequest, RateLimit,
     RestoreRequest, ResumeRequest, RuleCounter, StartRequest, StopRequest, TakeSnapshotRequest,
-    TakeSnapshotResponse,
+    TakeSnapshotResponse, UsageRequest, UsageResponse,
 };
 use keelson_api::{BitRate, PowerState, SecurityGroup, VirtualMachine};
 use keelson_ebpf::{Direction, Tally};
@@ -20,7 +20,7 @@ use tokio::fs::File;
 use tokio::io::{AsyncReadExt, AsyncSeekExt};
 use tonic::{Request, Response, Status, Streaming};
 
-use super::{capture, console, packets, snapshots, status, to_proto};
+use super::{capture, console, packets, snapshots, status, to_proto, usage};
 use crate::guest::{GuestPaths, GuestSnapshots, Machine, rule_counters};
 use crate::objects::set_power_state;
 use crate::{Agent, AgentError};
@@ -43,13 +43,19 @@ impl VirtualMachinesService {
     }
 
     async fn guest(&self, name: &str) -> Result<VirtualMachine, Status> {
-        Ok(self
-            .agent
-            .objects
-            .get_typed(name)
-            .await
-            .map_err(status)?
-            .object)
+        let guest = self.agent.objects.get_typed(name).await;
+        let guest: VirtualMachine = guest.map_err(status)?.object;
+        if self.agent.fleet.is_here(&guest) {
+            return Ok(guest);
+        }
+        let here = self.agent.fleet.host();
+        Err(Status::failed_precondition(match &guest.status.placement {
+            Some(placement) => format!(
+                "VirtualMachine/{name} is placed on {}, and this is the agent of {here}; ask there",
+                placement.host
+            ),
+            None => format!("VirtualMachine/{name} is placed on no host yet"),
+        }))
     }
 
     /// Those of the groups that there are.
@@ -76,6 +82,10 @@ impl VirtualMachines for VirtualMachinesService {
 
     async fn stop(&self, request: Request<StopRequest>) -> Result<Response<Object>, Status> {
         let StopRequest { name, force } = request.into_inner();
+        if force {
+            // Only its own host can kill it.
+            self.guest(&name).await?;
+        }
         let object = set_power_state(&self.agent.objects, &name, PowerState::Stopped).await;
         let object = object.map_err(status)?;
         // A start that doesn't come about is given up, with what it was to begin from.
@@ -227,6 +237,11 @@ impl VirtualMachines for VirtualMachinesService {
             }
         }
         Ok(Response::new(CountersResponse { interfaces }))
+    }
+
+    async fn usage(&self, _: Request<UsageRequest>) -> Result<Response<UsageResponse>, Status> {
+        let usage = usage::read(&self.agent).await;
+        Ok(Response::new(usage.map_err(status)?))
     }
 
     async fn flows(

@@ -6,6 +6,7 @@ use rustix::thread::{UnshareFlags, unshare_unsafe};
 
 /// The calling thread's own network and mount namespace. Processes that the thread starts and sockets that
 /// it opens are in them; they end with the last of these.
+#[derive(Clone, Copy, Debug)]
 pub struct Namespaces {
     _private: (),
 }

@@ -15,7 +15,7 @@ use crate::wait;
 /// Delete objects, and what belongs to them.
 #[derive(Args)]
 pub struct Delete {
-    /// vm, disk, net, sg or svc; long names and plurals do as well.
+    /// vm, disk, net, sg, svc or host; long names and plurals do as well.
     #[arg(required_unless_present = "filename", requires = "names")]
     kind: Option<Kind>,
     /// The objects' names.

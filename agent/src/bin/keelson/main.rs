@@ -15,7 +15,9 @@ mod logs;
 mod net;
 mod output;
 mod power;
+mod schedule;
 mod snapshot;
+mod top;
 mod wait;
 
 use std::path::PathBuf;
@@ -80,6 +82,14 @@ enum Command {
     Net(net::Net),
     /// Show what the agent's host is.
     Host(host::Host),
+    /// Place no further guests on a host.
+    Cordon(schedule::Cordon),
+    /// Place guests on a host again.
+    Uncordon(schedule::Uncordon),
+    /// Have the guests leave a host: each is shut down there and started on another host.
+    Drain(schedule::Drain),
+    /// Show what guests use of this host, once a second.
+    Top(top::Top),
     /// Print a script that completes this program's command lines in a shell.
     Completion(completion::Completion),
 }
@@ -127,6 +137,10 @@ async fn run(arguments: Arguments) -> Result<(), Failure> {
         Command::Disk(command) => command.run(&mut client).await,
         Command::Net(command) => command.run(&mut client).await,
         Command::Host(command) => command.run(&mut client).await,
+        Command::Cordon(command) => command.run(&mut client).await,
+        Command::Uncordon(command) => command.run(&mut client).await,
+        Command::Drain(command) => command.run(&mut client).await,
+        Command::Top(command) => command.run(&mut client).await,
         Command::Completion(command) => command.run(&mut Arguments::command()),
     }
 }

@@ -5,7 +5,7 @@ use std::io::{self, Write};
 use clap::ValueEnum;
 use comfy_table::{Table, presets};
 use jiff::{Timestamp, Unit};
-use keelson_api::{Condition, ConditionStatus, Health, Object};
+use keelson_api::{Condition, ConditionStatus, Health, Object, PlacementState};
 use serde::Serialize;
 use serde_json::{Value, json};
 
@@ -117,6 +117,9 @@ fn print_table(objects: &[Object]) -> Result<(), Failure> {
             eprintln!("nothing found");
             return Ok(());
         }
+        Some(Object::Host(_)) => table([
+            "NAME", "READY", "GUESTS", "CPUS", "MEMORY", "VERSION", "AGE",
+        ]),
         Some(Object::Disk(_)) => table(["NAME", "PATH", "MODE", "READY", "AGE"]),
         Some(Object::Network(_)) => table(["NAME", "SUBNET", "GATEWAY", "DEVICE", "READY", "AGE"]),
         Some(Object::SecurityGroup(_)) => table(["NAME", "INGRESS", "EGRESS", "AGE"]),
@@ -131,6 +134,7 @@ fn print_table(objects: &[Object]) -> Result<(), Failure> {
         ]),
         Some(Object::VirtualMachine(_)) => table([
             "NAME",
+            "HOST",
             "PHASE",
             "READY",
             "CPUS",
@@ -158,6 +162,22 @@ fn row(object: &Object) -> Vec<String> {
     let name = object.metadata().name.clone();
     let created = age(object.metadata().creation_timestamp);
     match object {
+        Object::Host(host) => {
+            let capacity = host.status.capacity.as_ref();
+            vec![
+                name,
+                readiness(&host.status.conditions),
+                match (host.spec.drain, host.spec.unschedulable) {
+                    (true, _) => "drained".into(),
+                    (false, true) => "cordoned".into(),
+                    (false, false) => "placed".into(),
+                },
+                capacity.map_or("-".into(), |capacity| capacity.cpus.to_string()),
+                capacity.map_or("-".into(), |capacity| capacity.memory.to_string()),
+                host.status.version.clone(),
+                created,
+            ]
+        }
         Object::Disk(disk) => vec![
             name,
             disk.spec.path.display().to_string(),
@@ -211,6 +231,7 @@ fn row(object: &Object) -> Vec<String> {
             let addresses: Vec<_> = addresses.collect();
             vec![
                 name,
+                host_of(guest),
                 guest.status.phase.to_string(),
                 readiness(&guest.status.conditions),
                 guest.spec.cpus.to_string(),
@@ -225,4 +246,13 @@ fn row(object: &Object) -> Vec<String> {
             ]
         }
     }
+}
+
+/// The host that a guest is placed on, or that runs it.
+fn host_of(guest: &keelson_api::VirtualMachine) -> String {
+    let placed = guest.status.placement.as_ref();
+    let placed = placed.filter(|placement| placement.state != PlacementState::Released);
+    let host = placed.map(|placement| placement.host.clone());
+    host.or_else(|| guest.status.host.clone())
+        .unwrap_or_else(|| "-".into())
 }

@@ -19,6 +19,8 @@ const REFUSAL_LIMIT: Duration = Duration::from_secs(20);
 pub struct Host {
     folder: TempDir,
     pins: PathBuf,
+    /// The state store's URL.
+    state: String,
     agent: Option<Child>,
     /// The namespaces that it lives in.
     pub namespaces: Namespaces,
@@ -69,17 +71,36 @@ impl Host {
     /// # Panics
     /// Without root.
     pub fn without_agent() -> Self {
-        let namespaces = Namespaces::enter_for_agent();
         let folder = TempDir::new().expect("there is a place for temporary files");
-        let pins = PathBuf::from(format!("/sys/fs/bpf/keelson-{}", std::process::id()));
-        let host = Self {
-            folder,
-            pins,
-            agent: None,
-            namespaces,
-        };
+        let state = format!("embedded:{}/state", folder.path().display());
+        let host = Self::in_namespaces(Namespaces::enter_for_agent(), folder, state);
         host.configure("");
         host
+    }
+
+    /// A host that shares namespaces, `/dev/kvm` and a state store with others, but no folder. Its agent
+    /// does not run yet, and has to be configured.
+    ///
+    /// # Panics
+    /// If there is no place for it.
+    pub fn of_fleet(namespaces: Namespaces, state: &str) -> Self {
+        let folder = TempDir::new().expect("there is a place for temporary files");
+        Self::in_namespaces(namespaces, folder, state.into())
+    }
+
+    fn in_namespaces(namespaces: Namespaces, folder: TempDir, state: String) -> Self {
+        let name = folder.path().file_name().unwrap_or_default();
+        let pins = Path::new("/sys/fs/bpf").join(format!(
+            "keelson-{}",
+            name.to_string_lossy().trim_start_matches('.')
+        ));
+        Self {
+            folder,
+            pins,
+            state,
+            agent: None,
+            namespaces,
+        }
     }
 
     /// A host whose agent runs.
@@ -98,10 +119,11 @@ impl Host {
     /// If it can't be written.
     pub fn configure(&self, more: &str) {
         let config = format!(
-            "state = \"embedded:{0}/state\"\nsocket = \"{0}/run/keelsond.sock\"\n\
+            "state = \"{2}\"\nsocket = \"{0}/run/keelsond.sock\"\n\
              run_directory = \"{0}/run\"\nlog_directory = \"{0}/log\"\nsnapshot_directory = \"{0}/snapshots\"\nbpf_directory = \"{1}\"\n{more}",
             self.folder().display(),
-            self.pins.display()
+            self.pins.display(),
+            self.state
         );
         fs::write(self.path("keelsond.toml"), config).expect("the configuration can be written");
     }
@@ -148,6 +170,41 @@ impl Host {
             (self.keelson(&["host"]).code == Some(0)).then_some(())
         });
         self.agent = Some(agent);
+    }
+
+    /// Starts an agent that may be killed at once, with these variables; whether it came up.
+    ///
+    /// # Panics
+    /// If it neither answers nor ends.
+    pub fn start_agent_with(&mut self, variables: &[(&str, &str)]) -> bool {
+        let mut command = self.agent_command();
+        let agent = command.envs(variables.iter().copied()).spawn();
+        self.agent = Some(agent.expect("keelsond starts"));
+        wait_until("answer or end of the agent", || {
+            if !self.agent_lives() {
+                return Some(false);
+            }
+            (self.keelson(&["host"]).code == Some(0)).then_some(true)
+        })
+    }
+
+    /// Where its eBPF maps and links are pinned.
+    pub fn pins(&self) -> &Path {
+        &self.pins
+    }
+
+    /// Runs keelson-blk on an image.
+    ///
+    /// # Panics
+    /// If it is not built.
+    pub fn blk(&self, arguments: &[&str], image: &Path) -> Said {
+        let output = Command::new(binary("keelson-blk"))
+            .args(arguments)
+            .arg(image)
+            .stdin(Stdio::null())
+            .output()
+            .expect("keelson-blk runs");
+        said(&output)
     }
 
     /// Starts an agent that must not come up; what it says.
@@ -472,7 +529,8 @@ impl Drop for Host {
             eprintln!("the agent's log:\n{}", self.agent_log());
         }
         self.kill_agent();
-        for program in ["keelson-vmm", "keelson-blk"] {
+        // The guard is a keelsond as well.
+        for program in ["keelsond", "keelson-vmm", "keelson-blk"] {
             for id in self.processes(program) {
                 let id = i32::try_from(id).ok().and_then(Pid::from_raw);
                 // It may have ended.

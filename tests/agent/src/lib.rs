@@ -7,10 +7,14 @@
 //!
 //! The functions here panic where a test can't go on, as assertions do.
 
+mod fleet;
 mod host;
+mod link;
 mod manifest;
 mod metrics;
 
+pub use fleet::{Fleet, LEASE_SECONDS, settings, shared_disk};
 pub use host::{Host, Said};
+pub use link::Link;
 pub use manifest::{Guest, disk, network, security_group};
 pub use metrics::metrics;

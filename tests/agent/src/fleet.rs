@@ -1,0 +1,134 @@
+//! Several hosts on one state store.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use keelson_vmm_tests::{Namespaces, wait_until};
+use serde_json::Value;
+use tempfile::TempDir;
+
+use crate::{Host, Link};
+
+/// How long a host's lease lasts, in seconds: long enough for a machine that is busy.
+pub const LEASE_SECONDS: u64 = 10;
+
+/// Hosts `a`, `b` and so on, each with a way of its own to the state store, and storage that they share.
+pub struct Fleet {
+    /// The hosts.
+    pub hosts: Vec<Host>,
+    /// Their ways to the state store.
+    pub links: Vec<Link>,
+    shared: TempDir,
+}
+
+impl Fleet {
+    /// Hosts whose agents run, on servers of etcd's API; `scheme` is `etcd` or `cluster`.
+    ///
+    /// # Panics
+    /// If one doesn't start.
+    pub fn start<S: AsRef<str>>(
+        namespaces: Namespaces,
+        count: usize,
+        scheme: &str,
+        servers: &[S],
+    ) -> Self {
+        Self::start_with_leases(namespaces, count, scheme, servers, LEASE_SECONDS)
+    }
+
+    /// The same, with leases that last so long.
+    ///
+    /// # Panics
+    /// If one doesn't start.
+    pub fn start_with_leases<S: AsRef<str>>(
+        namespaces: Namespaces,
+        count: usize,
+        scheme: &str,
+        servers: &[S],
+        lease_seconds: u64,
+    ) -> Self {
+        let mut fleet = Self {
+            hosts: Vec::new(),
+            links: Vec::new(),
+            shared: TempDir::new().expect("there is a place for temporary files"),
+        };
+        for name in ["a", "b", "c", "d"].iter().take(count) {
+            let link = Link::to(servers);
+            let url = format!(
+                "{scheme}:{}?timeout_ms=1500&connect_timeout_ms=500",
+                link.urls()
+            );
+            let mut host = Host::of_fleet(namespaces, &url);
+            host.configure(&settings(name, lease_seconds));
+            host.start_agent();
+            fleet.hosts.push(host);
+            fleet.links.push(link);
+        }
+        fleet
+    }
+
+    /// An image on the storage that all hosts share, of a MiB.
+    ///
+    /// # Panics
+    /// If it can't be written.
+    pub fn shared_image(&self, name: &str) -> PathBuf {
+        let path = self.shared.path().join(name);
+        fs::write(&path, vec![0; 1 << 20]).expect("an image can be written");
+        path
+    }
+
+    /// The index of the host that a guest is placed on, as the host `asked` knows it.
+    pub fn place_of(&self, asked: usize, guest: &str) -> Option<usize> {
+        let object = self.hosts[asked].object("vm", guest);
+        let host = object["status"]["placement"]["host"].as_str()?;
+        usize::try_from(u32::from(*host.as_bytes().first()?) - u32::from(b'a')).ok()
+    }
+
+    /// Waits until a guest runs; the index of its host.
+    ///
+    /// # Panics
+    /// If it doesn't.
+    #[track_caller]
+    pub fn wait_until_running(&self, asked: usize, guest: &str) -> usize {
+        self.hosts[asked].wait_for_phase(guest, "Running");
+        self.place_of(asked, guest).expect("it is placed")
+    }
+
+    /// Waits until an event of a guest with this reason is there; its message.
+    ///
+    /// # Panics
+    /// If there is none.
+    #[track_caller]
+    pub fn wait_for_event(&self, asked: usize, guest: &str, reason: &str) -> String {
+        wait_until(&format!("event {reason} of {guest}"), || {
+            let events = self.hosts[asked].keelson(&["events", guest]).output;
+            let line = events.lines().find(|line| line.contains(reason))?;
+            Some(line.to_owned())
+        })
+    }
+
+    /// What the condition `kind` of a host is, as the host `asked` knows it.
+    pub fn host_condition(&self, asked: usize, host: &str, kind: &str) -> Value {
+        let object = self.hosts[asked].object("host", host);
+        let conditions = object["status"]["conditions"].as_array().cloned();
+        let mut conditions = conditions.unwrap_or_default().into_iter();
+        conditions
+            .find(|condition| condition["type"] == kind)
+            .unwrap_or_default()
+    }
+}
+
+/// The configuration of the host of this name.
+pub fn settings(name: &str, lease_seconds: u64) -> String {
+    format!(
+        "host_name = \"{name}\"\nhost_lease_seconds = {lease_seconds}\nhost_labels = {{ host = \"{name}\" }}\n"
+    )
+}
+
+/// A `Disk` object that all hosts have.
+pub fn shared_disk(name: &str, path: &Path) -> String {
+    format!(
+        "---\napiVersion: keelson.dev/v1alpha1\nkind: Disk\nmetadata: {{name: {name}}}\n\
+         spec: {{path: {}, shared: true}}\n",
+        path.display()
+    )
+}

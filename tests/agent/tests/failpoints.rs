@@ -1,0 +1,292 @@
+//! The agent is killed at each step of a guest's life. The next one brings the guest to where it should
+//! be; nothing of it is left when it is deleted, and another guest runs on as if nothing had happened.
+//!
+//! Where it is killed, `FAILPOINTS` says (the crate `fail`). The agent has to be built with them, as it is
+//! together with this package: `./test`, or `cargo build -p keelson-agent -p keelson-agent-tests --bins`.
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use keelson_agent_tests::{Guest, Host, network};
+use keelson_vmm_tests::wait_until;
+use serde_json::Value;
+
+/// The steps of a guest that is applied, runs, is stopped, and is deleted; and the how many-th time.
+const POINTS: [(&str, u32); 30] = [
+    ("victim:apply-committed", 1),
+    ("victim:start-said", 1),
+    ("victim:start-folder-made", 1),
+    ("victim:disk-image-prepared", 1),
+    ("keelson-disk-victim-data:forked", 1),
+    ("keelson-disk-victim-data:placed", 1),
+    ("keelson-disk-victim-data:recorded", 1),
+    ("keelson-disk-victim-data:executed", 1),
+    ("victim:disk-backend-ready", 1),
+    ("victim:port-device-made", 1),
+    ("victim:port-policy-attached", 1),
+    ("victim:port-up", 1),
+    ("victim:start-ports-made", 1),
+    ("victim:start-jail-owned", 1),
+    ("keelson-vm-victim:forked", 1),
+    ("keelson-vm-victim:placed", 1),
+    ("keelson-vm-victim:recorded", 1),
+    ("victim:machine-launched", 1),
+    ("victim:machine-ready", 1),
+    ("victim:start-plan-written", 1),
+    ("victim:running-said", 1),
+    ("victim:stop-said", 1),
+    ("victim:stop-button-pressed", 1),
+    ("victim:end-seen", 1),
+    // The first time is before the start.
+    ("victim:teardown-disks-ended", 2),
+    ("victim:teardown-port-gone", 1),
+    ("victim:teardown-folder-gone", 2),
+    ("victim:teardown-folder-gone", 3),
+    ("victim:delete-torn-down", 1),
+    ("victim:delete-logs-gone", 1),
+];
+/// Those of an agent that finds a guest.
+const ADOPTION_POINTS: [&str; 3] = [
+    "adoptee:adopt-begun",
+    "adoptee:adopt-disks-found",
+    "adoptee:adopt-machine-found",
+];
+
+const BYSTANDER: &str = "bystander";
+
+struct Matrix {
+    host: Host,
+    /// The guest that comes and goes. Control groups are the machine's, so no two tests may share a name.
+    victim: &'static str,
+    bystander: Value,
+    image: PathBuf,
+    base: PathBuf,
+    /// What there is on the host beside the guest that comes and goes.
+    devices: BTreeSet<String>,
+    pins: BTreeSet<PathBuf>,
+    groups: BTreeSet<PathBuf>,
+}
+
+impl Matrix {
+    fn new(victim: &'static str) -> Self {
+        let host = Host::new();
+        let base = host.path("base.img");
+        fs::write(&base, vec![7; 1 << 20]).expect("an image can be written");
+        let lan = network("lan", "10.66.0.0/24", "10.66.0.1");
+        let guest = Guest::new(BYSTANDER, "hang")
+            .field("interfaces: [{name: eth0, network: lan}]")
+            .manifest();
+        host.apply(&format!("{lan}{guest}")).done();
+        host.wait_for_console(BYSTANDER, "payload: hang ok");
+        let bystander = host.wait_for_phase(BYSTANDER, "Running");
+        let mut matrix = Self {
+            victim,
+            image: host.path("data.img"),
+            base,
+            bystander,
+            devices: BTreeSet::new(),
+            pins: BTreeSet::new(),
+            groups: BTreeSet::new(),
+            host,
+        };
+        matrix.devices = matrix.devices_now();
+        matrix.pins = files_below(matrix.host.pins());
+        matrix.groups = matrix.groups_now();
+        matrix
+    }
+
+    fn devices_now(&self) -> BTreeSet<String> {
+        self.host.devices().into_iter().collect()
+    }
+
+    fn manifest(&self) -> String {
+        let disk = format!(
+            "---\napiVersion: keelson.dev/v1alpha1\nkind: Disk\nmetadata: {{name: data}}\n\
+             spec: {{path: {}, base: {{path: {}}}}}\n",
+            self.image.display(),
+            self.base.display()
+        );
+        let guest = Guest::new(self.victim, "wait-power-button:ms=600000 power-off")
+            .field("disks: [{name: data, disk: data}]")
+            .field("interfaces: [{name: eth0, network: lan}]")
+            .manifest();
+        format!("{disk}{guest}")
+    }
+
+    /// Lets an agent that is killed at `point` lead the guest through its life, as far as it comes.
+    fn die_at(&mut self, point: &str, time: u32) {
+        self.host.kill_agent();
+        let points = match time {
+            1 => format!("{point}=return"),
+            time => format!("{point}={}*off->return", time - 1),
+        };
+        // It may be killed before it answers.
+        if self.host.start_agent_with(&[("FAILPOINTS", &points)]) {
+            self.host.apply(&self.manifest());
+            let mut at = 0;
+            wait_until(&format!("the agent's end at {point}"), || {
+                if !self.host.agent_lives() {
+                    return Some(());
+                }
+                let phase = self.phase();
+                match (at, phase.as_deref()) {
+                    (0, Some("Running")) if self.is_up() => {
+                        self.host.keelson(&["stop", self.victim, "--no-wait"]);
+                        at = 1;
+                    }
+                    (1, Some("Stopped")) => {
+                        self.host
+                            .keelson(&["delete", "vm", self.victim, "--no-wait"]);
+                        at = 2;
+                    }
+                    (2, None) if self.host.keelson(&["host"]).code == Some(0) => {
+                        panic!(
+                            "{point} is on no guest's way, or keelsond is built without failpoints"
+                        )
+                    }
+                    _ => {}
+                }
+                None
+            });
+        }
+        self.host.kill_agent();
+    }
+
+    fn phase(&self) -> Option<String> {
+        let said = self.host.keelson(&["get", "vm", self.victim, "-o", "json"]);
+        let object: Value = serde_json::from_str(&said.output).ok()?;
+        object["status"]["phase"].as_str().map(str::to_owned)
+    }
+
+    fn is_up(&self) -> bool {
+        let log = self.host.keelson(&["logs", self.victim]).output;
+        log.contains("payload: wait-power-button ready")
+    }
+
+    /// The next agent brings the guest to where its object says, and then to its end.
+    fn converge(&mut self, point: &str) {
+        self.host.start_agent();
+        let said = self.host.keelson(&["get", "vm", self.victim, "-o", "json"]);
+        if said.code == Some(0) {
+            let object: Value = serde_json::from_str(&said.output).expect("JSON");
+            let deleting = !object["metadata"]["deletionTimestamp"].is_null();
+            if object["spec"]["powerState"] == "Running" && !deleting {
+                self.host.wait_for_phase(self.victim, "Running");
+                wait_until("the guest", || self.is_up().then_some(()));
+                assert_eq!(self.processes("keelson-vmm").len(), 1, "after {point}");
+                assert_eq!(self.processes("keelson-blk").len(), 1, "after {point}");
+            }
+            if !deleting {
+                self.host.keelson(&["stop", self.victim]).done();
+                self.host.wait_for_phase(self.victim, "Stopped");
+            }
+            let deleted = self.host.keelson(&["delete", "vm", self.victim]);
+            assert!(matches!(deleted.code, Some(0 | 3)), "{deleted:?}");
+        }
+        wait_until("the guest's end", || self.phase().is_none().then_some(()));
+        self.check_nothing_is_left(point);
+    }
+
+    fn processes(&self, program: &str) -> Vec<u32> {
+        let line = |id: &u32| fs::read(format!("/proc/{id}/cmdline")).unwrap_or_default();
+        let of_victim = |id: &u32| {
+            let line = line(id);
+            String::from_utf8_lossy(&line).contains(&format!("vms/{}", self.victim))
+        };
+        let all = self.host.processes(program);
+        all.into_iter().filter(of_victim).collect()
+    }
+
+    /// The guest's control groups on this machine.
+    fn groups_now(&self) -> BTreeSet<PathBuf> {
+        let mounts = ["/sys/fs/cgroup", "/sys/fs/cgroup/unified"];
+        let folders = mounts.map(|mount| Path::new(mount).join("keelson-guests.slice"));
+        let entries = folders
+            .into_iter()
+            .flat_map(|folder| fs::read_dir(folder).into_iter().flatten());
+        entries
+            .flatten()
+            .map(|entry| entry.path())
+            .filter(|path| path.to_string_lossy().contains(self.victim))
+            .collect()
+    }
+
+    fn check_nothing_is_left(&self, point: &str) {
+        for program in ["keelson-vmm", "keelson-blk"] {
+            let left = self.processes(program);
+            assert!(left.is_empty(), "{program} is left after {point}: {left:?}");
+        }
+        for folder in ["run/vms", "log"].map(|folder| format!("{folder}/{}", self.victim)) {
+            assert!(
+                !self.host.path(&folder).exists(),
+                "{folder} is left after {point}"
+            );
+        }
+        assert_eq!(self.devices_now(), self.devices, "devices after {point}");
+        let pins = files_below(self.host.pins());
+        assert_eq!(pins, self.pins, "pinned maps and links after {point}");
+        assert_eq!(
+            self.groups_now(),
+            self.groups,
+            "control groups after {point}"
+        );
+        // Its lock is free and the overlay whole.
+        let check = self.host.blk(&["image", "check"], &self.image);
+        assert!(
+            check.code == Some(0) || !self.image.exists(),
+            "{check:?} after {point}"
+        );
+        let bystander = self.host.object("vm", BYSTANDER)["status"].clone();
+        for field in ["processId", "startedAt", "restarts"] {
+            assert_eq!(
+                bystander[field], self.bystander[field],
+                "{field} after {point}"
+            );
+        }
+    }
+}
+
+fn files_below(folder: &Path) -> BTreeSet<PathBuf> {
+    let mut found = BTreeSet::new();
+    for entry in fs::read_dir(folder).into_iter().flatten().flatten() {
+        if entry.path().is_dir() {
+            found.append(&mut files_below(&entry.path()));
+        } else {
+            found.insert(entry.path());
+        }
+    }
+    found
+}
+
+#[test]
+fn an_agent_that_is_killed_at_any_step_leaves_nothing_and_harms_nobody() {
+    let mut matrix = Matrix::new("victim");
+    for (point, time) in POINTS {
+        matrix.die_at(point, time);
+        matrix.converge(point);
+    }
+}
+
+#[test]
+fn an_agent_that_is_killed_while_it_adopts_harms_nobody() {
+    let mut matrix = Matrix::new("adoptee");
+    for point in ADOPTION_POINTS {
+        matrix.host.apply(&matrix.manifest()).done();
+        let before = matrix.host.wait_for_phase("adoptee", "Running")["processId"].clone();
+        wait_until("the guest", || matrix.is_up().then_some(()));
+        matrix.host.kill_agent();
+        let points = format!("{point}=return");
+        if matrix.host.start_agent_with(&[("FAILPOINTS", &points)]) {
+            wait_until(&format!("the agent's end at {point}"), || {
+                (!matrix.host.agent_lives()).then_some(())
+            });
+        }
+        matrix.host.kill_agent();
+        matrix.host.start_agent();
+        let after = matrix.host.wait_for_phase("adoptee", "Running")["processId"].clone();
+        assert_eq!(before, after, "after {point}");
+        matrix.host.kill_agent();
+        matrix.converge(point);
+    }
+}

@@ -13,7 +13,7 @@ use serde_json::Value;
 use tempfile::TempDir;
 
 /// How long an agent may take to say why it doesn't start.
-const REFUSAL_LIMIT: Duration = Duration::from_secs(20);
+const REFUSAL_LIMIT: Duration = Duration::from_mins(1);
 
 /// A host with folders and a network of its own. Its guests and its agent end with it.
 pub struct Host {

@@ -84,7 +84,9 @@ pub mod map_name {
     pub const WORKSPACE: &str = "WORKSPACE";
     /// Interface index of a bridge → [`GatewayEntry`](crate::GatewayEntry).
     pub const GATEWAYS: &str = "GATEWAYS";
-    /// The programs that others go on with, by [`stage`](crate::stage).
+    /// The programs that others go on with, by [`stage`](crate::stage). Programs of before an upgrade go
+    /// on with the ones that it put here: if what they leave for the next one changes, this map has
+    /// another form.
     pub const STAGES: &str = "STAGES";
     /// One element: the packet that a CPU is capturing, per CPU.
     pub const CAPTURING: &str = "CAPTURING";

@@ -1,6 +1,7 @@
 //! The compiled programs, loaded with the pinned maps.
 
 use std::error::Error;
+use std::io;
 
 use aya::maps::{
     Array, ArrayOfMaps, HashMap, LpmTrie, Map, MapData, MapError, PerCpuArray, PerCpuHashMap,
@@ -19,6 +20,9 @@ use crate::error::DatapathError;
 use crate::inner_map::InnerMaps;
 use crate::kernel;
 use crate::pin_root::PinRoot;
+
+/// Of one program.
+const LOAD_ATTEMPTS: u32 = 5;
 
 /// What ebpf/programs was compiled to, aligned as the ELF reader wants it.
 static OBJECT: &Aligned<[u8]> = &Aligned(*include_bytes!(concat!(env!("OUT_DIR"), "/programs.o")));
@@ -67,9 +71,7 @@ impl Object {
         }
         let mut ebpf = loader.load(&OBJECT.0).map_err(|error| load_error(&error))?;
         for name in program_name::ALL {
-            program(&mut ebpf, name)?
-                .load()
-                .map_err(|error| program_error(name, &error))?;
+            load_program(program(&mut ebpf, name)?).map_err(|error| program_error(name, &error))?;
         }
         set_stages(&mut ebpf)?;
         let inner = InnerMaps::new(&OBJECT.0, program(&mut ebpf, program_name::FROM_GUEST)?)?;
@@ -104,6 +106,18 @@ impl Object {
     pub fn program(&mut self, name: &'static str) -> Result<&mut SchedClassifier, DatapathError> {
         program(&mut self.ebpf, name)
     }
+}
+
+/// The verifier gives up with EAGAIN where a signal is pending, and takes long enough for that.
+fn load_program(program: &mut SchedClassifier) -> Result<(), ProgramError> {
+    for _ in 1..LOAD_ATTEMPTS {
+        match program.load() {
+            Err(ProgramError::LoadError { io_error, .. })
+                if io_error.kind() == io::ErrorKind::WouldBlock => {}
+            other => return other,
+        }
+    }
+    program.load()
 }
 
 /// Lets the programs find those that they go on with. The map is pinned, so that it keeps them.
@@ -183,8 +197,8 @@ fn not_permitted(error: &(dyn Error + 'static), action: &str) -> Option<Datapath
     let mut next = Some(error);
     while let Some(error) = next {
         let errno = error
-            .downcast_ref::<std::io::Error>()
-            .and_then(std::io::Error::raw_os_error);
+            .downcast_ref::<io::Error>()
+            .and_then(io::Error::raw_os_error);
         if errno == Some(libc::EPERM) {
             return Some(DatapathError::NotPermitted {
                 action: action.to_owned(),

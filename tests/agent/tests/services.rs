@@ -25,6 +25,7 @@ fn guest(number: u8, labels: &str) -> String {
         .field(&format!(
             "interfaces: [{{name: eth0, network: lan, address: {address}, securityGroups: [web]}}]"
         ))
+        .field("stopTimeout: 1s")
         .manifest();
     let name = format!("name: web-{number}");
     manifest.replace(&name, &format!("{name}, labels: {{{labels}}}"))

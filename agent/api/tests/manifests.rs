@@ -44,6 +44,19 @@ fn objects(text: &str) -> Result<Vec<Object>, String> {
         .collect()
 }
 
+/// The first manifest of the README is one that can be applied.
+#[test]
+fn what_the_readme_shows_is_a_manifest() {
+    let readme = include_str!("../../../README.md");
+    let (_, rest) = readme.split_once("```yaml\n").expect("it has a manifest");
+    let (text, _) = rest.split_once("```").expect("the manifest ends");
+    let objects = objects(text).expect("objects");
+    assert!(objects.len() >= 4, "{objects:?}");
+    for object in objects {
+        assert_eq!(object.validate(), []);
+    }
+}
+
 /// The complete manifest with one piece replaced: everything that is wrong with it, as text.
 fn complaints(from: &str, to: &str) -> String {
     assert!(COMPLETE.contains(from), "{from:?} stands in the manifest");

@@ -109,6 +109,18 @@ pub enum LabError {
     },
 }
 
+impl LabError {
+    /// Whether the lab's kernel panicked before the lab was ready, over nothing that ran in it.
+    pub(crate) fn is_kernel_panic(&self) -> bool {
+        match self {
+            Self::DiedEarly { tail, .. } => {
+                tail.contains("Kernel panic") && !tail.contains("Attempted to kill init")
+            }
+            _ => false,
+        }
+    }
+}
+
 /// `.map_err(file("read", &path))`: an I/O error with what was tried on which path.
 pub(crate) fn file<'a>(
     doing: &'static str,

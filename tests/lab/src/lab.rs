@@ -33,6 +33,9 @@ pub struct Lab {
     own_folder: Option<tempfile::TempDir>,
 }
 
+/// Of one lab.
+const BOOT_ATTEMPTS: u32 = 3;
+
 /// What a command in the lab printed, and how it ended.
 #[derive(Debug, Clone)]
 pub struct Output {
@@ -55,7 +58,22 @@ impl Output {
 
 impl Lab {
     /// Starts a lab and returns when commands run in it and `/dev/kvm` is there.
+    ///
+    /// Emulated kernels panic now and then while they start, in code of their own, and are started
+    /// once more then.
     pub fn boot(options: &LabOptions) -> Result<Self, LabError> {
+        for _ in 1..BOOT_ATTEMPTS {
+            match Self::boot_once(options) {
+                Err(error) if error.is_kernel_panic() => {
+                    eprintln!("{error}\nthe lab is started once more");
+                }
+                other => return other,
+            }
+        }
+        Self::boot_once(options)
+    }
+
+    fn boot_once(options: &LabOptions) -> Result<Self, LabError> {
         check(options)?;
         let kernel = KernelFiles::find(&options.kernel)?;
         let (folder, own_folder) = state_folder(options)?;

@@ -65,7 +65,6 @@ struct Matrix {
     /// What there is on the host beside the guest that comes and goes.
     devices: BTreeSet<String>,
     pins: BTreeSet<PathBuf>,
-    groups: BTreeSet<PathBuf>,
 }
 
 impl Matrix {
@@ -87,12 +86,10 @@ impl Matrix {
             bystander,
             devices: BTreeSet::new(),
             pins: BTreeSet::new(),
-            groups: BTreeSet::new(),
             host,
         };
         matrix.devices = matrix.devices_now();
         matrix.pins = files_below(matrix.host.pins());
-        matrix.groups = matrix.groups_now();
         matrix
     }
 
@@ -227,10 +224,10 @@ impl Matrix {
         assert_eq!(self.devices_now(), self.devices, "devices after {point}");
         let pins = files_below(self.host.pins());
         assert_eq!(pins, self.pins, "pinned maps and links after {point}");
-        assert_eq!(
-            self.groups_now(),
-            self.groups,
-            "control groups after {point}"
+        let groups = self.groups_now();
+        assert!(
+            groups.is_empty(),
+            "control groups after {point}: {groups:?}"
         );
         // Its lock is free and the overlay whole.
         let check = self.host.blk(&["image", "check"], &self.image);
@@ -261,7 +258,6 @@ fn files_below(folder: &Path) -> BTreeSet<PathBuf> {
 }
 
 #[test]
-#[ignore = "not seen to pass to its end yet: run it with --run-ignored all"]
 fn an_agent_that_is_killed_at_any_step_leaves_nothing_and_harms_nobody() {
     let mut matrix = Matrix::new("victim");
     for (point, time) in POINTS {

@@ -1,8 +1,10 @@
 //! What the kernel counts of a process.
 
 use std::process::Child;
+use std::time::Duration;
 
 use anyhow::Context as _;
+use rustix::time::{ClockId, clock_gettime};
 
 /// Counters of one process, or the sum over several.
 #[derive(Debug, Clone, Copy, Default)]
@@ -50,4 +52,13 @@ pub fn usage(processes: &[Child]) -> anyhow::Result<Usage> {
 fn number(text: &str, name: &str) -> Option<u64> {
     let line = text.lines().find_map(|line| line.strip_prefix(name))?;
     line.split_whitespace().next()?.parse().ok()
+}
+
+/// The calling thread's processor time so far.
+pub fn thread_processor_time() -> Duration {
+    let time = clock_gettime(ClockId::ThreadCPUTime);
+    Duration::new(
+        u64::try_from(time.tv_sec).unwrap_or(0),
+        u32::try_from(time.tv_nsec).unwrap_or(0),
+    )
 }

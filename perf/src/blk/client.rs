@@ -17,7 +17,7 @@ use super::work::{Operation, Operations, Work};
 /// Each operation takes up to three descriptors.
 const DESCRIPTORS_PER_OPERATION: usize = 4;
 /// No operation takes this long.
-const PATIENCE: Timespec = Timespec {
+pub const PATIENCE: Timespec = Timespec {
     tv_sec: 30,
     tv_nsec: 0,
 };

@@ -9,18 +9,14 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
-use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
+use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
 
+use super::client::PATIENCE;
 use super::figures::Times;
 use super::placement::Placement;
-use super::straight::{KICK, Straight, thread_processor_time};
+use super::straight::{KICK, Straight};
 use super::work::{Operation, Operations, Work};
-
-/// No operation takes this long.
-const PATIENCE: Timespec = Timespec {
-    tv_sec: 30,
-    tv_nsec: 0,
-};
+use crate::process::thread_processor_time;
 
 /// A client's operation and the slot that its memory is in.
 type Request = (usize, Operation);

@@ -9,11 +9,11 @@ use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
 use io_uring::{IoUring, cqueue, opcode, types};
-use rustix::time::{ClockId, clock_gettime};
 
 use super::figures::Times;
 use super::shared_memory::SharedMemory;
 use super::work::{Operation, Operations, Work};
+use crate::process::thread_processor_time;
 
 /// User data of kicks, which no slot has.
 pub const KICK: u64 = u64::MAX;
@@ -137,13 +137,4 @@ impl Straight {
         unsafe { self.ring.submission().push(&entry.user_data(slot as u64)) }?;
         Ok(())
     }
-}
-
-/// The calling thread's processor time so far.
-pub fn thread_processor_time() -> Duration {
-    let time = clock_gettime(ClockId::ThreadCPUTime);
-    Duration::new(
-        u64::try_from(time.tv_sec).unwrap_or(0),
-        u32::try_from(time.tv_nsec).unwrap_or(0),
-    )
 }

@@ -92,7 +92,7 @@ impl Operations {
         }
     }
 
-    /// The next one: whether it writes, and its offset in bytes.
+    /// The next one.
     pub fn next(&mut self) -> Operation {
         self.random ^= self.random << 13;
         self.random ^= self.random >> 7;

@@ -6,12 +6,11 @@ use std::net::{TcpListener, TcpStream};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use rustix::time::{ClockId, clock_gettime};
-
 use super::frames::{self, End};
 use super::hosts::{CLIENT, Hosts, PORT, SERVER};
 use super::nftables;
 use super::packet_socket::PacketSocket;
+use crate::process::thread_processor_time;
 
 /// Flows of the packet load.
 const FLOWS: u16 = 64;
@@ -97,11 +96,13 @@ pub fn packets(hosts: &Hosts, duration: Duration) -> anyhow::Result<Figures> {
     let (elapsed, thread_seconds) = hosts.in_guest("client", || {
         let socket = PacketSocket::open("c0")?;
         let begin = Instant::now();
-        let cpu = thread_cpu();
+        // What the thread did for the softirqs that it raised is in it.
+        let cpu = thread_processor_time();
         while begin.elapsed() < duration {
             socket.send(&there)?;
         }
-        Ok((begin.elapsed(), thread_cpu() - cpu))
+        let cpu = thread_processor_time().saturating_sub(cpu);
+        Ok((begin.elapsed(), cpu.as_secs_f64()))
     })?;
     let softirq = softirq_seconds() - softirq_before;
     #[allow(clippy::cast_precision_loss)] // far below 2^52
@@ -125,14 +126,6 @@ fn ignore_datagrams(device: &str) -> anyhow::Result<()> {
          meta protocol ip ip protocol udp drop; }}\n }}\n"
     );
     nftables::load(&rules)
-}
-
-/// CPU time of this thread in seconds; what it did for the softirqs that it raised is in it.
-fn thread_cpu() -> f64 {
-    let time = clock_gettime(ClockId::ThreadCPUTime);
-    #[allow(clippy::cast_precision_loss)] // far below 2^52
-    let seconds = time.tv_sec as f64 + time.tv_nsec as f64 / 1e9;
-    seconds
 }
 
 /// CPU time of the kernel's softirq threads in seconds.

@@ -242,11 +242,7 @@ impl PciFunction for Watchdog {
     }
 
     fn window(&self) -> Option<BarWindow> {
-        let base = self.config.bar0()?;
-        Some(BarWindow {
-            base: u64::from(base),
-            size: u64::from(BAR_BYTES),
-        })
+        self.config.bar0_window()
     }
 
     fn bar_read(&mut self, offset: u64, data: &mut [u8]) {

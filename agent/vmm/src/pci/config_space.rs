@@ -1,5 +1,7 @@
 //! A function's configuration registers (PCI Local Bus 3.0, chapter 6; type 0 header).
 
+use super::BarWindow;
+
 /// Bytes of the conventional configuration space; the extended space reads as zero.
 const SIZE: usize = 256;
 
@@ -84,6 +86,14 @@ impl ConfigSpace {
         // While a guest sizes a BAR its address is all ones.
         let decoded = self.bar0_mask != 0 && command & COMMAND_MEMORY != 0;
         (decoded && base != 0 && base != self.bar0_mask).then_some(base)
+    }
+
+    /// All that BAR 0 decodes now.
+    pub fn bar0_window(&self) -> Option<BarWindow> {
+        Some(BarWindow {
+            base: u64::from(self.bar0()?),
+            size: u64::from(!self.bar0_mask) + 1,
+        })
     }
 
     /// Appends a capability whose bytes after the header are `body`, with the writable bits of

@@ -8,8 +8,8 @@ use std::time::Duration;
 use serde::de::DeserializeOwned;
 
 use crate::api::{
-    Acknowledged, BalloonAnswer, ErrorBody, Event, MAX_LINE, Request, Response, SnapshotRequest,
-    SnapshotTaken, Status,
+    Acknowledged, BalloonAnswer, ErrorBody, Event, MAX_LINE, MigrationLimits, MigrationStatus,
+    Request, Response, SnapshotRequest, SnapshotTaken, Status,
 };
 
 /// How long a request may take before the client gives up. The server answers from memory.
@@ -115,6 +115,49 @@ impl VmmClient {
     /// Takes a snapshot; returns when it is on the disk.
     pub fn snapshot(&mut self, request: SnapshotRequest) -> Result<SnapshotTaken, ClientError> {
         self.call_long(&Request::Snapshot(request))
+    }
+
+    /// Begins to send the guest to another process; the connection is the stream from now on.
+    pub fn migrate(self, limits: MigrationLimits) -> Result<UnixStream, ClientError> {
+        self.into_stream(&Request::Migrate(limits))
+    }
+
+    /// Begins to take a guest, in a process that was started for that; the connection is the stream
+    /// from now on.
+    pub fn receive(self) -> Result<UnixStream, ClientError> {
+        self.into_stream(&Request::Receive)
+    }
+
+    /// How the latest migration gets on.
+    pub fn migration(&mut self) -> Result<MigrationStatus, ClientError> {
+        self.call(&Request::Migration)
+    }
+
+    /// Keeps a guest stopped that the other side has, until it is told to go on or ended.
+    pub fn release_migration(&mut self) -> Result<(), ClientError> {
+        self.call::<Acknowledged>(&Request::ReleaseMigration)
+            .map(drop)
+    }
+
+    /// Lets the guest stay.
+    pub fn cancel_migration(&mut self) -> Result<(), ClientError> {
+        self.call::<Acknowledged>(&Request::CancelMigration)
+            .map(drop)
+    }
+
+    /// Makes a request after whose answer the connection is a stream, of which nothing is read here.
+    fn into_stream(mut self, request: &Request) -> Result<UnixStream, ClientError> {
+        // Without a buffer, which would hold what follows the answer.
+        self.stream = BufReader::with_capacity(1, self.stream.into_inner());
+        self.call_long::<Acknowledged>(request)?;
+        let (path, stream) = (self.path, self.stream.into_inner());
+        let limits = stream
+            .set_read_timeout(None)
+            .and_then(|()| stream.set_write_timeout(None));
+        match limits {
+            Ok(()) => Ok(stream),
+            Err(source) => Err(ClientError::Io { path, source }),
+        }
     }
 
     /// What the guest's balloon has, and how the guest uses its memory.

@@ -7,6 +7,7 @@ use crate::boot::BootError;
 use crate::config::ConfigError;
 use crate::isolation::IsolationError;
 use crate::memory::MemoryError;
+use crate::migration::MigrationError;
 use crate::snapshot::SnapshotError;
 use crate::vcpu::VcpuError;
 use crate::virtio::block::BackendError;
@@ -77,6 +78,9 @@ pub enum VmmError {
     /// A snapshot can't be taken or restored.
     #[error(transparent)]
     Snapshot(#[from] SnapshotError),
+    /// The guest can't come from another process.
+    #[error(transparent)]
+    Migration(#[from] MigrationError),
     /// The process can't be isolated.
     #[error(transparent)]
     Isolation(#[from] IsolationError),
@@ -107,11 +111,11 @@ pub enum VmmError {
 
 impl VmmError {
     /// The exit code of the process for this error: 1 runtime failure, 2 bad configuration, 3
-    /// kernel, initrd or snapshot, 4 `/dev/kvm`, 5 disk backend or TAP.
+    /// kernel, initrd, snapshot or migration, 4 `/dev/kvm`, 5 disk backend or TAP.
     pub const fn exit_code(&self) -> u8 {
         match self {
             Self::Config(_) | Self::CpuTemplate { .. } => 2,
-            Self::Boot(_) | Self::Snapshot(_) => 3,
+            Self::Boot(_) | Self::Snapshot(_) | Self::Migration(_) => 3,
             Self::KvmMissing | Self::KvmPermission | Self::KvmUnusable(_) => 4,
             Self::Disk(_) | Self::Tap(_) => 5,
             Self::Kvm { .. }

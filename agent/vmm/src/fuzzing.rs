@@ -5,11 +5,13 @@
 mod bench;
 mod files;
 mod input;
+mod migration;
 mod platform;
 mod rings;
 mod virtqueues;
 
 pub use files::{config, kernel, snapshot};
+pub use migration::migration;
 pub use platform::{function_state, platform};
 pub use virtqueues::{balloon, net, rng, vsock};
 

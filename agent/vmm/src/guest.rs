@@ -1,12 +1,15 @@
 //! The guest's life: boots it, does what the API asks, boots it again, and ends.
 
+mod migration;
+
 use std::fs;
 use std::io;
 use std::os::unix::fs::FileTypeExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
-use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Instant;
 
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
@@ -24,6 +27,7 @@ use crate::isolation::seccomp::{self, Mode, Thread};
 use crate::isolation::{Jail, JailUser};
 use crate::machine::{Distress, HostResources, Kind, Machine, Order, Reporters, open_kvm};
 use crate::memory::PAGE;
+use crate::migration::{Arrived, MigrationError, Step};
 use crate::signals;
 use crate::snapshot::Snapshot;
 use crate::vcpu::{VcpuEnd, install_kick_signal};
@@ -32,11 +36,16 @@ use crate::virtio::block::DiskEvent;
 use crate::virtio::net::Tap;
 use crate::virtio::vsock::UnixHost;
 
+use migration::Run;
+
 /// What the thread that owns the guest waits for.
 enum Message {
     Control(Control),
     Vcpu(VcpuEnd),
     Distress(Distress),
+    /// Of the departure with this number.
+    Departure(u64, Step),
+    Arrived(Result<Box<Arrived>, MigrationError>),
 }
 
 /// What a boot of the guest ended with.
@@ -56,6 +65,8 @@ pub struct Launch {
     pub api_socket: PathBuf,
     /// The snapshot that it goes on from, instead of booting its kernel.
     pub restore: Option<Restore>,
+    /// The guest comes from another process, by a migration.
+    pub incoming: bool,
     /// What becomes of system calls that no thread has a need for.
     pub seccomp: Mode,
     /// The jail that it runs in.
@@ -242,7 +253,7 @@ fn reporters(messages: &Sender<Message>, shared: &Arc<SharedState>) -> Reporters
 
 fn open_boot_files(launch: &Launch) -> Result<Option<BootFiles>, VmmError> {
     let files = BootFiles::open(&launch.config.kernel);
-    if launch.restore.is_some() {
+    if launch.restore.is_some() || launch.incoming {
         return Ok(files.ok());
     }
     Ok(Some(files?))
@@ -271,12 +282,23 @@ struct Guest<'a> {
 impl Guest<'_> {
     /// Boots until the guest ends.
     fn live(&self) -> Result<ExitStatus, VmmError> {
+        let mut run = Run::default();
         let mut machine = match &self.launch.restore {
             Some(restore) => self.restore(restore)?,
+            None if self.launch.incoming => match self.receive()? {
+                Ok((machine, arrived)) => {
+                    run = arrived;
+                    machine
+                }
+                Err(BootEnd::Final(exit)) => return Ok(exit),
+                Err(BootEnd::Again) => self.boot()?,
+            },
             None => self.boot()?,
         };
         loop {
-            let end = self.wait(&mut machine);
+            let end = self.wait(&mut machine, &mut run);
+            self.abandon_departure(&mut run);
+            run = Run::default();
             drop(machine);
             // What the old vCPUs still sent is about a machine that is gone.
             self.discard_vcpu_messages();
@@ -310,49 +332,73 @@ impl Guest<'_> {
         Ok(machine)
     }
 
-    fn wait(&self, machine: &mut Machine) -> BootEnd {
-        let mut paused = false;
+    fn wait(&self, machine: &mut Machine, run: &mut Run) -> BootEnd {
         loop {
-            // The sender is this guest's own, so the channel is never closed.
-            let Ok(message) = self.inbox.recv() else {
-                return exit(ExitReason::Error, "the control channel closed");
-            };
-            match message {
-                Message::Control(Control::PowerButton) => self.press_power_button(machine),
-                Message::Control(Control::Pause(reply)) => self.pause(machine, &mut paused, reply),
-                Message::Control(Control::Resume(reply)) => {
-                    self.resume(machine, &mut paused, reply);
-                }
-                Message::Control(Control::Snapshot(request, reply)) => {
-                    self.snapshot(machine, &mut paused, &request, reply);
-                }
-                Message::Control(Control::Balloon(reply)) => {
-                    self.balloon(machine, paused, reply);
-                }
-                Message::Control(Control::ResizeBalloon(size_mib, reply)) => {
-                    self.resize_balloon(size_mib, reply);
-                }
-                Message::Distress(distress) => {
-                    if let Some(end) = self.distressed(distress) {
-                        return end;
+            let message = match run.deadline() {
+                Some(deadline) => {
+                    let left = deadline.saturating_duration_since(Instant::now());
+                    match self.inbox.recv_timeout(left) {
+                        Err(RecvTimeoutError::Timeout) => {
+                            self.expire(machine, run);
+                            continue;
+                        }
+                        other => other.ok(),
                     }
                 }
-                Message::Control(Control::Reset) => return BootEnd::Again,
-                Message::Control(Control::Kill) => {
-                    self.shared.set_state(GuestState::Stopping);
-                    return exit(ExitReason::Killed, "the guest was killed by request");
+                None => self.inbox.recv().ok(),
+            };
+            // The sender is this guest's own, so the channel is never closed.
+            let Some(message) = message else {
+                return exit(ExitReason::Error, "the control channel closed");
+            };
+            let end = match message {
+                Message::Control(control) => self.control(machine, run, control),
+                Message::Distress(distress) => self.distressed(distress),
+                Message::Vcpu(end) => self.vcpu_ended(end),
+                Message::Departure(number, step) => {
+                    self.departing(machine, run, number, step);
+                    None
                 }
-                Message::Vcpu(VcpuEnd::Shutdown) => {
-                    return exit(ExitReason::Shutdown, "the guest shut down");
-                }
-                Message::Vcpu(VcpuEnd::Reset) => return self.reset("the guest rebooted"),
-                Message::Vcpu(VcpuEnd::TripleFault(message)) => {
-                    return exit(ExitReason::TripleFault, &message);
-                }
-                Message::Vcpu(VcpuEnd::Error(message)) => return exit(ExitReason::Error, &message),
-                Message::Vcpu(VcpuEnd::Stopped) => {}
+                // A guest that has come is here.
+                Message::Arrived(_) => None,
+            };
+            if let Some(end) = end {
+                return end;
             }
         }
+    }
+
+    fn control(&self, machine: &mut Machine, run: &mut Run, control: Control) -> Option<BootEnd> {
+        match control {
+            Control::PowerButton => self.press_power_button(machine),
+            Control::Pause(reply) => self.pause(machine, run, reply),
+            Control::Resume(reply) => self.resume(machine, run, reply),
+            Control::Snapshot(request, reply) => self.snapshot(machine, run, &request, reply),
+            Control::Balloon(reply) => self.balloon(machine, run.paused, reply),
+            Control::ResizeBalloon(size_mib, reply) => self.resize_balloon(size_mib, reply),
+            Control::Migrate(limits, connection) => self.depart(machine, run, limits, connection),
+            Control::ReleaseMigration(reply) => self.release(run, reply),
+            Control::CancelMigration(reply) => self.cancel_departure(machine, run, reply),
+            Control::Receive(connection) => {
+                connection.refuse("not_incoming", "the guest is here already");
+            }
+            Control::Reset => return Some(BootEnd::Again),
+            Control::Kill => {
+                self.shared.set_state(GuestState::Stopping);
+                return Some(exit(ExitReason::Killed, "the guest was killed by request"));
+            }
+        }
+        None
+    }
+
+    fn vcpu_ended(&self, end: VcpuEnd) -> Option<BootEnd> {
+        Some(match end {
+            VcpuEnd::Shutdown => exit(ExitReason::Shutdown, "the guest shut down"),
+            VcpuEnd::Reset => self.reset("the guest rebooted"),
+            VcpuEnd::TripleFault(message) => exit(ExitReason::TripleFault, &message),
+            VcpuEnd::Error(message) => exit(ExitReason::Error, &message),
+            VcpuEnd::Stopped => return None,
+        })
     }
 
     /// A reset that the guest asked for.
@@ -432,45 +478,59 @@ impl Guest<'_> {
         }
     }
 
-    fn pause(&self, machine: &Machine, paused: &mut bool, reply: Reply) {
-        if !*paused && let Err(e) = machine.pause() {
+    fn pause(&self, machine: &Machine, run: &mut Run, reply: Reply) {
+        if let Some(reason) = run.refusal() {
+            return reply.refuse("migrating", reason);
+        }
+        if !run.paused
+            && let Err(e) = machine.pause()
+        {
             return reply.refuse("pause_failed", e.to_string());
         }
-        *paused = true;
+        run.paused = true;
         self.shared.set_state(GuestState::Paused);
         acknowledge(reply);
     }
 
-    fn resume(&self, machine: &Machine, paused: &mut bool, reply: Reply) {
-        if !*paused {
+    fn resume(&self, machine: &Machine, run: &mut Run, reply: Reply) {
+        if self.take_back(machine, run) {
+            return acknowledge(reply);
+        }
+        if let Some(reason) = run.refusal() {
+            return reply.refuse("migrating", reason);
+        }
+        if !run.paused {
             return reply.refuse("not_paused", "the guest is not paused");
         }
         machine.resume();
-        *paused = false;
-        self.shared.set_state(GuestState::Running);
+        run.go_on();
+        self.shared.resumed();
         acknowledge(reply);
     }
 
     fn snapshot(
         &self,
         machine: &mut Machine,
-        paused: &mut bool,
+        run: &mut Run,
         request: &SnapshotRequest,
         reply: Reply,
     ) {
+        if let Some(reason) = run.refusal() {
+            return reply.refuse("migrating", reason);
+        }
         let order = Order {
             directory: &request.directory,
             kind: match request.kind {
                 SnapshotKind::Full => Kind::Full,
                 SnapshotKind::Differential => Kind::Differential,
             },
-            paused: *paused,
+            paused: run.paused,
             resume: request.then == AfterSnapshot::Resume,
         };
         match machine.snapshot(self.config, &order) {
             Ok(taken) => {
-                if !order.resume && !*paused {
-                    *paused = true;
+                if !order.resume && !run.paused {
+                    run.paused = true;
                     self.shared.set_state(GuestState::Paused);
                 }
                 tracing::info!(

@@ -17,6 +17,7 @@ pub mod config;
 pub mod fuzzing;
 pub mod guest;
 pub mod isolation;
+pub mod migration;
 pub mod snapshot;
 
 mod boot;

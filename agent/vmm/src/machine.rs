@@ -2,6 +2,7 @@
 //!
 //! A reboot drops the machine and builds another one, so nothing of the old boot is left.
 
+mod migration;
 mod slots;
 mod snapshot;
 
@@ -23,6 +24,7 @@ use crate::error::VmmError;
 use crate::interrupts::{EventWiring, InterruptRouter};
 use crate::isolation::seccomp::Mode;
 use crate::memory::{self, GuestMemory, Ram};
+use crate::migration::DiskIdentity;
 use crate::pci::PciBus;
 use crate::platform::Platform;
 use crate::vcpu::{EndReporter, ExitHandler, Vcpu, VcpuThreads};
@@ -31,8 +33,10 @@ use crate::virtio::block::{DiskEvent, DiskLink, DiskWatcher};
 use crate::virtio::net::Tap;
 use crate::virtio::vsock::UnixHost;
 
+pub use migration::RunningMemory;
 use slots::{Functions, SlotBuilder};
 use snapshot::Base;
+pub(crate) use snapshot::check_fits;
 pub use snapshot::{Kind, Order};
 
 /// How long a guest may take to tell how it uses its memory; then what it said before is shown.
@@ -58,7 +62,7 @@ pub struct Machine {
     balloon: Arc<BalloonControl>,
     kvm: Arc<Kvm>,
     vm: Arc<VmFd>,
-    has_disks: bool,
+    disks: Vec<Arc<DiskLink>>,
     base: Option<Base>,
     memory: GuestMemory,
 }
@@ -133,7 +137,7 @@ impl Machine {
         reporters: &Reporters,
     ) -> Result<Self, VmmError> {
         let memory = memory::allocate(&config.memory)?;
-        let board = Board::assemble(host, config, memory, false, None, reporters)?;
+        let board = Board::assemble(host, config, memory, &Start::default(), reporters)?;
         let topology = config.cpu.topology(config.vcpus);
         let acpi = AcpiConfig {
             vcpus: config.vcpus,
@@ -166,6 +170,11 @@ impl Machine {
         self.platform.serial.clone()
     }
 
+    /// Whether anything but this process and KVM writes memory.
+    const fn has_disks(&self) -> bool {
+        !self.disks.is_empty()
+    }
+
     /// Presses the power button.
     pub fn press_power_button(&self) -> std::io::Result<()> {
         self.platform.power.press_button()
@@ -186,6 +195,17 @@ impl Machine {
     }
 }
 
+/// What a machine begins with.
+#[derive(Default)]
+struct Start<'a> {
+    /// The pages that are written are noted.
+    log: bool,
+    /// COM1's state.
+    serial: Option<&'a SerialState>,
+    /// What the driver knows of disks whose backends come later.
+    disks: Option<&'a [DiskIdentity]>,
+}
+
 /// A machine without vCPUs.
 struct Board {
     vm: Arc<VmFd>,
@@ -196,13 +216,12 @@ struct Board {
 }
 
 impl Board {
-    /// Builds it around `memory`; with `log`, the pages that are written are noted.
+    /// Builds it around `memory`.
     fn assemble(
         host: &HostResources,
         config: &GuestConfig,
         memory: GuestMemory,
-        log: bool,
-        serial: Option<&SerialState>,
+        start: &Start<'_>,
         reporters: &Reporters,
     ) -> Result<Self, VmmError> {
         let vm = host
@@ -210,18 +229,18 @@ impl Board {
             .create_vm()
             .map_err(VmmError::kvm("create a virtual machine"))?;
         let vm = Arc::new(vm);
-        memory::register(&vm, &memory, log)?;
+        memory::register(&vm, &memory, start.log)?;
         create_interrupt_controllers(&vm)?;
         let wiring: Arc<dyn EventWiring> = Arc::clone(&vm) as _;
         let router = Arc::new(InterruptRouter::new(Arc::clone(&wiring))?);
         let platform = Arc::new(Platform {
-            serial: SerialPort::new(&router, &host.console, serial)?,
+            serial: SerialPort::new(&router, &host.console, start.serial)?,
             power: Power::new(&router)?,
             pci: PciBus::new(),
             clock: Mutex::new(Clock::default()),
         });
         let mut slots = SlotBuilder::new(&platform.pci, &wiring, router, &memory);
-        let disks = slots.add_all(host, config, reporters)?;
+        let disks = slots.add_all(host, config, start.disks, reporters)?;
         let functions = slots.finish();
         Ok(Self {
             vm,
@@ -241,8 +260,7 @@ impl Board {
         pinning: &[Vec<u16>],
         base: Option<Base>,
     ) -> Result<Machine, VmmError> {
-        let has_disks = !self.disks.is_empty();
-        let disk_watcher = watch_disks(self.disks, reporters, host.seccomp)?;
+        let disk_watcher = watch_disks(self.disks.clone(), reporters, host.seccomp)?;
         let handler: Arc<dyn ExitHandler> = Arc::clone(&self.platform) as _;
         let vcpus = VcpuThreads::start(vcpus, &handler, &reporters.end, pinning, host.seccomp)
             .map_err(VmmError::os("start the vCPU threads"))?;
@@ -254,7 +272,7 @@ impl Board {
             balloon: Arc::clone(&host.balloon),
             kvm: Arc::clone(&host.kvm),
             vm: self.vm,
-            has_disks,
+            disks: self.disks,
             base,
             memory: self.memory,
         })

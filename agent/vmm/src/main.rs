@@ -18,7 +18,7 @@ use tracing_subscriber::EnvFilter;
 /// Runs one guest on /dev/kvm.
 ///
 /// Exit codes: 0 the guest shut down or was killed by request, 1 runtime failure, 2 bad
-/// configuration or usage, 3 kernel, initrd or snapshot can't be loaded, 4 no /dev/kvm or no
+/// configuration or usage, 3 kernel, initrd, snapshot or a guest on its way can't be loaded, 4 no /dev/kvm or no
 /// permission, 5 disk backend or TAP can't be connected. The last line on stderr says why.
 #[derive(Parser)]
 #[command(
@@ -51,6 +51,10 @@ struct RunArguments {
     /// Note what a restored guest writes, so that its first snapshot can be differential.
     #[arg(long, requires = "restore")]
     track_dirty_pages: bool,
+    /// Wait for a guest that another process sends (`migrate` of its API), instead of booting: a program
+    /// asks this one's API to `receive` it, carries the stream between them, and then has it resumed.
+    #[arg(long, conflicts_with = "restore")]
+    incoming: bool,
     /// Run as this user in namespaces of its own (mount, PID, network, IPC, host name), with nothing
     /// in its root and its Landlock rules but the snapshot to restore, the folders of the disks'
     /// sockets, which the user must be able to write, and so the folder of the console's log. Needs
@@ -133,6 +137,7 @@ fn launch(arguments: RunArguments) -> Result<Launch, VmmError> {
             verify: arguments.verify,
             track_dirty_pages: arguments.track_dirty_pages,
         }),
+        incoming: arguments.incoming,
         seccomp: arguments.seccomp,
         jail: arguments.jail.map(|user| JailOptions {
             user,

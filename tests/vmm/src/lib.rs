@@ -13,6 +13,7 @@ mod echo;
 mod guest;
 mod namespaces;
 mod pattern;
+mod relay;
 mod waiting;
 
 pub use backend::{Backend, Image};
@@ -21,4 +22,5 @@ pub use echo::{EchoSocket, FrameSocket};
 pub use guest::{Ended, Guest, GuestBuilder};
 pub use namespaces::Namespaces;
 pub use pattern::pattern_sector;
+pub use relay::{Fate, Relay};
 pub use waiting::wait_until;

@@ -1,13 +1,15 @@
 //! The API socket: the requests and responses, and the server that answers them.
 
+mod connection;
 mod protocol;
 mod server;
 mod shared;
 
+pub(crate) use connection::Connection;
 pub use protocol::{
     Acknowledged, AfterSnapshot, BalloonAnswer, BalloonStatistics, ErrorBody, Event, ExitReason,
-    ExitStatus, GuestState, MAX_LINE, Request, Response, SnapshotKind, SnapshotRequest,
-    SnapshotTaken, Status,
+    ExitStatus, GuestState, MAX_LINE, MigrationLimits, MigrationPhase, MigrationStatus, Request,
+    Response, SnapshotKind, SnapshotRequest, SnapshotTaken, Status,
 };
 pub(crate) use server::{ApiServer, ApiThread};
 pub(crate) use shared::{Answer, Control, ControlSender, Reply, SharedState};

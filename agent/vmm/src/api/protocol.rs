@@ -7,6 +7,7 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
+pub use crate::migration::{MigrationLimits, MigrationPhase, MigrationStatus};
 pub use crate::virtio::balloon::BalloonStatistics;
 
 /// The longest line in either direction, in bytes with its newline.
@@ -40,6 +41,19 @@ pub enum Request {
     },
     /// Send every later [`Event`] on this connection.
     Subscribe,
+    /// Send the guest, while it runs, to another process. After the answer the connection is the stream
+    /// ([`crate::migration::stream`]), both ways.
+    Migrate(MigrationLimits),
+    /// Take a guest, in a process that was started for that. After the answer the connection is the
+    /// stream, both ways.
+    Receive,
+    /// How the latest migration gets on. Answered with [`MigrationStatus`].
+    Migration,
+    /// The other side has the guest: from now on it stays stopped here until it is told to
+    /// [`Request::Resume`] or ended, whatever becomes of the other side.
+    ReleaseMigration,
+    /// Let the guest stay here. Possible until it has been released.
+    CancelMigration,
 }
 
 /// What snapshot to take.
@@ -117,7 +131,9 @@ pub enum Response<T> {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ErrorBody {
     /// A stable word for programs: `bad_request`, `not_running`, `too_many_clients`,
-    /// `not_paused`, `pause_failed`, `snapshot_failed`, `no_balloon`, `out_of_range`.
+    /// `not_paused`, `pause_failed`, `snapshot_failed`, `no_balloon`, `out_of_range`, `migrating`,
+    /// `migration_failed`, `not_migrating`, `not_loaded`, `released`, `paused`, `incoming`,
+    /// `not_incoming`, `out_of_memory`.
     pub kind: String,
     /// One sentence for people.
     pub message: String,
@@ -133,6 +149,10 @@ pub struct Acknowledged {}
 pub enum GuestState {
     /// The VMM sets the guest up, or boots it again.
     Starting,
+    /// The process waits for a guest of another one, or takes it.
+    Incoming,
+    /// A guest of another process is there, and stands still until it is told to go on.
+    Arrived,
     /// The vCPUs run.
     Running,
     /// The vCPUs and the devices stand still.

@@ -11,8 +11,8 @@ use std::time::Duration;
 use serde::Serialize;
 
 use super::{
-    Acknowledged, Answer, Control, ControlSender, ErrorBody, GuestState, MAX_LINE, Reply, Request,
-    Response, SharedState,
+    Acknowledged, Answer, Connection, Control, ControlSender, ErrorBody, GuestState, MAX_LINE,
+    Reply, Request, Response, SharedState,
 };
 use crate::console::ConsoleServer;
 use crate::devices::serial::SerialPort;
@@ -290,6 +290,15 @@ impl Client {
             Request::Pause => Control::Pause(self.reply(guest)),
             Request::Resume => Control::Resume(self.reply(guest)),
             Request::Snapshot(request) => Control::Snapshot(request, self.reply(guest)),
+            Request::Migration => {
+                return self.send(&Response::Ok(shared.progress().status()));
+            }
+            Request::Migrate(limits) => {
+                return self.hand_over(guest, |c| Control::Migrate(limits, c));
+            }
+            Request::Receive => return self.hand_over(guest, Control::Receive),
+            Request::ReleaseMigration => Control::ReleaseMigration(self.reply(guest)),
+            Request::CancelMigration => Control::CancelMigration(self.reply(guest)),
             Request::Balloon => Control::Balloon(self.reply(guest)),
             Request::ResizeBalloon { size_mib } => {
                 Control::ResizeBalloon(size_mib, self.reply(guest))
@@ -307,6 +316,22 @@ impl Client {
             }
         } else if !waits {
             self.send(&Response::Ok(Acknowledged {}));
+        }
+    }
+
+    /// Gives the connection away: it is no client's any more.
+    fn hand_over(&mut self, guest: &GuestAccess<'_>, control: impl FnOnce(Connection) -> Control) {
+        if !self.input.is_empty() || !self.output.is_empty() || self.subscribed {
+            let message = "nothing else may be under way on this connection".to_owned();
+            return self.refuse("bad_request", message);
+        }
+        match self.stream.try_clone() {
+            Ok(stream) => {
+                self.gone = true;
+                // If the guest has ended, the client sees the end of the connection.
+                let _ = (guest.control)(control(Connection::new(stream)));
+            }
+            Err(e) => self.refuse("bad_request", format!("the connection can't be taken: {e}")),
         }
     }
 

@@ -1,11 +1,12 @@
 //! What the API thread shows of the guest, and what it asks of it.
 
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use vmm_sys_util::eventfd::EventFd;
 
-use super::{ErrorBody, Event, ExitStatus, GuestState, SnapshotRequest, Status};
+use super::{Connection, ErrorBody, Event, ExitStatus, GuestState, SnapshotRequest, Status};
+use crate::migration::{MigrationLimits, ProgressCell};
 
 /// Events that wait for the API thread; the oldest go first if it is that far behind.
 const MAX_EVENTS: usize = 1024;
@@ -29,6 +30,33 @@ pub(crate) enum Control {
     Balloon(Reply),
     /// Change what the balloon is to have, in MiB.
     ResizeBalloon(u64, Reply),
+    /// Send the guest to another process.
+    Migrate(MigrationLimits, Connection),
+    /// Take a guest from another process.
+    Receive(Connection),
+    /// Don't let a guest go on that the other side has.
+    ReleaseMigration(Reply),
+    /// Keep it.
+    CancelMigration(Reply),
+}
+
+impl Control {
+    /// Answers one that waits for an answer.
+    pub(crate) fn refuse(self, kind: &str, message: &str) {
+        match self {
+            Self::PowerButton | Self::Reset | Self::Kill => {}
+            Self::Pause(reply)
+            | Self::Resume(reply)
+            | Self::Snapshot(_, reply)
+            | Self::Balloon(reply)
+            | Self::ResizeBalloon(_, reply)
+            | Self::ReleaseMigration(reply)
+            | Self::CancelMigration(reply) => reply.refuse(kind, message),
+            Self::Migrate(_, connection) | Self::Receive(connection) => {
+                connection.refuse(kind, message);
+            }
+        }
+    }
 }
 
 /// Where the answer of a request goes that takes a while. Dropped, it says that the guest has ended.
@@ -80,6 +108,7 @@ pub(crate) type ControlSender = Box<dyn Fn(Control) -> bool + Send>;
 #[derive(Debug)]
 pub(crate) struct SharedState {
     inner: Mutex<Inner>,
+    progress: Arc<ProgressCell>,
     wake: EventFd,
 }
 
@@ -107,12 +136,26 @@ impl SharedState {
                 status,
                 events: Vec::new(),
             }),
+            progress: Arc::default(),
             wake,
         }
     }
 
     pub(crate) fn status(&self) -> Status {
         self.lock().status.clone()
+    }
+
+    /// The latest migration's progress.
+    pub(crate) const fn progress(&self) -> &Arc<ProgressCell> {
+        &self.progress
+    }
+
+    /// The guest goes on; one that came from elsewhere counts as booted.
+    pub(crate) fn resumed(&self) {
+        let mut inner = self.lock();
+        inner.status.boots = inner.status.boots.max(1);
+        drop(inner);
+        self.set_state(GuestState::Running);
     }
 
     /// Counts a boot.

@@ -31,6 +31,8 @@ pub enum Thread {
     Net,
     /// The one that serves the socket device.
     Vsock,
+    /// The one that sends or takes a guest.
+    Migration,
     /// The one that waits for the watchdog's end.
     Watchdog,
     /// The one that waits for signals.
@@ -48,6 +50,7 @@ impl Thread {
             Self::Disks => "disks",
             Self::Net => "net",
             Self::Vsock => "vsock",
+            Self::Migration => "migration",
             Self::Watchdog => "watchdog",
             Self::Signals => "signals",
             Self::Supervisor => "supervisor",
@@ -68,6 +71,14 @@ const VSOCK: &[i64] = &[
     libc::SYS_epoll_ctl,
     libc::SYS_epoll_pwait,
     libc::SYS_epoll_wait,
+    libc::SYS_recvfrom,
+    libc::SYS_sendto,
+    libc::SYS_shutdown,
+];
+
+/// A stream, and where in the guest's memory there is something.
+const MIGRATION: &[i64] = &[
+    libc::SYS_lseek,
     libc::SYS_recvfrom,
     libc::SYS_sendto,
     libc::SYS_shutdown,
@@ -167,17 +178,20 @@ fn list(thread: Thread) -> SystemCalls {
     let mut calls = SystemCalls::of(match thread {
         Thread::Net => &[NET],
         Thread::Vsock => &[VSOCK],
+        Thread::Migration => &[MIGRATION],
         Thread::Watchdog => &[],
         Thread::Disks => &[DISKS],
         Thread::Vcpu => &[NET, VSOCK, DISKS, VCPU],
         Thread::Api => &[API],
         Thread::Signals => &[SIGNALS],
         Thread::Supervisor => &[SUPERVISOR],
-        Thread::Owner => &[NET, VSOCK, DISKS, VCPU, API, SIGNALS, OWNER],
+        Thread::Owner => &[NET, VSOCK, MIGRATION, DISKS, VCPU, API, SIGNALS, OWNER],
     });
     calls.allow_if(libc::SYS_ioctl, Argument::is(1, FIONBIO));
-    if matches!(thread, Thread::Vcpu | Thread::Owner) {
+    if matches!(thread, Thread::Vcpu | Thread::Migration | Thread::Owner) {
         calls.allow_if(libc::SYS_ioctl, Argument::masked(1, TYPE_MASK, KVM_TYPE));
+    }
+    if matches!(thread, Thread::Vcpu | Thread::Owner) {
         calls.allow_if(libc::SYS_ioctl, Argument::is(1, TUNSETOFFLOAD));
     }
     if thread == Thread::Vsock {
@@ -205,13 +219,14 @@ mod tests {
         trial::outcome_of(|| restrict(thread, Mode::Enforce), call, arguments)
     }
 
-    const ALL: [Thread; 9] = [
+    const ALL: [Thread; 10] = [
         Thread::Owner,
         Thread::Vcpu,
         Thread::Api,
         Thread::Disks,
         Thread::Net,
         Thread::Vsock,
+        Thread::Migration,
         Thread::Watchdog,
         Thread::Signals,
         Thread::Supervisor,
@@ -252,6 +267,7 @@ mod tests {
             Thread::Disks,
             Thread::Net,
             Thread::Vsock,
+            Thread::Migration,
             Thread::Watchdog,
             Thread::Signals,
         ] {

@@ -10,6 +10,7 @@ use crate::devices::watchdog::Watchdog;
 use crate::error::VmmError;
 use crate::interrupts::{EventWiring, InterruptRouter};
 use crate::memory::GuestMemory;
+use crate::migration::DiskIdentity;
 use crate::pci::{PciBus, PciFunction};
 use crate::virtio::balloon::Balloon;
 use crate::virtio::block::{Block, DiskLink};
@@ -84,17 +85,21 @@ impl<'a> SlotBuilder<'a> {
     }
 
     /// The entropy device, the disks, the interfaces, and the other devices of the configuration;
-    /// returns the disks' connections.
+    /// returns the disks' connections. Disks that are `known` are connected later.
     pub fn add_all(
         &mut self,
         host: &HostResources,
         config: &GuestConfig,
+        known: Option<&[DiskIdentity]>,
         reporters: &Reporters,
     ) -> Result<Vec<Arc<DiskLink>>, VmmError> {
         self.add("rng", Box::new(Rng::default()), CLASS_OTHER)?;
         let mut disks = Vec::with_capacity(config.disks.len());
-        for disk in &config.disks {
-            let block = Block::connect(disk)?;
+        for (index, disk) in config.disks.iter().enumerate() {
+            let block = match known.and_then(|known| known.get(index)) {
+                Some(identity) => Block::apart(disk, identity)?,
+                None => Block::connect(disk)?,
+            };
             disks.push(block.link());
             self.add(&disk.id, Box::new(block), CLASS_STORAGE)?;
         }

@@ -8,7 +8,7 @@ use kvm_bindings::{KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_S
 use kvm_bindings::{kvm_clock_data, kvm_irqchip};
 
 use super::slots::Functions;
-use super::{Board, HostResources, Machine, Reporters, random, write_generation_id};
+use super::{Board, HostResources, Machine, Reporters, Start, random, write_generation_id};
 use crate::config::GuestConfig;
 use crate::cpuid;
 use crate::error::VmmError;
@@ -69,42 +69,18 @@ impl Machine {
         reporters: &Reporters,
     ) -> Result<Self, VmmError> {
         let state = &snapshot.state().machine;
-        check_fits(config, snapshot)?;
+        check_fits(config, &snapshot.state().config()?)?;
         let memory = restore_memory(config, snapshot)?;
-        let serial = Some(&state.platform.serial);
-        let board = Board::assemble(host, config, memory, track, serial, reporters)?;
-        board.functions.check(state)?;
-        let topology = config.cpu.topology(config.vcpus);
-        let mut vcpus = Vec::with_capacity(state.vcpus.len());
-        for (index, saved) in (0u8..).zip(&state.vcpus) {
-            cpuid::check_host(&host.kvm, saved.cpuid())?;
-            let apic_id = topology.apic_id(index);
-            let cpuid = Vcpu::cpuid_of(index, saved)?;
-            let vcpu = Vcpu::create(&board.vm, index, apic_id, &cpuid)?;
-            vcpu.restore(saved)?;
-            vcpus.push(vcpu);
-        }
-        // The I/O APIC hands pending interrupts to the local ones, so it comes after them.
-        for chip in &state.irqchips {
-            let set = board.vm.set_irqchip(chip);
-            set.map_err(SnapshotError::kvm("restore an interrupt controller"))?;
-        }
-        let clock = kvm_clock_data {
-            clock: state.clock.clock,
-            ..Default::default()
+        let start = Start {
+            log: track,
+            serial: Some(&state.platform.serial),
+            disks: None,
         };
-        let set = board.vm.set_clock(&clock);
-        set.map_err(SnapshotError::kvm("restore the clock"))?;
-        board.functions.restore(state)?;
-        let platform = &board.platform;
-        platform.pci.restore(state.platform.config_address);
-        platform
-            .clock
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .select(state.platform.clock_index);
+        let board = Board::assemble(host, config, memory, &start, reporters)?;
+        let vcpus = board.restore(host, config, state)?;
         write_generation_id(&board.memory)?;
-        platform
+        board
+            .platform
             .power
             .raise(state.platform.pending_events | crate::boot::layout::EVENT_GENERATION)
             .map_err(VmmError::os("tell the guest its new generation ID"))?;
@@ -228,7 +204,7 @@ impl Machine {
         Ok((state, taken))
     }
 
-    fn save(&self) -> Result<MachineState, SnapshotError> {
+    pub(super) fn save(&self) -> Result<MachineState, SnapshotError> {
         let host = |e: crate::vcpu::VcpuError| SnapshotError::Host(e.to_string());
         let msrs = msr_indexes(&self.kvm)
             .map_err(SnapshotError::kvm("list the model-specific registers"))?;
@@ -281,6 +257,48 @@ impl Machine {
         let bitmaps = memory::take_dirty(&self.vm, &self.memory)
             .map_err(SnapshotError::kvm("tell which pages the guest wrote"))?;
         Ok(pages_of(&self.memory, &bitmaps))
+    }
+}
+
+impl Board {
+    /// Gives it the state of another machine; returns its vCPUs.
+    pub(super) fn restore(
+        &self,
+        host: &HostResources,
+        config: &GuestConfig,
+        state: &MachineState,
+    ) -> Result<Vec<Vcpu>, VmmError> {
+        self.functions.check(state)?;
+        let topology = config.cpu.topology(config.vcpus);
+        let mut vcpus = Vec::with_capacity(state.vcpus.len());
+        for (index, saved) in (0u8..).zip(&state.vcpus) {
+            cpuid::check_host(&host.kvm, saved.cpuid())?;
+            let apic_id = topology.apic_id(index);
+            let cpuid = Vcpu::cpuid_of(index, saved)?;
+            let vcpu = Vcpu::create(&self.vm, index, apic_id, &cpuid)?;
+            vcpu.restore(saved)?;
+            vcpus.push(vcpu);
+        }
+        // The I/O APIC hands pending interrupts to the local ones, so it comes after them.
+        for chip in &state.irqchips {
+            let set = self.vm.set_irqchip(chip);
+            set.map_err(SnapshotError::kvm("restore an interrupt controller"))?;
+        }
+        let clock = kvm_clock_data {
+            clock: state.clock.clock,
+            ..Default::default()
+        };
+        let set = self.vm.set_clock(&clock);
+        set.map_err(SnapshotError::kvm("restore the clock"))?;
+        self.functions.restore(state)?;
+        let platform = &self.platform;
+        platform.pci.restore(state.platform.config_address);
+        platform
+            .clock
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .select(state.platform.clock_index);
+        Ok(vcpus)
     }
 }
 
@@ -356,7 +374,9 @@ impl<'a> Session<'a> {
                     .map_err(session.failed("write the memory to"))?;
             }
             // A disk's backend writes memory by itself, which no log here has.
-            Some(earlier) if machine.has_disks => session.compared = Some(earlier.flat_memory()?),
+            Some(earlier) if machine.has_disks() => {
+                session.compared = Some(earlier.flat_memory()?);
+            }
             Some(_) => session.write_dirty()?,
         }
         Ok(session)
@@ -365,7 +385,7 @@ impl<'a> Session<'a> {
     /// The machine is paused: brings the file up to date. Returns the bytes written, and for a
     /// difference the pages.
     fn finish(mut self) -> Result<(u64, Vec<PageRange>), SnapshotError> {
-        if self.machine.has_disks {
+        if self.machine.has_disks() {
             let earlier = self.compared.as_ref().unwrap_or(self.file);
             let pages = differing(&self.machine.memory, earlier)
                 .map_err(self.failed("compare the memory with"))?;
@@ -404,9 +424,8 @@ fn open_base(base: &Base) -> Result<Snapshot, SnapshotError> {
     Err(SnapshotError::NoBase)
 }
 
-/// A clone may have another name, other sockets, TAPs and addresses, but not other hardware.
-fn check_fits(config: &GuestConfig, snapshot: &Snapshot) -> Result<(), SnapshotError> {
-    let was = snapshot.state().config()?;
+/// A clone may have another name, other sockets, TAPs and addresses, but not other hardware than it `was`.
+pub(crate) fn check_fits(config: &GuestConfig, was: &GuestConfig) -> Result<(), SnapshotError> {
     let differs = |what: &str, was: &dyn std::fmt::Display, is: &dyn std::fmt::Display| {
         Err(SnapshotError::Mismatch(format!(
             "{what} was {was} and is {is}"

@@ -20,7 +20,7 @@ const MAGIC: [u8; 8] = *b"KEELSNAP";
 /// The version that this program writes and reads.
 pub const VERSION: u32 = 2;
 /// `EM_X86_64`.
-const ARCHITECTURE: u32 = 62;
+pub const ARCHITECTURE: u32 = 62;
 /// Bytes of the header.
 pub const HEADER_BYTES: usize = 32;
 /// More than the state of 64 vCPUs and 4 TiB of memory needs.

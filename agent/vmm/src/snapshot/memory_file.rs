@@ -7,6 +7,7 @@ use std::os::unix::fs::FileExt;
 
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
 
+use super::SnapshotError;
 use super::state::{CHUNK, PageRange};
 use crate::memory::{PAGE, Ram};
 
@@ -91,6 +92,74 @@ pub fn pages_of(ram: &Ram, bitmaps: &[Vec<u64>]) -> Vec<PageRange> {
         }
     }
     pages.0
+}
+
+/// The pages that are there; all others are zero.
+pub fn present_pages(ram: &Ram) -> Vec<PageRange> {
+    let pages = present(ram).into_iter().map(|extent| PageRange {
+        first: extent.offset / PAGE,
+        count: extent.length / PAGE,
+    });
+    pages.collect()
+}
+
+/// Hands the contents of `pages` to `take` in pieces of at most `piece` bytes, with the first page
+/// of each.
+pub fn for_each_piece<E: From<SnapshotError>>(
+    ram: &Ram,
+    pages: &[PageRange],
+    piece: usize,
+    mut take: impl FnMut(u64, &[u8]) -> Result<(), E>,
+) -> Result<(), E> {
+    let mut buffer = vec![0; piece];
+    for extent in pages.iter().flat_map(|range| extents_of(ram, *range)) {
+        for start in (0..extent.length).step_by(piece) {
+            let length = (piece as u64).min(extent.length - start);
+            let bytes = &mut buffer[..usize_of(length)];
+            read_ram(ram, extent.address + start, bytes)
+                .map_err(|e| SnapshotError::Host(format!("guest memory can't be read: {e}")))?;
+            take((extent.offset + start) / PAGE, bytes)?;
+        }
+    }
+    Ok(())
+}
+
+/// Writes whole pages from page `first` on.
+pub fn put(ram: &Ram, first: u64, bytes: &[u8]) -> io::Result<()> {
+    let range = PageRange {
+        first,
+        count: bytes.len() as u64 / PAGE,
+    };
+    let mut rest = bytes;
+    for extent in whole_extents(ram, range)? {
+        let (bytes, after) = rest.split_at(usize_of(extent.length));
+        ram.write_slice(bytes, GuestAddress(extent.address))
+            .map_err(io::Error::other)?;
+        rest = after;
+    }
+    Ok(())
+}
+
+/// Writes zeros.
+pub fn put_zeros(ram: &Ram, range: PageRange) -> io::Result<()> {
+    for extent in whole_extents(ram, range)? {
+        for start in (0..extent.length).step_by(PAGE_BYTES) {
+            ram.write_slice(&ZEROS, GuestAddress(extent.address + start))
+                .map_err(io::Error::other)?;
+        }
+    }
+    Ok(())
+}
+
+/// Where a range is in memory; an error if not all of it is.
+fn whole_extents(ram: &Ram, range: PageRange) -> io::Result<Vec<Extent>> {
+    let pages: u64 = all(ram).map(|extent| extent.length / PAGE).sum();
+    let end = range.first.checked_add(range.count);
+    if end.is_none_or(|end| end > pages) {
+        let message = format!("memory that the guest hasn't got: {range:?} of {pages} pages");
+        return Err(io::Error::other(message));
+    }
+    Ok(extents_of(ram, range))
 }
 
 /// Both lists as one.

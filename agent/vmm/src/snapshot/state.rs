@@ -122,11 +122,17 @@ impl SnapshotState {
         if self.memory.bytes != config.memory.size_mib << 20 {
             return Err("its memory hasn't the size of its configuration".to_owned());
         }
-        let machine = &self.machine;
-        if machine.vcpus.len() != usize::from(config.vcpus) {
+        self.machine.check(config.vcpus)
+    }
+}
+
+impl MachineState {
+    /// Whether it is one of a guest with so many vCPUs.
+    pub(crate) fn check(&self, vcpus: u8) -> Result<(), String> {
+        if self.vcpus.len() != usize::from(vcpus) {
             return Err("it has another number of vCPUs than its configuration".to_owned());
         }
-        if machine.irqchips.len() != 3 {
+        if self.irqchips.len() != 3 {
             return Err("it lacks interrupt controllers".to_owned());
         }
         Ok(())

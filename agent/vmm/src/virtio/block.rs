@@ -4,6 +4,7 @@
 //! virtqueues, whose kick and call eventfds it shares with KVM.
 
 mod backend;
+mod dirty_log;
 mod link;
 mod watcher;
 
@@ -13,10 +14,13 @@ use virtio_bindings::virtio_ids::VIRTIO_ID_BLOCK;
 
 use super::{Activation, ActivationError, VirtioDevice};
 use crate::config::DiskConfig;
+use crate::migration::DiskIdentity;
+use crate::snapshot::SnapshotError;
 
-use backend::CONFIG_WRITEBACK;
+use backend::{CONFIG_BYTES, CONFIG_WRITEBACK};
 
 pub use backend::BackendError;
+pub use dirty_log::DirtyLog;
 pub use link::DiskLink;
 pub use watcher::{DiskEvent, DiskWatcher};
 
@@ -33,6 +37,20 @@ impl Block {
         Ok(Self {
             link: Arc::new(DiskLink::connect(config)?),
             queue_sizes,
+        })
+    }
+
+    /// A disk that the driver knows from the host that it came from. Its backend is connected when the
+    /// guest goes on.
+    pub fn apart(config: &DiskConfig, identity: &DiskIdentity) -> Result<Self, SnapshotError> {
+        let config_space = <[u8; CONFIG_BYTES]>::try_from(identity.config_space.as_slice());
+        let config_space = config_space.map_err(|_| SnapshotError::Device {
+            device: config.id.clone(),
+            reason: "its configuration space has another size".to_owned(),
+        })?;
+        Ok(Self {
+            link: Arc::new(DiskLink::apart(config, identity.features, config_space)),
+            queue_sizes: vec![config.queue_size; usize::from(config.queues)],
         })
     }
 

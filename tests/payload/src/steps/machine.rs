@@ -116,14 +116,19 @@ pub fn read_line(arguments: &Arguments<'_>) -> Result<(), Error> {
     Ok(())
 }
 
+/// Whether something has come on COM1.
+pub fn line_waits() -> bool {
+    const LINE_STATUS: u16 = 0x3fd;
+    const DATA_READY: u32 = 1;
+    supervisor::port_in(LINE_STATUS, Width::Byte) & DATA_READY != 0
+}
+
 /// Reads a line from COM1 into `line`, polling; a longer one is cut.
 pub fn next_line(line: &mut [u8; 64], deadline: Deadline) -> Result<&str, Error> {
     const DATA: u16 = 0x3f8;
-    const LINE_STATUS: u16 = 0x3fd;
-    const DATA_READY: u32 = 1;
     let mut length = 0;
     while length < line.len() {
-        if supervisor::port_in(LINE_STATUS, Width::Byte) & DATA_READY != 0 {
+        if line_waits() {
             let byte = supervisor::port_in(DATA, Width::Byte) as u8;
             if byte == b'\n' {
                 break;

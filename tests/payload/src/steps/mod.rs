@@ -36,6 +36,7 @@
 //! | `panic` | `times` (1) | tells the panic device |
 //! | `watchdog` | `ms` (1000), `feeds` (0) | starts the watchdog, feeds it, and stops to |
 //! | `remember` | `mib` (16), `ms` (600000) | fills memory; for each console line `next` checks it and changes some, at `done` ends |
+//! | `scribble` | `mib` (8), `ms` (600000) | checks and writes each page over and over, until a line comes on the console |
 //! | `wait-generation` | `ms` (600000) | waits for another VM generation ID, and its event |
 //! | `hammer` | `seed` (1), `rounds` (2000) | random accesses to ports and device registers |
 
@@ -155,6 +156,7 @@ fn take(machine: &Machine<'_>, step: Step<'_>) -> Result<(), Error> {
         "panic" => health::panic(machine, arguments),
         "watchdog" => health::watchdog(machine, arguments),
         "remember" => snapshot::remember(arguments),
+        "scribble" => snapshot::scribble(arguments),
         "wait-generation" => snapshot::wait_generation(machine, arguments),
         "hammer" => hammer::run(machine, arguments),
         _ => Err(Error::UnknownStep),

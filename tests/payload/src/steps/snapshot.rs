@@ -2,7 +2,7 @@
 
 use super::Machine;
 use super::block::mix;
-use super::machine::{MASKED, next_line, route};
+use super::machine::{MASKED, line_waits, next_line, route};
 use crate::arguments::Arguments;
 use crate::clock::Deadline;
 use crate::console::say;
@@ -46,6 +46,43 @@ pub fn remember(arguments: &Arguments<'_>) -> Result<(), Error> {
         say!("remember round={round}");
     }
     say!("remember ok rounds={round}");
+    Ok(())
+}
+
+/// Writes each page anew, sweep for sweep, after it has checked that the sweep before is there, until a
+/// line comes on the console: what of the guest's memory isn't moved with it is found missing.
+pub fn scribble(arguments: &Arguments<'_>) -> Result<(), Error> {
+    arguments.allow(&["mib", "ms"])?;
+    let pages = arguments.ranged("mib", 8, 1, 1024)? << 20 >> 12;
+    let deadline = Deadline::after_milliseconds(arguments.number("ms", 600_000)?);
+    // SAFETY: memory that nothing else of this program uses; it is in the low 4 GiB, which are mapped.
+    let memory = unsafe { Window::new(START, pages * PAGE) };
+    for page in 0..pages {
+        memory.write64(page * PAGE, mix(page))?;
+    }
+    say!("scribble ready");
+    let mut sweep = 0;
+    while !line_waits() {
+        if deadline.passed() {
+            return Err(Error::Timeout("line that ends the scribbling"));
+        }
+        for page in 0..pages {
+            let found = memory.read64(page * PAGE)?;
+            if found != mix(page) + sweep {
+                return Err(Error::Unexpected {
+                    what: "scribbled word",
+                    value: page * PAGE,
+                });
+            }
+            memory.write64(page * PAGE, found + 1)?;
+        }
+        sweep += 1;
+        if sweep % 64 == 0 {
+            say!("scribble sweep={sweep}");
+        }
+    }
+    next_line(&mut [0; 64], deadline)?;
+    say!("scribble ok sweeps={sweep}");
     Ok(())
 }
 

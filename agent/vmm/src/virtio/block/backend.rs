@@ -21,6 +21,7 @@ use virtio_bindings::virtio_blk::{
 };
 use vm_memory::{GuestAddress, GuestMemoryBackend};
 
+use super::dirty_log::DirtyLog;
 use crate::config::DiskConfig;
 use crate::memory::Ram;
 use crate::virtio::{ActiveQueue, FEATURE_EVENT_IDX, FEATURE_INDIRECT, FEATURE_VERSION_1};
@@ -229,7 +230,8 @@ impl Backend {
             | VhostUserProtocolFeatures::REPLY_ACK
             | VhostUserProtocolFeatures::CONFIG
             | VhostUserProtocolFeatures::INFLIGHT_SHMFD
-            | VhostUserProtocolFeatures::BACKEND_REQ;
+            | VhostUserProtocolFeatures::BACKEND_REQ
+            | VhostUserProtocolFeatures::LOG_SHMFD;
         self.protocol = offered & wanted;
         let set = self.frontend.set_protocol_features(self.protocol);
         set.map_err(self.failed("take its protocol features"))?;
@@ -287,11 +289,16 @@ impl Backend {
     }
 
     /// Hands over the driver's features and the guest's memory.
-    pub(super) fn set_up(&self, memory: &Ram, features: u64) -> Result<(), BackendError> {
-        let protocol = VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits();
-        self.frontend
-            .set_features(features | protocol)
-            .map_err(self.failed("take the driver's features"))?;
+    pub(super) fn set_up(
+        &self,
+        memory: &Ram,
+        features: u64,
+        log: Option<&DirtyLog>,
+    ) -> Result<(), BackendError> {
+        if let Some(log) = log {
+            self.share_log(log)?;
+        }
+        self.accept_features(features, log)?;
         let regions = memory
             .iter()
             .map(VhostUserMemoryRegionInfo::from_guest_region)
@@ -301,6 +308,34 @@ impl Backend {
             .set_mem_table(&regions)
             .map_err(self.failed("map the guest's memory"))?;
         Ok(())
+    }
+
+    /// Tells the driver's features; with a log, that it is to be used.
+    pub(super) fn accept_features(
+        &self,
+        features: u64,
+        log: Option<&DirtyLog>,
+    ) -> Result<(), BackendError> {
+        let protocol = VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits();
+        let logging = log.map_or(0, |_| VhostUserVirtioFeatures::LOG_ALL.bits());
+        self.frontend
+            .set_features(features | protocol | logging)
+            .map_err(self.failed("take the driver's features"))
+    }
+
+    /// Shares the bitmap in which the backend marks what it writes.
+    pub(super) fn share_log(&self, log: &DirtyLog) -> Result<(), BackendError> {
+        let logs = self.available & VhostUserVirtioFeatures::LOG_ALL.bits() != 0
+            && self.protocol.contains(VhostUserProtocolFeatures::LOG_SHMFD);
+        if !logs {
+            return Err(self.mismatch(
+                "it can't note which memory it writes (VHOST_F_LOG_ALL and LOG_SHMFD), so its guest can't \
+                 be moved while it runs",
+            ));
+        }
+        self.frontend
+            .set_log_base(0, Some(log.region()))
+            .map_err(self.failed("note what it writes"))
     }
 
     /// Whether the backend notes its requests in memory that survives it.
@@ -377,31 +412,14 @@ impl Backend {
         memory: &Ram,
         queue: &ActiveQueue,
         base: u16,
+        logged: bool,
     ) -> Result<(), BackendError> {
         let index = usize::from(queue.index);
-        let layout = &queue.layout;
-        let host = |address: u64| {
-            memory
-                .get_host_address(GuestAddress(address))
-                .map(|pointer| pointer as u64)
-                .map_err(|_| self.mismatch(&format!("a ring at {address:#x} is not in RAM")))
-        };
-        let addresses = VringConfigData {
-            queue_max_size: layout.size,
-            queue_size: layout.size,
-            flags: 0,
-            desc_table_addr: host(layout.descriptors)?,
-            used_ring_addr: host(layout.used)?,
-            avail_ring_addr: host(layout.available)?,
-            log_addr: None,
-        };
         let step = "start a queue";
         self.frontend
-            .set_vring_num(index, layout.size)
+            .set_vring_num(index, queue.layout.size)
             .map_err(self.failed(step))?;
-        self.frontend
-            .set_vring_addr(index, &addresses)
-            .map_err(self.failed(step))?;
+        self.place_queue(memory, queue, logged)?;
         self.frontend
             .set_vring_base(index, base)
             .map_err(self.failed(step))?;
@@ -414,6 +432,34 @@ impl Backend {
             .map_err(self.failed(step))?;
         let enabled = self.frontend.set_vring_enable(index, true);
         enabled.map_err(self.failed(step))
+    }
+
+    /// Says where a queue's rings are, and whether what is written to its used ring is noted.
+    pub(super) fn place_queue(
+        &self,
+        memory: &Ram,
+        queue: &ActiveQueue,
+        logged: bool,
+    ) -> Result<(), BackendError> {
+        let layout = &queue.layout;
+        let host = |address: u64| {
+            memory
+                .get_host_address(GuestAddress(address))
+                .map(|pointer| pointer as u64)
+                .map_err(|_| self.mismatch(&format!("a ring at {address:#x} is not in RAM")))
+        };
+        let addresses = VringConfigData {
+            queue_max_size: layout.size,
+            queue_size: layout.size,
+            flags: u32::from(logged),
+            desc_table_addr: host(layout.descriptors)?,
+            used_ring_addr: host(layout.used)?,
+            avail_ring_addr: host(layout.available)?,
+            log_addr: logged.then_some(layout.used),
+        };
+        self.frontend
+            .set_vring_addr(usize::from(queue.index), &addresses)
+            .map_err(self.failed("place a queue"))
     }
 
     /// Stops a queue; its requests are finished when this returns.

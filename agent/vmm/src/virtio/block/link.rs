@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::backend::{Backend, BackendError, CONFIG_BYTES, CONFIG_WRITEBACK, Inflight};
+use super::dirty_log::DirtyLog;
 use crate::config::DiskConfig;
 use crate::virtio::{Activation, ActivationError};
 
@@ -59,6 +60,8 @@ struct State {
     backend: Option<Backend>,
     active: Option<Activation>,
     inflight: Option<Inflight>,
+    /// Where the backend notes what it writes, while the guest is moved.
+    log: Option<Arc<DirtyLog>>,
 }
 
 /// Notes when a call began, for the watcher.
@@ -73,15 +76,28 @@ impl DiskLink {
     /// Connects to the backend of `config`.
     pub(super) fn connect(config: &DiskConfig) -> Result<Self, BackendError> {
         let backend = Backend::connect(config)?;
-        let link = Self {
+        let link = Self::apart(config, backend.features, backend.config_space);
+        link.set_backend(&mut link.lock(), backend);
+        Ok(link)
+    }
+
+    /// Without a backend, which comes when the driver's queues are started: for a disk that the driver
+    /// knows from elsewhere.
+    pub(super) fn apart(
+        config: &DiskConfig,
+        features: u64,
+        config_space: [u8; CONFIG_BYTES],
+    ) -> Self {
+        Self {
             config: config.clone(),
-            features: backend.features,
-            config_space: Mutex::new(backend.config_space),
+            features,
+            config_space: Mutex::new(config_space),
             config_generation: AtomicU8::new(0),
             state: Mutex::new(State {
                 backend: None,
                 active: None,
                 inflight: None,
+                log: None,
             }),
             monitor: Mutex::new(None),
             awaited: AtomicBool::new(false),
@@ -90,9 +106,35 @@ impl DiskLink {
                 since: AtomicU64::new(0),
                 watcher: Mutex::new(None),
             },
+        }
+    }
+
+    /// Has the backend, and those that come after it, note what they write, or not any more.
+    pub fn set_log(&self, log: Option<Arc<DirtyLog>>) -> Result<(), BackendError> {
+        let mut state = self.lock();
+        let _call = self.calls.begin();
+        state.log = log;
+        let result = Self::apply_log(&state);
+        if result.is_err() {
+            state.log = None;
+        }
+        result
+    }
+
+    fn apply_log(state: &State) -> Result<(), BackendError> {
+        let (Some(backend), log) = (&state.backend, state.log.as_deref()) else {
+            return Ok(());
         };
-        link.set_backend(&mut link.lock(), backend);
-        Ok(link)
+        if let Some(log) = log {
+            backend.share_log(log)?;
+        }
+        let Some(active) = &state.active else {
+            return Ok(());
+        };
+        for queue in &active.queues {
+            backend.place_queue(&active.memory, queue, log.is_some())?;
+        }
+        backend.accept_features(active.features, log)
     }
 
     /// The disk's id.
@@ -100,11 +142,13 @@ impl DiskLink {
         &self.config.id
     }
 
-    pub(super) const fn features(&self) -> u64 {
+    /// What the driver was offered.
+    pub const fn features(&self) -> u64 {
         self.features
     }
 
-    pub(super) fn config_space(&self) -> [u8; CONFIG_BYTES] {
+    /// `struct virtio_blk_config` as the driver sees it.
+    pub fn config_space(&self) -> [u8; CONFIG_BYTES] {
         *self.known_config()
     }
 
@@ -258,6 +302,7 @@ impl DiskLink {
             backend,
             active: Some(active),
             inflight,
+            ..
         } = &mut *state
         else {
             return Ok(());
@@ -287,6 +332,10 @@ impl DiskLink {
             return None;
         }
         self.drop_backend(&mut state);
+        if let Some(log) = &state.log {
+            // It may have written what it hadn't noted yet.
+            log.mark_all();
+        }
         let Some(active) = &state.active else {
             return Some(false);
         };
@@ -344,10 +393,11 @@ impl DiskLink {
         activation: &Activation,
         resume: bool,
     ) -> Result<(), BackendError> {
+        let log = state.log.clone();
         let Some(backend) = &mut state.backend else {
             return Ok(());
         };
-        backend.set_up(&activation.memory, activation.features)?;
+        backend.set_up(&activation.memory, activation.features, log.as_deref())?;
         let writeback = self.known_config()[CONFIG_WRITEBACK];
         if backend.config_space[CONFIG_WRITEBACK] != writeback {
             backend.write_config(WRITEBACK_OFFSET, &[writeback])?;
@@ -363,7 +413,8 @@ impl DiskLink {
             // A new queue starts at 0. One that goes on starts at its used index: the backend adds
             // what its request table says is not done yet.
             let used = queue.layout.used_index(&activation.memory).unwrap_or(0);
-            backend.start_queue(&activation.memory, queue, if resume { used } else { 0 })?;
+            let base = if resume { used } else { 0 };
+            backend.start_queue(&activation.memory, queue, base, log.is_some())?;
         }
         if resume {
             for queue in &activation.queues {

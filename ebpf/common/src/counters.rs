@@ -107,11 +107,15 @@ pub enum DropReason {
     NoBackend = 20,
     /// Another flow to the same backend has the source port, and no other was free.
     PortInUse = 21,
+    /// No port of the uplink's address was free.
+    PortsExhausted = 22,
+    /// To the outside, by a protocol that has no ports, or an answer to nothing that was translated.
+    NotTranslatable = 23,
 }
 
 impl DropReason {
     /// All reasons, in order of their numbers.
-    pub const ALL: [Self; 22] = [
+    pub const ALL: [Self; 24] = [
         Self::NoPolicy,
         Self::Malformed,
         Self::Vlan,
@@ -134,6 +138,8 @@ impl DropReason {
         Self::NoService,
         Self::NoBackend,
         Self::PortInUse,
+        Self::PortsExhausted,
+        Self::NotTranslatable,
     ];
 
     /// The slot in [`DirectionTallies::dropped`].
@@ -166,6 +172,8 @@ impl DropReason {
             Self::NoService => "no-service",
             Self::NoBackend => "no-backend",
             Self::PortInUse => "port-in-use",
+            Self::PortsExhausted => "ports-exhausted",
+            Self::NotTranslatable => "not-translatable",
         }
     }
 
@@ -199,6 +207,10 @@ impl DropReason {
             Self::NoBackend => "The service has no backend that serves.",
             Self::PortInUse => {
                 "Another flow to the same backend has the source port, and no other was free."
+            }
+            Self::PortsExhausted => "No port of the uplink's address was free.",
+            Self::NotTranslatable => {
+                "Source NAT knows TCP, UDP, ICMP echo and ICMP errors about those."
             }
         }
     }

@@ -12,6 +12,7 @@ mod counters;
 mod event;
 mod flow;
 mod limit;
+mod nat;
 #[cfg(feature = "host")]
 mod pod;
 mod policy;
@@ -27,6 +28,11 @@ pub use counters::{
 pub use event::{EVENTS_BYTES, Event, happening};
 pub use flow::{FlowKey, FlowState, FragmentKey, FragmentState, local, phase, timeout};
 pub use limit::{BYTE_COST_BITS, Bucket, HORIZON, Limit, TICKS_PER_NS};
+pub use nat::{
+    ExternalKey, ForwardKey, ForwardedPort, Mapping, MappingKey, NAT_FRAGMENTS, NAT_POOLS, NO_POOL,
+    NatClaim, NatFragment, NatFragmentKey, NatGuest, NatPool, NatSlot, POOL_PORTS, PORT_FORWARDS,
+    PortOwner, UplinkEntry, mapping_hash, nat_protocol, port_index,
+};
 pub use policy::{NAME_LENGTH, Neighbour, NeighbourKey, PolicyEntry, StationKey, flag};
 pub use question::{
     ANSWER_MARK, QUESTION_BURST_NS, QUESTION_INTERVAL_NS, QUESTION_LIMIT, QUESTIONS_BYTES, Question,
@@ -101,8 +107,30 @@ pub mod map_name {
     pub const EVENTS: &str = "EVENTS";
     /// One element: which kinds of events someone waits for.
     pub const OBSERVED: &str = "OBSERVED";
+    /// Interface index of an uplink → [`UplinkEntry`](crate::UplinkEntry).
+    pub const UPLINKS: &str = "UPLINKS";
+    /// Uplink and address → the address's place in [`NAT_POOLS`].
+    pub const NAT_ADDRESSES: &str = "NAT_ADDRESSES";
+    /// External addresses: [`NatPool`](crate::NatPool).
+    pub const NAT_POOLS: &str = "NAT_POOLS";
+    /// Place in [`NAT_POOLS`] → array of [`PortOwner`](crate::PortOwner).
+    pub const NAT_PORTS: &str = "NAT_PORTS";
+    /// A guest's address → [`NatGuest`](crate::NatGuest).
+    pub const NAT_GUESTS: &str = "NAT_GUESTS";
+    /// Slot → [`NatSlot`](crate::NatSlot).
+    pub const NAT_SLOTS: &str = "NAT_SLOTS";
+    /// Slot → map of [`MappingKey`](crate::MappingKey) → [`Mapping`](crate::Mapping).
+    pub const NAT_MAPPINGS: &str = "NAT_MAPPINGS";
+    /// One element: the [`NatClaim`](crate::NatClaim) of a CPU, per CPU.
+    pub const NAT_CLAIMS: &str = "NAT_CLAIMS";
+    /// [`ForwardKey`](crate::ForwardKey) → [`ForwardedPort`](crate::ForwardedPort).
+    pub const NAT_FORWARDS: &str = "NAT_FORWARDS";
+    /// [`NatFragmentKey`](crate::NatFragmentKey) → [`NatFragment`](crate::NatFragment).
+    pub const NAT_FRAGMENTS: &str = "NAT_FRAGMENTS";
+    /// Place in [`NAT_POOLS`] and direction → [`Tally`](crate::Tally) of what was translated, per CPU.
+    pub const TRANSLATED: &str = "TRANSLATED";
     /// All of them.
-    pub const ALL: [&str; 24] = [
+    pub const ALL: [&str; 35] = [
         POLICIES,
         PEER_CLASSES,
         ALLOWED_PORTS,
@@ -127,6 +155,17 @@ pub mod map_name {
         QUESTION_TIMES,
         EVENTS,
         OBSERVED,
+        UPLINKS,
+        NAT_ADDRESSES,
+        NAT_POOLS,
+        NAT_PORTS,
+        NAT_GUESTS,
+        NAT_SLOTS,
+        NAT_MAPPINGS,
+        NAT_CLAIMS,
+        NAT_FORWARDS,
+        NAT_FRAGMENTS,
+        TRANSLATED,
     ];
 }
 
@@ -146,8 +185,14 @@ pub mod program_name {
     pub const SERVICE_FROM_HOST: &str = "service_from_host";
     /// Translates the answers to them.
     pub const SERVICE_TO_HOST: &str = "service_to_host";
+    /// Translates what guests send, on its way out of an uplink.
+    pub const TO_UPLINK: &str = "to_uplink";
+    /// Gives the port that a guest sends from a port of the uplink's address.
+    pub const CLAIM_PORT: &str = "claim_port";
+    /// Translates what comes from an uplink for guests.
+    pub const FROM_UPLINK: &str = "from_uplink";
     /// All of them.
-    pub const ALL: [&str; 7] = [
+    pub const ALL: [&str; 10] = [
         FROM_GUEST,
         TO_GUEST,
         SERVICE_FROM_GUEST,
@@ -155,6 +200,9 @@ pub mod program_name {
         SERVICE_TO_GUEST,
         SERVICE_FROM_HOST,
         SERVICE_TO_HOST,
+        TO_UPLINK,
+        CLAIM_PORT,
+        FROM_UPLINK,
     ];
 }
 
@@ -166,6 +214,10 @@ pub mod stage {
     pub const FROM_CLIENT: u32 = 1;
     /// [`SERVICE_TO_GUEST`](crate::program_name::SERVICE_TO_GUEST).
     pub const SERVICE_TO_GUEST: u32 = 2;
+    /// [`CLAIM_PORT`](crate::program_name::CLAIM_PORT).
+    pub const CLAIM_PORT: u32 = 3;
+    /// [`TO_UPLINK`](crate::program_name::TO_UPLINK), anew.
+    pub const TO_UPLINK: u32 = 4;
     /// How many there can be.
     pub const COUNT: u32 = 8;
 }

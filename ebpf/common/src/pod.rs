@@ -3,9 +3,11 @@
 use aya::Pod;
 
 use crate::{
-    Bucket, CounterKey, DirectionTallies, Event, FlowKey, FlowState, FragmentKey, FragmentState,
-    GatewayEntry, Limit, Neighbour, NeighbourKey, PeerKey, PolicyEntry, PortKey, RuleKey,
-    ServiceEntry, ServiceKey, StationKey, Tally, Translation, TranslationKey, Workspace,
+    Bucket, CounterKey, DirectionTallies, Event, ExternalKey, FlowKey, FlowState, ForwardKey,
+    ForwardedPort, FragmentKey, FragmentState, GatewayEntry, Limit, Mapping, MappingKey, NatClaim,
+    NatFragment, NatFragmentKey, NatGuest, NatPool, NatSlot, Neighbour, NeighbourKey, PeerKey,
+    PolicyEntry, PortKey, RuleKey, ServiceEntry, ServiceKey, StationKey, Tally, Translation,
+    TranslationKey, UplinkEntry, Workspace,
 };
 
 /// Each type is `repr(C)`, made of integers only, without padding, as the sizes prove.
@@ -24,12 +26,23 @@ pod! {
     CounterKey = 8,
     DirectionTallies = 512,
     Event = 64,
+    ExternalKey = 20,
     FlowKey = 24,
     FlowState = 16,
+    ForwardKey = 8,
+    ForwardedPort = 8,
     FragmentKey = 24,
     FragmentState = 16,
     GatewayEntry = 24,
     Limit = 24,
+    Mapping = 16,
+    MappingKey = 4,
+    NatClaim = 20,
+    NatFragment = 16,
+    NatFragmentKey = 24,
+    NatGuest = 16,
+    NatPool = 24,
+    NatSlot = 32,
     Neighbour = 8,
     NeighbourKey = 20,
     PeerKey = 20,
@@ -42,5 +55,6 @@ pod! {
     Tally = 16,
     Translation = 56,
     TranslationKey = 40,
+    UplinkEntry = 20,
     Workspace = 144,
 }

@@ -11,6 +11,7 @@ use crate::compile::{MAX_ENTRIES, compile};
 use crate::counters::counter_key;
 use crate::error::DatapathError;
 use crate::hook::{self, GUEST_HOOKS, HookChoice, HookMode, Hooks, Target};
+use crate::nat::{Nat, uplinks};
 use crate::object::Object;
 use crate::pin_root::PinRoot;
 use crate::policy::{EgressPolicy, InterfacePolicy, Rule};
@@ -69,6 +70,8 @@ pub struct Datapath {
     pub(crate) max_flows: u32,
     /// Whether interfaces need maps of translations.
     pub(crate) has_services: bool,
+    /// Of uplinks; `None` until someone says what is wanted.
+    pub(crate) nat: Option<Nat>,
     // What this process applied, so that applying it again costs nothing.
     applied: BTreeMap<u32, InterfacePolicy>,
 }
@@ -104,6 +107,7 @@ impl Datapath {
             mode,
             max_flows: config.max_flows,
             has_services: false,
+            nat: None,
             applied: BTreeMap::new(),
         };
         if datapath.read_counters(0, 0)?.is_none() {
@@ -112,6 +116,7 @@ impl Datapath {
         let gone = datapath.collect_garbage()?;
         datapath.adopt_services()?;
         datapath.adopt_gateways()?;
+        datapath.adopt_uplinks()?;
         migration::finish(&mut datapath.root)?;
         if !gone.is_empty() {
             tracing::info!(interfaces = ?gone, "removed the policies of interfaces that are gone");
@@ -267,7 +272,8 @@ impl Datapath {
             datapath.write_entry(ifindex, entry)?;
             let target = target(&policy.name, ifindex, &entry);
             hook::ensure(&mut datapath.object, &datapath.root, target)?;
-            stations::add(&mut datapath.object, ifindex, &entry)
+            stations::add(&mut datapath.object, ifindex, &entry)?;
+            datapath.settle_nat()
         };
         if let Err(error) = attach(self) {
             if let Err(second) = self.forget(ifindex, &entry) {
@@ -305,6 +311,9 @@ impl Datapath {
         self.rule_counters
             .remove_others(&mut self.object, old.slot, Some(policy))?;
         self.remove_tables(old)?;
+        if (old.ipv4, old.ipv6, old.network) != (entry.ipv4, entry.ipv6, entry.network) {
+            self.settle_nat()?;
+        }
         Ok(attached(ifindex, &entry))
     }
 
@@ -413,6 +422,7 @@ impl Datapath {
             None => hook::remove_links(&self.root, ifindex)?,
         }
         stations::remove(&mut self.object, entry, None)?;
+        self.forget_nat(entry.slot)?;
         ignore_missing(self.object.policies.remove(&ifindex))
             .map_err(DatapathError::map("write", map_name::POLICIES))?;
         for direction in [Direction::FromGuest, Direction::ToGuest] {
@@ -431,8 +441,12 @@ impl Datapath {
     fn remove_stray_links(&self) -> Result<(), DatapathError> {
         let entries = entries(&self.object)?;
         let gateways = gateways::entries(&self.object)?;
+        let uplinks = uplinks::entries(&self.object)?;
         for ifindex in self.root.linked_interfaces()? {
-            if !entries.contains_key(&ifindex) && !gateways.contains_key(&ifindex) {
+            let is_known = entries.contains_key(&ifindex)
+                || gateways.contains_key(&ifindex)
+                || uplinks.contains_key(&ifindex);
+            if !is_known {
                 hook::remove_links(&self.root, ifindex)?;
             }
         }

@@ -127,6 +127,14 @@ pub enum DatapathError {
         /// What is wrong with it.
         problem: String,
     },
+    /// Source NAT or a forwarded port contradicts itself or another.
+    #[error("the {what} {problem}")]
+    InvalidNat {
+        /// The network and uplink, or the forwarded port.
+        what: String,
+        /// What is wrong with it.
+        problem: String,
+    },
     /// A map has no room left.
     #[error("the map {map} is full: fewer interfaces or rules fit on one host")]
     Full {

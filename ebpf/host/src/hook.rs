@@ -130,6 +130,18 @@ pub const GATEWAY_HOOKS: [Hook; 2] = [
     },
 ];
 
+/// A host's uplink: what comes in first, so that no answer finds nobody.
+pub const UPLINK_HOOKS: [Hook; 2] = [
+    Hook {
+        program: program_name::FROM_UPLINK,
+        at: TcAttachType::Ingress,
+    },
+    Hook {
+        program: program_name::TO_UPLINK,
+        at: TcAttachType::Egress,
+    },
+];
+
 /// What became of hooks that the interface should have.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Hooks {
@@ -358,10 +370,16 @@ fn detach_clsact(interface: &str, hook: Hook) -> Result<(), String> {
 
 /// Removes the links of an interface that has no policy: a detach was cut short.
 pub fn remove_links(root: &PinRoot, ifindex: u32) -> Result<(), DatapathError> {
-    for hook in GUEST_HOOKS.into_iter().chain(GATEWAY_HOOKS) {
-        pin_root::remove(&root.link(ifindex, hook.program))?;
+    let hooks = GUEST_HOOKS.into_iter().chain(GATEWAY_HOOKS);
+    for hook in hooks.chain(UPLINK_HOOKS) {
+        remove_link(root, ifindex, hook)?;
     }
     Ok(())
+}
+
+/// Removes the link of one hook.
+pub fn remove_link(root: &PinRoot, ifindex: u32, hook: Hook) -> Result<(), DatapathError> {
+    pin_root::remove(&root.link(ifindex, hook.program))
 }
 
 fn hook_error(

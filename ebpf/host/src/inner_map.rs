@@ -1,15 +1,19 @@
 //! Maps that are put into maps of maps.
 
 use std::collections::BTreeMap;
-use std::os::fd::{AsFd as _, FromRawFd as _, OwnedFd};
+use std::os::fd::{AsFd as _, AsRawFd as _, FromRawFd as _, OwnedFd};
+use std::path::Path;
 
-use aya::maps::MapData;
+use aya::maps::{MapData, MapError};
 use aya::programs::SchedClassifier;
+use aya::sys::SyscallError;
 use keelson_ebpf_common::map_name;
 
 use crate::error::DatapathError;
 use crate::object::chain;
 
+/// `BPF_MAP_DELETE_ELEM` of `enum bpf_cmd` (linux/bpf.h).
+const MAP_DELETE_ELEM: libc::c_int = 3;
 /// `BPF_BTF_GET_FD_BY_ID` of `enum bpf_cmd` (linux/bpf.h).
 const BTF_GET_FD_BY_ID: libc::c_int = 19;
 
@@ -35,6 +39,8 @@ impl InnerMaps {
             map_name::OPENING_FLOWS,
             map_name::FRAGMENTS,
             map_name::TRANSLATIONS,
+            map_name::NAT_PORTS,
+            map_name::NAT_MAPPINGS,
         ] {
             let inner = object.maps.get(name).and_then(aya_obj::Map::inner);
             let inner = inner.ok_or_else(|| failed(format!("{name} has none")))?;
@@ -57,6 +63,37 @@ impl InnerMaps {
         definition.set_max_entries(entries.max(1));
         let types = self.types.as_ref().map(|types| types.as_fd());
         MapData::create(definition, name, types).map_err(DatapathError::map("create", name))
+    }
+}
+
+/// Takes the map at `index` out of a pinned array of maps.
+pub fn remove(array: &Path, index: u32) -> Result<(), MapError> {
+    let array = MapData::from_pin(array)?;
+    let descriptor = array.fd().as_fd().as_raw_fd();
+    // The map's descriptor, padding, and where the key is; the kernel takes the rest as zero.
+    let attributes = [
+        u64::from(descriptor.cast_unsigned()),
+        (&raw const index) as u64,
+    ];
+    // SAFETY: the kernel reads the attributes, whose size is given, and the key, which lives through the
+    // call.
+    let result = unsafe {
+        libc::syscall(
+            libc::SYS_bpf,
+            MAP_DELETE_ELEM,
+            attributes.as_ptr(),
+            size_of_val(&attributes),
+        )
+    };
+    let error = std::io::Error::last_os_error();
+    match result {
+        0 => Ok(()),
+        _ if error.raw_os_error() == Some(libc::ENOENT) => Ok(()),
+        _ => Err(SyscallError {
+            call: "bpf_map_delete_elem",
+            io_error: error,
+        }
+        .into()),
     }
 }
 

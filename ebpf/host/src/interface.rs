@@ -1,6 +1,7 @@
 //! Names and indexes of network interfaces in the calling thread's network namespace.
 
 use std::ffi::{CStr, CString};
+use std::os::fd::AsRawFd as _;
 
 use keelson_ebpf_common::NAME_LENGTH;
 
@@ -30,6 +31,27 @@ pub fn name(index: u32) -> Option<String> {
     // SAFETY: the function succeeded and so wrote a zero-terminated string into the buffer.
     let name = unsafe { CStr::from_ptr(buffer.as_ptr()) };
     name.to_str().ok().map(str::to_owned)
+}
+
+/// Whether the interface has Ethernet headers. False if there is none.
+pub fn is_ethernet(name: &str) -> bool {
+    let Ok(socket) = rustix::net::socket(
+        rustix::net::AddressFamily::INET,
+        rustix::net::SocketType::DGRAM,
+        None,
+    ) else {
+        return false;
+    };
+    // SAFETY: all bytes zero are a valid ifreq.
+    let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
+    let length = request.ifr_name.len() - 1;
+    for (to, from) in request.ifr_name.iter_mut().take(length).zip(name.bytes()) {
+        *to = from.cast_signed();
+    }
+    // SAFETY: SIOCGIFHWADDR reads and writes one ifreq, which lives through the call.
+    let result = unsafe { libc::ioctl(socket.as_raw_fd(), libc::SIOCGIFHWADDR, &raw mut request) };
+    // SAFETY: the call succeeded and so wrote this member.
+    result == 0 && unsafe { request.ifr_ifru.ifru_hwaddr.sa_family } == libc::ARPHRD_ETHER
 }
 
 /// `name` as policy entries hold it; longer names don't exist.

@@ -11,8 +11,9 @@ use aya::programs::{ProgramError, SchedClassifier};
 use aya::util::KernelVersion;
 use aya::{Ebpf, EbpfError, EbpfLoader};
 use keelson_ebpf_common::{
-    Bucket, CounterKey, DirectionTallies, GatewayEntry, Limit, Neighbour, NeighbourKey, PeerKey,
-    PolicyEntry, PortKey, RuleKey, ServiceEntry, ServiceKey, StationKey, Tally, map_name,
+    Address, Bucket, CounterKey, DirectionTallies, ExternalKey, ForwardKey, ForwardedPort,
+    GatewayEntry, Limit, NatGuest, NatPool, NatSlot, Neighbour, NeighbourKey, PeerKey, PolicyEntry,
+    PortKey, RuleKey, ServiceEntry, ServiceKey, StationKey, Tally, UplinkEntry, map_name,
     program_name, stage,
 };
 
@@ -46,6 +47,15 @@ pub struct Object {
     pub gateways: HashMap<MapData, u32, GatewayEntry>,
     pub stations: HashMap<MapData, StationKey, u32>,
     pub neighbours: HashMap<MapData, NeighbourKey, Neighbour>,
+    pub uplinks: HashMap<MapData, u32, UplinkEntry>,
+    pub nat_addresses: HashMap<MapData, ExternalKey, u32>,
+    pub nat_pools: Array<MapData, NatPool>,
+    pub nat_ports: ArrayOfMaps<MapData>,
+    pub nat_guests: HashMap<MapData, Address, NatGuest>,
+    pub nat_slots: Array<MapData, NatSlot>,
+    pub nat_mappings: ArrayOfMaps<MapData>,
+    pub nat_forwards: HashMap<MapData, ForwardKey, ForwardedPort>,
+    pub translated: PerCpuArray<MapData, Tally>,
     pub passed: PerCpuArray<MapData, Tally>,
     pub dropped: PerCpuHashMap<MapData, CounterKey, DirectionTallies>,
     pub allowed: PerCpuHashMap<MapData, RuleKey, Tally>,
@@ -88,6 +98,15 @@ impl Object {
             gateways: take(&mut ebpf, map_name::GATEWAYS)?,
             stations: take(&mut ebpf, map_name::STATIONS)?,
             neighbours: take(&mut ebpf, map_name::NEIGHBOURS)?,
+            uplinks: take(&mut ebpf, map_name::UPLINKS)?,
+            nat_addresses: take(&mut ebpf, map_name::NAT_ADDRESSES)?,
+            nat_pools: take(&mut ebpf, map_name::NAT_POOLS)?,
+            nat_ports: take(&mut ebpf, map_name::NAT_PORTS)?,
+            nat_guests: take(&mut ebpf, map_name::NAT_GUESTS)?,
+            nat_slots: take(&mut ebpf, map_name::NAT_SLOTS)?,
+            nat_mappings: take(&mut ebpf, map_name::NAT_MAPPINGS)?,
+            nat_forwards: take(&mut ebpf, map_name::NAT_FORWARDS)?,
+            translated: take(&mut ebpf, map_name::TRANSLATED)?,
             passed: take(&mut ebpf, map_name::PASSED)?,
             dropped: take(&mut ebpf, map_name::DROPPED)?,
             allowed: take(&mut ebpf, map_name::ALLOWED)?,
@@ -127,6 +146,8 @@ fn set_stages(ebpf: &mut Ebpf) -> Result<(), DatapathError> {
         (stage::SERVICE_FROM_GUEST, program_name::SERVICE_FROM_GUEST),
         (stage::FROM_CLIENT, program_name::FROM_CLIENT),
         (stage::SERVICE_TO_GUEST, program_name::SERVICE_TO_GUEST),
+        (stage::CLAIM_PORT, program_name::CLAIM_PORT),
+        (stage::TO_UPLINK, program_name::TO_UPLINK),
     ] {
         let program = program(ebpf, name)?.fd();
         let program = program.map_err(|error| program_error(name, &error))?;

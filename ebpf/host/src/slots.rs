@@ -1,7 +1,7 @@
 //! What each attached interface has of its own in the maps that hold one element or one map per
 //! interface: its flows, its fragments, its count of passed packets.
 
-use aya::maps::{MapData, PerCpuValues};
+use aya::maps::{ArrayOfMaps, MapData, PerCpuValues};
 use keelson_ebpf_common::{Direction, SLOTS, Tally, map_name, passed_index};
 
 use crate::error::DatapathError;
@@ -50,10 +50,29 @@ pub fn fill(object: &mut Object, slot: u32, max_flows: u32) -> Result<(), Datapa
 /// Gives the memory of a slot's maps back. After no policy refers to it any more.
 pub fn empty(object: &mut Object, slot: u32) -> Result<(), DatapathError> {
     set_maps(object, slot, 1, 1, 1)?;
-    match translations(object, slot) {
-        0 => Ok(()),
-        _ => set_translations(object, slot, 1),
+    if translations(object, slot) > 0 {
+        set_translations(object, slot, 1)?;
     }
+    match capacity(&object.nat_mappings, slot) {
+        0 => Ok(()),
+        _ => set_mappings(object, slot, 1),
+    }
+}
+
+/// Gives a slot a map of this many external ports, unless it has one.
+pub fn ensure_mappings(object: &mut Object, slot: u32, limit: u32) -> Result<(), DatapathError> {
+    if capacity(&object.nat_mappings, slot) == limit {
+        return Ok(());
+    }
+    set_mappings(object, slot, limit)
+}
+
+fn set_mappings(object: &mut Object, slot: u32, limit: u32) -> Result<(), DatapathError> {
+    let mappings = object.inner.create(map_name::NAT_MAPPINGS, limit)?;
+    object
+        .nat_mappings
+        .set(slot, &mappings, 0)
+        .map_err(DatapathError::map("write", map_name::NAT_MAPPINGS))
 }
 
 /// Gives a slot a map of the translations of services, unless it has one. Two for each flow, and not
@@ -71,7 +90,12 @@ pub fn ensure_translations(
 
 /// How many translations a slot has room for; zero where it has no map of them.
 fn translations(object: &Object, slot: u32) -> u32 {
-    let map = object.translations.get(&slot, 0);
+    capacity(&object.translations, slot)
+}
+
+/// How much a slot's map has room for; zero where it has none.
+fn capacity(maps: &ArrayOfMaps<MapData>, slot: u32) -> u32 {
+    let map = maps.get(&slot, 0);
     let info = map.ok().and_then(|map: MapData| map.info().ok());
     info.map_or(0, |info| info.max_entries())
 }

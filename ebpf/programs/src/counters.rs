@@ -7,7 +7,7 @@ use keelson_ebpf_common::{
     CounterKey, Direction, DropReason, REASON_SLOTS, RuleKey, UNCOUNTED, passed_index,
 };
 
-use crate::maps::{ALLOWED, DROPPED, PASSED};
+use crate::maps::{ALLOWED, DROPPED, PASSED, TRANSLATED};
 
 /// Adds a packet of `length` bytes that goes on.
 #[inline(always)]
@@ -16,6 +16,18 @@ pub fn count_passed(slot: u32, direction: Direction, length: u32) {
         return;
     };
     // SAFETY: the map is per CPU and the tc hooks run with preemption off: no one else writes.
+    let tally = unsafe { &mut *tally };
+    tally.packets += 1;
+    tally.bytes += u64::from(length);
+}
+
+/// Adds a packet of `length` bytes that was translated at an uplink.
+#[inline(always)]
+pub fn count_translated(pool: u32, direction: Direction, length: u32) {
+    let Some(tally) = TRANSLATED.get_ptr_mut(passed_index(pool, direction)) else {
+        return;
+    };
+    // SAFETY: see `count_passed`.
     let tally = unsafe { &mut *tally };
     tally.packets += 1;
     tally.bytes += u64::from(length);

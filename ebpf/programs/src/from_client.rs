@@ -38,7 +38,13 @@ pub fn translate(packet: &TcContext, policy: &PolicyEntry) -> Result<Passed, Dro
     work.destination_port = u16::from_be_bytes([c, d]);
     work.flags = found.translation.flags.into();
     if found.is_error {
-        translate::error(packet, &ip, found.translation.source, found.translation)?;
+        translate::error(
+            packet,
+            &ip,
+            found.translation.source,
+            found.translation,
+            false,
+        )?;
     } else {
         translate::packet(packet, &ip, found.translation)?;
     }
@@ -152,7 +158,7 @@ pub fn rewrite_answer(
         } else {
             ip.source
         };
-        translate::error(packet, ip, source, found.translation)?;
+        translate::error(packet, ip, source, found.translation, false)?;
     } else {
         translate::packet(packet, ip, found.translation)?;
     }

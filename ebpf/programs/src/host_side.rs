@@ -54,7 +54,13 @@ pub fn from_host(packet: &TcContext, gateway: &GatewayEntry) -> Result<Passed, D
     };
     let found = services::forward(packet, &ip, scope, services::workspace()?)?;
     if found.is_error {
-        translate::error(packet, &ip, found.translation.source, found.translation)?;
+        translate::error(
+            packet,
+            &ip,
+            found.translation.source,
+            found.translation,
+            false,
+        )?;
     } else {
         translate::packet(packet, &ip, found.translation)?;
     }

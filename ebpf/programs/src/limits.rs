@@ -4,8 +4,6 @@
 //! CPUs share a bucket: what is charged is never lost, so that the average is exact. They look before
 //! they charge, so that each of them may let one packet more into a burst.
 
-use core::arch::asm;
-
 use aya_ebpf::helpers::generated::bpf_ktime_get_ns;
 use aya_ebpf::programs::TcContext;
 use keelson_ebpf_common::{
@@ -13,6 +11,7 @@ use keelson_ebpf_common::{
     passed_index,
 };
 
+use crate::atomic::{compare_exchange, fetch_add};
 use crate::maps::{BUCKETS, LIMITS};
 
 /// How often a charge is tried again that another CPU came before.
@@ -100,29 +99,4 @@ fn add(paid: *mut u64, now: u64, cost: u64) {
     // Others charge at this moment, so that it is ahead of now: nothing but the cost is to be added.
     // SAFETY: see `charge`.
     unsafe { fetch_add(paid, cost) };
-}
-
-/// Puts `new` where `before` is; returns what was there.
-#[inline(always)]
-unsafe fn compare_exchange(at: *mut u64, before: u64, new: u64) -> u64 {
-    let found;
-    // SAFETY: the caller has a word of a map's value. Rust has no atomics for this target; the
-    // instruction is there since Linux 5.12.
-    unsafe {
-        asm!(
-            "r0 = cmpxchg_64({at} + 0, r0, {new})",
-            at = in(reg) at,
-            new = in(reg) new,
-            inout("r0") before => found,
-        );
-    }
-    found
-}
-
-#[inline(always)]
-unsafe fn fetch_add(at: *mut u64, more: u64) {
-    // SAFETY: see `compare_exchange`.
-    unsafe {
-        asm!("lock *(u64 *)({at} + 0) += {more}", at = in(reg) at, more = in(reg) more);
-    }
 }

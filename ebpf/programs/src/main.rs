@@ -7,10 +7,14 @@
 //! What belongs to a service, other programs go on with: `service_from_guest` and then `from_client`
 //! with what goes to it, `service_to_guest` with what answers. `service_from_host` and
 //! `service_to_host` do the same for the host, at the hooks of a network's bridge.
+//!
+//! `to_uplink` and `from_uplink` run at the egress and ingress hooks of the devices by which guests reach
+//! the outside, and translate addresses.
 #![no_std]
 #![no_main]
 #![feature(asm_experimental_arch)]
 
+mod atomic;
 mod capture;
 mod counters;
 mod events;
@@ -22,6 +26,7 @@ mod from_guest;
 mod host_side;
 mod ip;
 mod limits;
+mod mappings;
 mod maps;
 mod neighbour_discovery;
 mod questions;
@@ -31,12 +36,15 @@ mod stations;
 mod to_guest;
 mod translate;
 mod transport;
+mod uplink;
 
 use aya_ebpf::bindings::{TC_ACT_SHOT, TC_ACT_UNSPEC};
 use aya_ebpf::helpers::generated::bpf_redirect;
 use aya_ebpf::macros::classifier;
 use aya_ebpf::programs::TcContext;
 use keelson_ebpf_common::{Direction, DropReason, NOT_DROPPED, PolicyEntry, happening};
+
+use crate::mappings::Refused;
 
 /// `BPF_F_INGRESS` of `bpf_redirect`.
 const BACK: u64 = 1;
@@ -103,6 +111,47 @@ pub fn service_from_host(packet: TcContext) -> i32 {
 pub fn service_to_host(packet: TcContext) -> i32 {
     // What can't be read is no service's, and for the host to refuse.
     host_side::to_host(&packet).map_or(TC_ACT_UNSPEC, pass)
+}
+
+/// Translates a packet that leaves by an uplink.
+#[classifier]
+pub fn to_uplink(packet: TcContext) -> i32 {
+    let length = packet.len();
+    match uplink::to_uplink(&packet) {
+        Ok(None) => {}
+        Ok(Some(translated)) => {
+            counters::count_translated(translated.pool, Direction::FromGuest, length);
+        }
+        Err(refused) => return refuse(&packet, &refused),
+    }
+    TC_ACT_UNSPEC
+}
+
+/// Gives the port that a guest sends from an external one.
+#[classifier]
+pub fn claim_port(packet: TcContext) -> i32 {
+    match mappings::claim(&packet) {
+        None => TC_ACT_SHOT,
+        Some(refused) => refuse(&packet, &refused),
+    }
+}
+
+/// Drops what a guest sent to an uplink; its interface's counters say so.
+#[inline(always)]
+fn refuse(packet: &TcContext, refused: &Refused) -> i32 {
+    let direction = Direction::FromGuest;
+    counters::count_dropped(refused.ifindex, direction, packet.len(), refused.reason);
+    TC_ACT_SHOT
+}
+
+/// Translates a packet that comes from an uplink.
+#[classifier]
+pub fn from_uplink(packet: TcContext) -> i32 {
+    let length = packet.len();
+    if let Some(translated) = uplink::from_uplink(&packet) {
+        counters::count_translated(translated.pool, Direction::ToGuest, length);
+    }
+    TC_ACT_UNSPEC
 }
 
 /// Runs `decide` with the interface's policy, counts what it says, and does it.

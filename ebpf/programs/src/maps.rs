@@ -3,12 +3,17 @@
 use aya_ebpf::bindings::BPF_F_NO_PREALLOC;
 use aya_ebpf::btf_maps::{self, ArrayOfMaps};
 use aya_ebpf::macros::{btf_map, map};
-use aya_ebpf::maps::{Array, HashMap, LpmTrie, PerCpuArray, PerCpuHashMap, ProgramArray, RingBuf};
+use aya_ebpf::maps::{
+    Array, HashMap, LpmTrie, LruHashMap, PerCpuArray, PerCpuHashMap, ProgramArray, RingBuf,
+};
 use keelson_ebpf_common::{
-    Bucket, CAPTURED_BYTES, CaptureRecord, CounterKey, DirectionTallies, EVENTS_BYTES, FlowKey,
-    FlowState, FragmentKey, FragmentState, GatewayEntry, Limit, Neighbour, NeighbourKey, PeerKey,
-    PolicyEntry, PortKey, QUESTIONS_BYTES, RuleKey, SERVICES as SERVICE_COUNT, SLOTS, ServiceEntry,
-    ServiceKey, StationKey, Tally, Translation, TranslationKey, Workspace, stage,
+    Address, Bucket, CAPTURED_BYTES, CaptureRecord, CounterKey, DirectionTallies, EVENTS_BYTES,
+    ExternalKey, FlowKey, FlowState, ForwardKey, ForwardedPort, FragmentKey, FragmentState,
+    GatewayEntry, Limit, Mapping, MappingKey, NAT_FRAGMENTS as NAT_FRAGMENT_COUNT,
+    NAT_POOLS as POOL_COUNT, NatClaim, NatFragment, NatFragmentKey, NatGuest, NatPool, NatSlot,
+    Neighbour, NeighbourKey, POOL_PORTS, PORT_FORWARDS, PeerKey, PolicyEntry, PortKey,
+    QUESTIONS_BYTES, RuleKey, SERVICES as SERVICE_COUNT, SLOTS, ServiceEntry, ServiceKey,
+    StationKey, Tally, Translation, TranslationKey, UplinkEntry, Workspace, stage,
 };
 
 /// Interface index → what the programs enforce there.
@@ -123,3 +128,57 @@ pub static EVENTS: RingBuf = RingBuf::with_byte_size(EVENTS_BYTES, 0);
 /// Which kinds of events someone waits for.
 #[map]
 pub static OBSERVED: Array<u32> = Array::with_max_entries(1, 0);
+
+/// Interface index of an uplink → how the host attached the programs there; for the host.
+#[map]
+pub static UPLINKS: HashMap<u32, UplinkEntry> = HashMap::with_max_entries(POOL_COUNT, 0);
+
+/// Uplink and address → the address's place in `NAT_POOLS`.
+#[map]
+pub static NAT_ADDRESSES: HashMap<ExternalKey, u32> = HashMap::with_max_entries(POOL_COUNT, 0);
+
+/// External addresses, with the ports that guests get of them.
+#[map]
+pub static NAT_POOLS: Array<NatPool> = Array::with_max_entries(POOL_COUNT, 0);
+
+/// Who has the ports of one external address.
+pub type Ports = btf_maps::Array<u64, { POOL_PORTS as usize }>;
+
+/// Place in `NAT_POOLS` → the ports of that address.
+#[btf_map]
+pub static NAT_PORTS: ArrayOfMaps<Ports, { POOL_COUNT as usize }> = ArrayOfMaps::new();
+
+/// A guest's address → what its packets get at an uplink.
+#[map]
+pub static NAT_GUESTS: HashMap<Address, NatGuest> =
+    HashMap::with_max_entries(2 * SLOTS, BPF_F_NO_PREALLOC);
+
+/// Slot → the addresses of the interface that has it.
+#[map]
+pub static NAT_SLOTS: Array<NatSlot> = Array::with_max_entries(SLOTS, 0);
+
+/// External ports of one interface. The host makes them, as many as it wants; the least recently used
+/// go first.
+pub type Mappings = btf_maps::LruHashMap<MappingKey, Mapping, 1>;
+
+/// Slot → the interface's external ports.
+#[btf_map]
+pub static NAT_MAPPINGS: ArrayOfMaps<Mappings, { SLOTS as usize }> = ArrayOfMaps::new();
+
+/// The port that a CPU is looking for an external one for.
+#[map]
+pub static NAT_CLAIMS: PerCpuArray<NatClaim> = PerCpuArray::with_max_entries(1, 0);
+
+/// A guest's port → the external one that is forwarded to it.
+#[map]
+pub static NAT_FORWARDS: HashMap<ForwardKey, ForwardedPort> =
+    HashMap::with_max_entries(PORT_FORWARDS, BPF_F_NO_PREALLOC);
+
+/// Fragmented datagrams to external addresses whose first fragment came.
+#[map]
+pub static NAT_FRAGMENTS: LruHashMap<NatFragmentKey, NatFragment> =
+    LruHashMap::with_max_entries(NAT_FRAGMENT_COUNT, 0);
+
+/// External address and direction → what was translated.
+#[map]
+pub static TRANSLATED: PerCpuArray<Tally> = PerCpuArray::with_max_entries(2 * POOL_COUNT, 0);

@@ -1,4 +1,4 @@
-//! Gives packets of services their other ends, with checksums right whoever completes them: what the
+//! Gives packets of services and of source NAT their other ends, with checksums right whoever completes them: what the
 //! kernel or a device still has to sum up stays so, and segmentation offloads are left as they are.
 //! Uses no maps.
 
@@ -9,7 +9,7 @@ use network_types::eth::EthHdr;
 use network_types::ip::Ipv4Hdr;
 
 use crate::frame::read;
-use crate::ip::{Ip, protocol};
+use crate::ip::{IPV6_LEN, Ip, protocol};
 
 /// `BPF_F_RECOMPUTE_CSUM`: of IPv6 no header sum makes up for other addresses, where a device has summed
 /// up the whole packet.
@@ -22,6 +22,8 @@ const PSEUDO_HEADER: u64 = 1 << 4;
 const ZERO_IS_NONE: u64 = 1 << 5;
 /// Size of what changes, for a sum of words.
 const WORD: u64 = 4;
+/// As [`WORD`], of half a word.
+const HALF_WORD: u64 = 2;
 
 const IPV4_CHECKSUM: usize = 10;
 const IPV4_SOURCE: usize = 12;
@@ -30,6 +32,7 @@ const TCP_CHECKSUM: usize = 16;
 const UDP_CHECKSUM: usize = 6;
 const ICMP_CHECKSUM: usize = 2;
 const ICMP_LEN: usize = 8;
+const ECHO_IDENTIFIER: usize = 4;
 
 /// Gives a packet, or a fragment of one, the ends of `translation`.
 #[inline(always)]
@@ -40,6 +43,7 @@ pub fn packet(frame: &TcContext, ip: &Ip, translation: &Translation) -> Result<(
     }
     let (at, flags) = match ip.protocol {
         protocol::TCP => (ip.offset + TCP_CHECKSUM, 0),
+        protocol::ICMP | protocol::ICMPV6 => return echo(frame, ip, change, translation),
         _ => (ip.offset + UDP_CHECKSUM, ZERO_IS_NONE),
     };
     let old = ip.first[0];
@@ -51,14 +55,39 @@ pub fn packet(frame: &TcContext, ip: &Ip, translation: &Translation) -> Result<(
         .map_err(|_| DropReason::Malformed)
 }
 
+/// Gives an ICMP echo, whose addresses changed a sum by `change`, an identifier.
+#[inline(always)]
+fn echo(
+    frame: &TcContext,
+    ip: &Ip,
+    change: u64,
+    translation: &Translation,
+) -> Result<(), DropReason> {
+    let sum = ip.offset + ICMP_CHECKSUM;
+    let old = ip.first[1];
+    let [_, _, c, d] = old.to_ne_bytes();
+    let [a, b] = translation.source_port.to_be_bytes();
+    let new = u32::from_ne_bytes([a, b, c, d]);
+    if ip.is_ipv6 {
+        frame
+            .l4_csum_replace(sum, 0, change, PSEUDO_HEADER)
+            .map_err(|_| DropReason::Malformed)?;
+    }
+    frame
+        .l4_csum_replace(sum, old.into(), new.into(), WORD)
+        .and_then(|()| frame.store(ip.offset + ECHO_IDENTIFIER, &new, INVALIDATE_HASH))
+        .map_err(|_| DropReason::Malformed)
+}
+
 /// Gives an ICMP error the source `source` and the destination of `translation`, and the packet that
-/// it quotes, which went the other way, the same ends.
+/// it quotes, an ICMP echo or not, which went the other way, the same ends.
 #[inline(always)]
 pub fn error(
     frame: &TcContext,
     ip: &Ip,
     source: Address,
     translation: &Translation,
+    is_echo: bool,
 ) -> Result<(), DropReason> {
     let change = addresses(frame, ip, source, translation.destination)?;
     let sum = ip.offset + ICMP_CHECKSUM;
@@ -66,20 +95,36 @@ pub fn error(
         frame
             .l4_csum_replace(sum, 0, change, PSEUDO_HEADER)
             .map_err(|_| DropReason::Malformed)?;
-        quoted_ipv6(frame, ip, translation)
+        quoted_ipv6(frame, ip, translation, is_echo)?;
     } else {
-        quoted_ipv4(frame, ip, translation)
+        quoted_ipv4(frame, ip, translation, is_echo)?;
     }
+    if !is_echo {
+        return Ok(());
+    }
+    let header = if ip.is_ipv6 { IPV6_LEN } else { Ipv4Hdr::LEN };
+    let at = ip.offset + ICMP_LEN + header + ECHO_IDENTIFIER;
+    let [old]: [u16; 1] = read(frame, at)?;
+    let new = translation.destination_port.to_be();
+    frame
+        .l4_csum_replace(sum, old.into(), new.into(), HALF_WORD)
+        .and_then(|()| frame.store(at, &new, 0))
+        .map_err(|_| DropReason::Malformed)
 }
 
 /// Of the quoted packet, the IP header and the ports: the four bytes behind them are left alone, for
 /// whoever gets the error doesn't look at them.
 #[inline(always)]
-fn quoted_ipv4(frame: &TcContext, ip: &Ip, translation: &Translation) -> Result<(), DropReason> {
+fn quoted_ipv4(
+    frame: &TcContext,
+    ip: &Ip,
+    translation: &Translation,
+    is_echo: bool,
+) -> Result<(), DropReason> {
     let at = ip.offset + ICMP_LEN;
     let [from, to] = [translation.destination[3], translation.source[3]];
-    let ports = port_word(translation.destination_port, translation.source_port);
     let mut old: [u32; 3] = read(frame, at + IPV4_SOURCE)?;
+    let ports = quoted_ports(translation, is_echo, old[2]);
     let mut new = [from, to, ports];
     let change = difference(&mut old, &mut new);
     let mut old_ends = [old[0], old[1]];
@@ -94,23 +139,37 @@ fn quoted_ipv4(frame: &TcContext, ip: &Ip, translation: &Translation) -> Result<
         .map_err(|_| DropReason::Malformed)?;
     let [new_sum]: [u16; 1] = read(frame, at + IPV4_CHECKSUM)?;
     frame
-        .l4_csum_replace(sum, old_sum.into(), new_sum.into(), 2)
+        .l4_csum_replace(sum, old_sum.into(), new_sum.into(), HALF_WORD)
         .map_err(|_| DropReason::Malformed)
 }
 
 #[inline(always)]
-fn quoted_ipv6(frame: &TcContext, ip: &Ip, translation: &Translation) -> Result<(), DropReason> {
+fn quoted_ipv6(
+    frame: &TcContext,
+    ip: &Ip,
+    translation: &Translation,
+    is_echo: bool,
+) -> Result<(), DropReason> {
     let at = ip.offset + ICMP_LEN + IPV6_SOURCE;
     let [a, b, c, d] = translation.destination;
     let [e, f, g, h] = translation.source;
-    let ports = port_word(translation.destination_port, translation.source_port);
     let mut old: [u32; 9] = read(frame, at)?;
+    let ports = quoted_ports(translation, is_echo, old[8]);
     let mut new = [a, b, c, d, e, f, g, h, ports];
     let change = difference(&mut old, &mut new);
     frame
         .store(at, &new, INVALIDATE_HASH)
         .and_then(|()| frame.l4_csum_replace(ip.offset + ICMP_CHECKSUM, 0, change, 0))
         .map_err(|_| DropReason::Malformed)
+}
+
+/// What the first word behind the quoted IP header becomes: ports, or the same type and code as `before`.
+#[inline(always)]
+fn quoted_ports(translation: &Translation, is_echo: bool, before: u32) -> u32 {
+    if is_echo {
+        return before;
+    }
+    port_word(translation.destination_port, translation.source_port)
 }
 
 /// Writes the addresses of the IP header; returns by what they change a sum over them.

@@ -170,7 +170,7 @@ pub fn icmp(ends: Ends, icmp_type: u8, code: u8, rest: &[u8]) -> Vec<u8> {
 }
 
 /// The internet checksum (RFC 1071) of parts that each have an even length but for the last.
-fn checksum(parts: &[&[u8]]) -> u16 {
+pub fn checksum(parts: &[&[u8]]) -> u16 {
     let mut sum: u32 = 0;
     for part in parts {
         for pair in part.chunks(2) {

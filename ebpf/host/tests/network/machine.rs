@@ -48,13 +48,24 @@ impl Machine {
     /// A machine that the host routes for.
     pub fn outside(number: u8) -> Self {
         let machine = Self::linked(number, 99, 24);
-        ip(&format!("addr add 10.99.0.1/24 dev {}", machine.name));
-        ip(&format!("addr add fd99::1/64 dev {} nodad", machine.name));
-        machine.up();
+        machine.join_outside();
         for file in ["ipv4/ip_forward", "ipv6/conf/all/forwarding"] {
             std::fs::write(format!("/proc/sys/net/{file}"), "1").expect("the host forwards");
         }
         machine
+    }
+
+    /// Links an outside machine again, after its link was deleted.
+    pub fn relink(&self) {
+        let thread = self.run(|| rustix::thread::gettid().as_raw_nonzero());
+        self.link(thread.get(), 99, 24);
+        self.join_outside();
+    }
+
+    fn join_outside(&self) {
+        ip(&format!("addr add 10.99.0.1/24 dev {}", self.name));
+        ip(&format!("addr add fd99::1/64 dev {} nodad", self.name));
+        self.up();
     }
 
     fn linked(number: u8, network: u8, prefix: u8) -> Self {
@@ -80,12 +91,17 @@ impl Machine {
                 .expect("valid"),
             work,
         };
-        let (name, mac) = (&machine.name, machine.mac);
+        machine.link(thread.get(), network, prefix);
+        machine
+    }
+
+    fn link(&self, thread: i32, network: u8, prefix: u8) {
+        let (name, mac) = (&self.name, self.mac);
         ip(&format!(
             "link add {name} type veth peer name eth0 address {mac} netns {thread}"
         ));
-        let (ipv4, ipv6) = (machine.ipv4, machine.ipv6);
-        machine.run(move || {
+        let (ipv4, ipv6) = (self.ipv4, self.ipv6);
+        self.run(move || {
             ip("link set lo up");
             ip(&format!("addr add {ipv4}/{prefix} dev eth0"));
             ip(&format!("addr add {ipv6}/64 dev eth0 nodad"));
@@ -93,7 +109,6 @@ impl Machine {
             ip(&format!("route add default via 10.{network}.0.1"));
             ip(&format!("-6 route add default via fd{network}::1"));
         });
-        machine
     }
 
     /// Brings up the host's end of its link.

@@ -4,6 +4,7 @@
 
 pub mod frames;
 pub mod machine;
+pub mod uplink;
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read, Write};

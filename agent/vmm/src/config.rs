@@ -131,6 +131,11 @@ pub struct MemoryConfig {
     /// The host's NUMA node that all of the memory is taken from, 0 to 1023.
     #[serde(default)]
     pub numa_node: Option<u16>,
+    /// Whether other processes can map the memory, as disks' backends must; by default if the guest
+    /// starts with disks. Memory of the guest's own process alone is had in huge pages where the host
+    /// lets processes ask for these.
+    #[serde(default)]
+    pub shared: Option<bool>,
 }
 
 /// A page size of the host's hugetlb pool.
@@ -283,6 +288,11 @@ impl GuestConfig {
         Ok(config)
     }
 
+    /// Whether the guest's memory is shared with disks' backends.
+    pub fn shares_memory(&self) -> bool {
+        self.memory.shared.unwrap_or(!self.disks.is_empty())
+    }
+
     /// Checks every field's range, and that identities are unique.
     pub fn validate(&self) -> Result<(), ConfigError> {
         check_name("name", &self.name)?;
@@ -313,6 +323,10 @@ impl GuestConfig {
         }
         if let Some(vsock) = &self.vsock {
             vsock.validate()?;
+        }
+        if !self.disks.is_empty() && !self.shares_memory() {
+            let message = "disks' backends need shared memory: leave it out, or set it to true";
+            return Err(field("memory.shared", message.to_owned()));
         }
         let mut unique = Unique::default();
         for (index, disk) in self.disks.iter().enumerate() {

@@ -59,9 +59,13 @@ pub fn template(kvm: &Kvm, model: CpuTemplate) -> Result<CpuId, VmmError> {
     })
 }
 
-/// Checks that this host has what the CPUID of a guest from another one promises.
-pub fn check_host(kvm: &Kvm, guest: &[kvm_cpuid_entry2]) -> Result<(), SnapshotError> {
-    let host = template(kvm, CpuTemplate::Host).map_err(|e| SnapshotError::Host(e.to_string()))?;
+/// What this host offers, for [`check_host`].
+pub fn offered(kvm: &Kvm) -> Result<CpuId, SnapshotError> {
+    template(kvm, CpuTemplate::Host).map_err(|e| SnapshotError::Host(e.to_string()))
+}
+
+/// Checks that a host that offers `host` has what the CPUID of a guest from another one promises.
+pub fn check_host(host: &CpuId, guest: &[kvm_cpuid_entry2]) -> Result<(), SnapshotError> {
     let missing = |leaf: u32, index: u32, register: &str, bits: u32| {
         SnapshotError::Host(format!(
             "its processor lacks features that the guest uses: CPUID leaf {leaf:#x}.{index}, \

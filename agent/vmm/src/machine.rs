@@ -136,7 +136,7 @@ impl Machine {
         config: &GuestConfig,
         reporters: &Reporters,
     ) -> Result<Self, VmmError> {
-        let memory = memory::allocate(&config.memory)?;
+        let memory = memory::allocate(&config.memory, config.shares_memory())?;
         let board = Board::assemble(host, config, memory, &Start::default(), reporters)?;
         let topology = config.cpu.topology(config.vcpus);
         let acpi = AcpiConfig {

@@ -13,7 +13,9 @@ use keelson_vmm::isolation::JailUser;
 use keelson_vmm::isolation::seccomp::Mode;
 use keelson_vmm::isolation::supervisor::{self, Role};
 use keelson_vmm::snapshot::Snapshot;
-use tracing_subscriber::EnvFilter;
+use tracing_subscriber::filter::Targets;
+use tracing_subscriber::layer::SubscriberExt;
+use tracing_subscriber::util::SubscriberInitExt;
 
 /// Runs one guest on /dev/kvm.
 ///
@@ -67,7 +69,7 @@ struct RunArguments {
     /// What becomes of a system call that the thread has no need for.
     #[arg(long, value_enum, default_value = "enforce")]
     seccomp: Mode,
-    /// What to log to stderr: `warn`, or `keelson_vmm=debug`, as RUST_LOG.
+    /// What to log to stderr: `warn`, or `info,keelson_vmm=debug`.
     #[arg(long, value_name = "FILTER", default_value = "info")]
     log_level: String,
 }
@@ -81,13 +83,15 @@ fn main() -> ExitCode {
         };
     }
     let arguments = arguments.run;
-    let filter = match EnvFilter::try_new(&arguments.log_level) {
+    // Without filters by spans and fields, whose regular expressions would be much of the program.
+    let filter: Targets = match arguments.log_level.parse() {
         Ok(filter) => filter,
         Err(e) => return fail(2, &format!("--log-level {}: {e}", arguments.log_level)),
     };
-    tracing_subscriber::fmt()
-        .with_env_filter(filter)
-        .with_writer(std::io::stderr)
+    let output = tracing_subscriber::fmt::layer().with_writer(std::io::stderr);
+    tracing_subscriber::registry()
+        .with(output)
+        .with(filter)
         .init();
     let result = launch(arguments).and_then(|launch| {
         if launch.jail.is_none() {

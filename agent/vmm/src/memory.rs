@@ -1,6 +1,6 @@
-//! Guest memory: one shared memfd, so that vhost-user backends can map it; or, for a restored guest
-//! without such backends, a private mapping of the snapshot's file, of which only what is touched is
-//! read.
+//! Guest memory: one shared memfd, so that vhost-user backends can map it. Without such backends it is
+//! this process's own: anonymous, so that the host may back it by transparent huge pages, or, for a
+//! restored guest, a private mapping of the snapshot's file, of which only what is touched is read.
 
 use std::fs::File;
 use std::io;
@@ -85,22 +85,27 @@ pub enum MemoryError {
     },
 }
 
-/// Allocates the guest's memory, all zero.
-pub fn allocate(config: &MemoryConfig) -> Result<GuestMemory, MemoryError> {
-    // Without MAP_NORESERVE, so that a mapping of hugepages fails here and not by SIGBUS when the
-    // guest touches a page that the pool doesn't have.
-    map(config, create_memfd(config)?, libc::MAP_SHARED)
+/// Allocates the guest's memory, all zero: shared, so that other processes can map it, or this process's
+/// own.
+pub fn allocate(config: &MemoryConfig, shared: bool) -> Result<GuestMemory, MemoryError> {
+    if shared || config.hugepages.is_some() {
+        // Without MAP_NORESERVE, so that a mapping of hugepages fails here and not by SIGBUS when the
+        // guest touches a page that the pool doesn't have.
+        return map(config, Some(create_memfd(config)?), libc::MAP_SHARED);
+    }
+    let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
+    map(config, None, flags)
 }
 
 /// Maps a file of the memory's size so that writes stay this process's own, and pages are read
 /// when they are touched.
 pub fn map_private(config: &MemoryConfig, file: File) -> Result<GuestMemory, MemoryError> {
-    map(config, file, libc::MAP_PRIVATE | libc::MAP_NORESERVE)
+    map(config, Some(file), libc::MAP_PRIVATE | libc::MAP_NORESERVE)
 }
 
-fn map(config: &MemoryConfig, file: File, flags: i32) -> Result<GuestMemory, MemoryError> {
+fn map(config: &MemoryConfig, file: Option<File>, flags: i32) -> Result<GuestMemory, MemoryError> {
     let size_mib = config.size_mib;
-    let file = Arc::new(file);
+    let file = file.map(Arc::new);
     let failed = |message: String| match config.hugepages {
         Some(page) => MemoryError::Hugepages { size_mib, page },
         None => MemoryError::Map { size_mib, message },
@@ -110,7 +115,8 @@ fn map(config: &MemoryConfig, file: File, flags: i32) -> Result<GuestMemory, Mem
     for (base, length) in layout::ram_ranges(size_mib << 20) {
         let length_usize = usize::try_from(length).map_err(|e| failed(e.to_string()))?;
         let mapping = MmapRegion::build(
-            Some(FileOffset::from_arc(Arc::clone(&file), offset)),
+            file.as_ref()
+                .map(|file| FileOffset::from_arc(Arc::clone(file), offset)),
             length_usize,
             libc::PROT_READ | libc::PROT_WRITE,
             flags,
@@ -128,11 +134,18 @@ fn map(config: &MemoryConfig, file: File, flags: i32) -> Result<GuestMemory, Mem
     Ok(memory)
 }
 
-/// Binds the memory to its NUMA node, and takes it from the host, as configured.
+/// Asks for transparent huge pages, binds the memory to its NUMA node, and takes it from the host, as
+/// configured.
 fn place(config: &MemoryConfig, memory: &Ram) -> Result<(), MemoryError> {
     const MPOL_BIND: libc::c_ulong = 2;
     for region in memory.iter() {
         let (address, length) = (region.as_ptr(), region.size());
+        // Of a snapshot's file only what is touched is to be read, not huge pages around it.
+        if region.flags() & (libc::MAP_SHARED | libc::MAP_ANONYMOUS) != 0 {
+            // SAFETY: the range is the region's; its content stays. A host that has no transparent huge
+            // pages refuses, which is no harm.
+            unsafe { libc::madvise(address.cast(), length, libc::MADV_HUGEPAGE) };
+        }
         if let Some(node) = config.numa_node {
             let mut nodes = [0u64; 17];
             nodes[usize::from(node) / 64] |= 1 << (node % 64);

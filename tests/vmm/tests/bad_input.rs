@@ -56,6 +56,18 @@ fn two_devices_with_one_name_are_refused() {
 }
 
 #[test]
+fn a_disk_beside_memory_that_nobody_shares_is_refused() {
+    let builder = GuestBuilder::new("hello");
+    let image = Image::create(64);
+    let backend = Backend::start(image.path(), &builder.directory().join("blk.sock"), &[]);
+    let ended = builder
+        .disk("a", &backend, false, 1)
+        .set("/memory/shared", false)
+        .run();
+    ended.assert_refused(CONFIG, &["memory.shared", "backends"]);
+}
+
+#[test]
 fn a_bad_address_is_refused() {
     let ended = GuestBuilder::new("hello")
         .interface("a", "tap0", "52:54:00:00:01")

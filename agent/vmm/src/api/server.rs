@@ -6,7 +6,7 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::thread::JoinHandle;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use serde::Serialize;
 
@@ -22,7 +22,8 @@ use crate::isolation::seccomp::{self, Mode, Thread};
 const MAX_CLIENTS: usize = 32;
 /// What a client may have unread before it is disconnected.
 const MAX_BACKLOG: usize = 256 << 10;
-/// Output is moved at most this often, so that a guest which prints byte by byte costs little.
+/// Output is moved at most this often, so that a guest which prints byte by byte costs little. What comes
+/// after a longer silence is moved at once.
 const COALESCE: Duration = Duration::from_millis(1);
 
 /// The server's state: see [`ApiServer::spawn`].
@@ -109,6 +110,7 @@ impl ApiServer {
 
     fn serve(mut self) {
         let mut set = Vec::new();
+        let mut earlier: Option<Instant> = None;
         loop {
             set.clear();
             self.poll_set(&mut set);
@@ -116,7 +118,11 @@ impl ApiServer {
                 tracing::error!("poll failed: {e}");
                 return;
             }
-            std::thread::sleep(COALESCE);
+            let rest = earlier.and_then(|earlier| COALESCE.checked_sub(earlier.elapsed()));
+            if let Some(rest) = rest {
+                std::thread::sleep(rest);
+            }
+            earlier = Some(Instant::now());
             let _ = self.shared.wake_event().read();
             let finish = self.run_commands();
             self.console.run();

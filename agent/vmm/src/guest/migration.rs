@@ -310,7 +310,7 @@ impl Guest<'_> {
 
     fn begin_arrival(&self, connection: Connection) -> Result<Arrival, VmmError> {
         // Before the answer: whoever asks hears of it if there is too little memory.
-        let memory = match memory::allocate(&self.config.memory) {
+        let memory = match memory::allocate(&self.config.memory, self.config.shares_memory()) {
             Ok(memory) => memory,
             Err(e) => {
                 connection.refuse("out_of_memory", e.to_string());

@@ -270,9 +270,11 @@ impl Board {
     ) -> Result<Vec<Vcpu>, VmmError> {
         self.functions.check(state)?;
         let topology = config.cpu.topology(config.vcpus);
+        // Once: on a host that is a guest itself, each leaf of this costs an exit.
+        let offered = cpuid::offered(&host.kvm)?;
         let mut vcpus = Vec::with_capacity(state.vcpus.len());
         for (index, saved) in (0u8..).zip(&state.vcpus) {
-            cpuid::check_host(&host.kvm, saved.cpuid())?;
+            cpuid::check_host(&offered, saved.cpuid())?;
             let apic_id = topology.apic_id(index);
             let cpuid = Vcpu::cpuid_of(index, saved)?;
             let vcpu = Vcpu::create(&self.vm, index, apic_id, &cpuid)?;
@@ -451,11 +453,11 @@ pub(crate) fn check_fits(config: &GuestConfig, was: &GuestConfig) -> Result<(), 
 /// A disk's backend must see what the guest writes, so then the memory is copied to shared memory;
 /// else it is mapped, and copied page by page when it is written.
 fn restore_memory(config: &GuestConfig, snapshot: &Snapshot) -> Result<GuestMemory, VmmError> {
-    if config.disks.is_empty() && config.memory.hugepages.is_none() {
+    if !config.shares_memory() && config.memory.hugepages.is_none() {
         return snapshot
             .map(|file| memory::map_private(&config.memory, file).map_err(VmmError::from));
     }
-    let memory = memory::allocate(&config.memory)?;
+    let memory = memory::allocate(&config.memory, true)?;
     snapshot.read_into(&memory)?;
     Ok(memory)
 }

@@ -151,7 +151,7 @@ fn greet<R: io::Read>(
         }
     };
     check_fits(config, &hello.config()?)?;
-    cpuid::check_host(kvm, &hello.cpuid)?;
+    cpuid::check_host(&cpuid::offered(kvm)?, &hello.cpuid)?;
     tracing::info!(program = hello.program, "a guest is coming");
     Ok(())
 }

@@ -386,11 +386,11 @@ mod tests {
     const PAGES: u64 = MIB << 20 >> 12;
 
     fn ram() -> crate::memory::GuestMemory {
-        allocate(&MemoryConfig {
+        let config = MemoryConfig {
             size_mib: MIB,
             ..MemoryConfig::default()
-        })
-        .unwrap()
+        };
+        allocate(&config, true).unwrap()
     }
 
     fn file() -> File {

@@ -1,23 +1,35 @@
-//! A kernel of six instructions, which says on COM1 that it runs: for the boot protocol that
-//! keelson-vmm uses for an ELF (64-bit, at the ELF's entry) and for QEMU's (PVH, 32-bit, at the
-//! entry of a note). The instructions mean the same in both modes.
+//! A kernel of a few instructions, which says on COM1 that it runs, makes exits, and says that they are
+//! made: for the boot protocol that keelson-vmm uses for an ELF (64-bit, at the ELF's entry) and for
+//! QEMU's (PVH, 32-bit, at the entry of a note). The instructions mean the same in both modes.
 
-/// What it writes to COM1.
+/// What it writes to COM1 first.
 pub const SIGN: u8 = b'!';
+/// What it writes to COM1 after the exits. Firmware doesn't.
+pub const END: u8 = b'~';
+/// Exits between the two: reads of a port that nothing answers.
+pub const EXITS: u32 = 10_000;
 
 const ADDRESS: u64 = 0x20_0000;
 const CODE_OFFSET: u64 = 0x1000;
 
 /// The ELF file.
 pub fn image() -> Vec<u8> {
+    let [e0, e1, e2, e3] = EXITS.to_le_bytes();
     #[rustfmt::skip]
     let code = [
-        0x66, 0xba, 0xf8, 0x03, // mov dx, 0x3f8
-        0xb0, SIGN,             // mov al, SIGN
-        0xee,                   // out dx, al
-        0xfa,                   // cli
-        0xf4,                   // hlt
-        0xeb, 0xfc,             // jmp to the cli
+        0x66, 0xba, 0xf8, 0x03,     // mov dx, 0x3f8
+        0xb0, SIGN,                 // mov al, SIGN
+        0xee,                       // out dx, al
+        0xb9, e0, e1, e2, e3,       // mov ecx, EXITS
+        0x66, 0xba, 0xed, 0x00,     // mov dx, 0xed
+        0xec,                       // in al, dx
+        0xe2, 0xfd,                 // loop to the in
+        0x66, 0xba, 0xf8, 0x03,     // mov dx, 0x3f8
+        0xb0, END,                  // mov al, END
+        0xee,                       // out dx, al
+        0xfa,                       // cli
+        0xf4,                       // hlt
+        0xeb, 0xfc,                 // jmp to the cli
     ];
     let note = pvh_note();
     let note_offset = CODE_OFFSET + 0x100;

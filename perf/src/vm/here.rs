@@ -54,7 +54,7 @@ fn boot(add: &mut Add<'_>) -> anyhow::Result<()> {
     let exits = line(&guest, "payload: exits ok")?;
     let us = number(&exits, "us=")?;
     add(
-        "exits",
+        "exits, payload guest",
         &[("exits_per_s", number(&exits, "count=")? / us * 1e6)],
     );
     line(&guest, "payload: hang ok")?;

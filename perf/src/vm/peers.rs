@@ -1,6 +1,5 @@
 //! keelson-vmm and QEMU with the same kernels.
 
-use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -41,13 +40,19 @@ impl Peer {
         }
     }
 
-    /// Starts a guest whose serial console goes to `folder/console.log`.
-    fn start(self, folder: &Path, kernel: &Path, initrd: Option<&Path>) -> anyhow::Result<Running> {
+    /// Starts a guest whose serial console goes to `folder/console.log`; QEMU with this processor model.
+    fn start(
+        self,
+        folder: &Path,
+        processor: &str,
+        kernel: &Path,
+        initrd: Option<&Path>,
+    ) -> anyhow::Result<Running> {
         let log = folder.join("console.log");
         let mut command = match self {
             Self::Keelson => keelson(folder, &log, kernel, initrd)?,
-            Self::Microvm => qemu("microvm", &log, kernel, initrd),
-            Self::Q35 => qemu("q35", &log, kernel, initrd),
+            Self::Microvm => qemu("microvm", processor, &log, kernel, initrd),
+            Self::Q35 => qemu("q35", processor, &log, kernel, initrd),
         };
         let errors = File::create(folder.join("errors"))?;
         command
@@ -86,12 +91,20 @@ fn keelson(
     Ok(command)
 }
 
-/// As QEMU's documentation of microvm recommends it (docs/system/i386/microvm.rst).
-fn qemu(machine: &str, log: &Path, kernel: &Path, initrd: Option<&Path>) -> Command {
+/// As QEMU's documentation of microvm recommends it (docs/system/i386/microvm.rst), but for
+/// `-nographic`, which would have the firmware print as well.
+fn qemu(
+    machine: &str,
+    processor: &str,
+    log: &Path,
+    kernel: &Path,
+    initrd: Option<&Path>,
+) -> Command {
     let mut command = Command::new("qemu-system-x86_64");
     command
-        .args(["-M", machine, "-accel", "kvm", "-cpu", "host", "-smp", "1"])
-        .args(["-nodefaults", "-no-user-config", "-nographic", "-no-reboot"])
+        .args(["-M", machine, "-accel", "kvm", "-cpu", processor])
+        .args(["-smp", "1", "-nodefaults", "-no-user-config"])
+        .args(["-display", "none", "-no-reboot"])
         .args(["-m", &format!("{MEMORY_MIB}M"), "-append", COMMAND_LINE])
         .arg("-serial")
         .arg(format!("file:{}", log.display()))
@@ -142,48 +155,79 @@ impl Drop for Running {
     }
 }
 
+/// What the peers are measured with.
+pub struct Setting<'a> {
+    /// Who.
+    pub peers: &'a [Peer],
+    /// What names of work end with: where it is done.
+    pub place: &'a str,
+    /// A stock kernel and its initrd, booted as well.
+    pub stock: Option<(&'a Path, &'a Path)>,
+}
+
 /// Measures the peers in turn.
-pub fn measure(rounds: u32, kernel: &Path, initrd: &Path) -> anyhow::Result<Vec<Sample>> {
+pub fn measure(rounds: u32, setting: &Setting<'_>) -> anyhow::Result<Vec<Sample>> {
     let folder = tempfile::tempdir()?;
     let tiny = folder.path().join("first-instruction");
     fs::write(&tiny, first_instruction::image())?;
+    let processor = processor_model(&tiny)?;
     let mut samples = Vec::new();
     for round in 1..=rounds {
-        let mut order = Peer::ALL;
-        order.rotate_left(usize::try_from(round)? % Peer::ALL.len());
-        for (work, kernel, initrd, sign) in [
-            (
-                "start to first instruction",
-                &*tiny,
-                None,
-                &[first_instruction::SIGN][..],
-            ),
-            (
-                "start to init",
-                kernel,
-                Some(initrd),
-                b"keelson-guest: userspace up",
-            ),
-        ] {
-            for peer in order {
-                let place = tempfile::tempdir()?;
-                let took = peer
-                    .start(place.path(), kernel, initrd)?
-                    .until(sign)
-                    .with_context(|| {
-                        let errors = fs::read_to_string(place.path().join("errors"));
-                        format!("{}: {work}: {}", peer.name(), errors.unwrap_or_default())
-                    })?;
-                samples.push(Sample {
-                    peer: peer.name(),
-                    work: work.to_owned(),
-                    round,
-                    figures: BTreeMap::from([("ms", took)]),
-                });
-            }
+        let first = usize::try_from(round)? % setting.peers.len();
+        let mut order = setting.peers.to_vec();
+        order.rotate_left(first);
+        let mut add = |peer: Peer, work: &str, figures: &[(&'static str, f64)]| {
+            samples.push(Sample {
+                peer: peer.name(),
+                work: format!("{work}{}", setting.place),
+                round,
+                figures: figures.iter().copied().collect(),
+            });
+        };
+        for peer in &order {
+            let (first, exits) = first_instruction_of(*peer, processor, &tiny)?;
+            add(*peer, "start to first instruction", &[("ms", first)]);
+            add(*peer, "exits", &[("exits_per_s", exits)]);
+        }
+        let Some((kernel, initrd)) = setting.stock else {
+            continue;
+        };
+        for peer in &order {
+            let place = tempfile::tempdir()?;
+            let mut guest = peer.start(place.path(), processor, kernel, Some(initrd))?;
+            let took = guest.until(b"keelson-guest: userspace up");
+            let took = took.with_context(|| told(*peer, place.path()))?;
+            add(*peer, "start to init", &[("ms", took)]);
         }
     }
     Ok(samples)
+}
+
+/// Milliseconds to the first instruction, and exits per second after it.
+fn first_instruction_of(peer: Peer, processor: &str, kernel: &Path) -> anyhow::Result<(f64, f64)> {
+    let place = tempfile::tempdir()?;
+    let measured = || -> anyhow::Result<(f64, f64)> {
+        let mut guest = peer.start(place.path(), processor, kernel, None)?;
+        let first = guest.until(&[first_instruction::SIGN])?;
+        let end = guest.until(&[first_instruction::END])?;
+        let exits = f64::from(first_instruction::EXITS);
+        Ok((first, exits / (end - first) * 1e3))
+    };
+    measured().with_context(|| told(peer, place.path()))
+}
+
+/// The host's processor, without a register that some KVMs offer and don't take where that is so.
+fn processor_model(kernel: &Path) -> anyhow::Result<&'static str> {
+    const MODELS: [&str; 2] = ["host", "host,-arch-capabilities"];
+    let works = |model: &&str| first_instruction_of(Peer::Microvm, model, kernel).is_ok();
+    let found = MODELS.into_iter().find(works);
+    found.context("QEMU microvm doesn't start on this KVM")
+}
+
+/// What a peer printed as errors.
+fn told(peer: Peer, place: &Path) -> String {
+    let errors = fs::read_to_string(place.join("errors"));
+    format!("{}: {}", peer.name(), errors.unwrap_or_default())
 }
 
 /// Prints samples as lines of JSON.
@@ -193,6 +237,9 @@ pub fn print(samples: &[Sample]) -> anyhow::Result<()> {
     }
     Ok(())
 }
+
+/// What [`measure`] measures.
+const FIGURES: [&str; 2] = ["ms", "exits_per_s"];
 
 /// What [`print`] printed.
 pub fn parse(text: &str) -> anyhow::Result<Vec<Sample>> {
@@ -204,7 +251,10 @@ pub fn parse(text: &str) -> anyhow::Result<Vec<Sample>> {
             peer: peer.context("a peer")?.name(),
             work: value["work"].as_str().context("work")?.to_owned(),
             round: u32::try_from(value["round"].as_u64().context("round")?)?,
-            figures: BTreeMap::from([("ms", value["figures"]["ms"].as_f64().context("ms")?)]),
+            figures: FIGURES
+                .into_iter()
+                .filter_map(|name| Some((name, value["figures"][name].as_f64()?)))
+                .collect(),
         })
     };
     text.lines()

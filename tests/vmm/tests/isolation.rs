@@ -2,12 +2,15 @@
 
 use std::collections::BTreeSet;
 use std::fs;
+use std::io::{BufRead, BufReader, Read, Write};
 use std::os::unix::fs::{PermissionsExt, chown};
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 
 use keelson_vmm::api::{AfterSnapshot, SnapshotKind, SnapshotRequest};
 use keelson_vmm_tests::{Backend, Guest, GuestBuilder, Image, Namespaces, wait_until};
 use rustix::process::Signal;
+use serde_json::json;
 
 const USER: u32 = 1_900_000_001;
 
@@ -199,4 +202,48 @@ fn snapshots_are_taken_and_restored_in_a_jail() {
     clone.wait_for_line("payload: remember round=1");
     clone.type_line("done");
     assert_eq!(clone.wait().code, Some(0));
+}
+
+#[test]
+fn a_jailed_guest_connects_to_listeners_that_let_its_user_and_is_connected_to() {
+    const BYTES: usize = 50_000;
+    let builder = jailed(&format!(
+        "vsock-refused:port=1025 vsock-connect:port=1024,bytes={BYTES} vsock-serve"
+    ));
+    let folder = builder.directory().join("vsock");
+    fs::create_dir(&folder).expect("a folder can be made");
+    let socket = folder.join("vsock.sock");
+    // Whoever may write to a socket may connect to it (unix(7)).
+    let listen = |port: u32, mode| {
+        let path = folder.join(format!("vsock.sock_{port}"));
+        let listener = UnixListener::bind(&path).expect("a socket");
+        fs::set_permissions(&path, fs::Permissions::from_mode(mode)).expect("its mode");
+        listener
+    };
+    let _closed = listen(1025, 0o700);
+    let open = listen(1024, 0o777);
+    let echo = std::thread::spawn(move || {
+        let (mut stream, _) = open.accept().expect("the guest connects");
+        let mut writer = stream.try_clone().expect("a descriptor");
+        std::io::copy(&mut stream, &mut writer).expect("all goes back")
+    });
+    let mut guest = builder
+        .set("/vsock", json!({"cid": 17, "socket": socket}))
+        .start();
+    guest.wait_for_line("payload: vsock-serve ready");
+    assert_eq!(usize::try_from(echo.join().expect("an end")), Ok(BYTES));
+    let mut stream = UnixStream::connect(&socket).expect("the device listens");
+    writeln!(stream, "CONNECT 52").expect("it takes a line");
+    let mut stream = BufReader::new(stream);
+    let mut answer = String::new();
+    stream.read_line(&mut answer).expect("an answer");
+    assert!(answer.starts_with("OK "), "{answer:?}");
+    stream.get_ref().write_all(b"jailed").expect("it is taken");
+    let ended = stream.get_ref().shutdown(std::net::Shutdown::Write);
+    ended.expect("a direction can end");
+    let mut came = String::new();
+    stream.read_to_string(&mut came).expect("all comes back");
+    assert_eq!(came, "jailed");
+    guest.wait().assert_passed();
+    assert!(!socket.exists());
 }

@@ -1,16 +1,24 @@
 //! A small blocking client of the API socket.
 
-use std::io::{BufRead, BufReader, Read, Write};
+use std::io::{BufRead, BufReader, IoSlice, Read, Write};
+use std::mem::MaybeUninit;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
 use serde::de::DeserializeOwned;
 
 use crate::api::{
-    Acknowledged, BalloonAnswer, ErrorBody, Event, MAX_LINE, MigrationLimits, MigrationStatus,
-    Request, Response, SnapshotRequest, SnapshotTaken, Status,
+    Acknowledged, BalloonAnswer, DeviceAdded, DevicesAnswer, ErrorBody, Event, MAX_LINE,
+    MigrationLimits, MigrationStatus, RemovalRequest, Request, Response, SnapshotRequest,
+    SnapshotTaken, Status,
 };
+use crate::config::{DiskConfig, InterfaceConfig};
+use crate::virtio::net::Tap;
+
+pub use crate::virtio::net::TapError;
 
 /// How long a request may take before the client gives up. The server answers from memory.
 const TIMEOUT: Duration = Duration::from_secs(5);
@@ -50,6 +58,9 @@ pub enum ClientError {
         /// What is wrong with the line.
         message: String,
     },
+    /// An interface's TAP can't be attached to.
+    #[error(transparent)]
+    Tap(#[from] TapError),
     /// The VMM refused the request.
     #[error("the VMM refused: {} ({})", .0.message, .0.kind)]
     Refused(ErrorBody),
@@ -171,6 +182,32 @@ impl VmmClient {
             .map(drop)
     }
 
+    /// Adds a disk, whose backend listens.
+    pub fn add_disk(&mut self, disk: DiskConfig) -> Result<DeviceAdded, ClientError> {
+        self.call_long(&Request::AddDisk(disk))
+    }
+
+    /// Adds an interface on a TAP, which this process attaches to and hands over.
+    pub fn add_interface(
+        &mut self,
+        interface: InterfaceConfig,
+    ) -> Result<DeviceAdded, ClientError> {
+        let tap = Tap::open(&interface.id, &interface.tap)?;
+        self.send(&Request::AddInterface(interface), &[tap.as_fd()])?;
+        self.answer()
+    }
+
+    /// Asks the guest to let go of a disk or an interface; returns when it has.
+    pub fn remove_device(&mut self, removal: RemovalRequest) -> Result<(), ClientError> {
+        self.call_long::<Acknowledged>(&Request::RemoveDevice(removal))
+            .map(drop)
+    }
+
+    /// Which disks and interfaces the guest has.
+    pub fn devices(&mut self) -> Result<DevicesAnswer, ClientError> {
+        self.call(&Request::Devices)
+    }
+
     /// Turns the connection into an iterator of events, which ends when the VMM does.
     ///
     /// Without a timeout: an idle guest has no events.
@@ -201,13 +238,36 @@ impl VmmClient {
     }
 
     fn call<T: DeserializeOwned>(&mut self, request: &Request) -> Result<T, ClientError> {
+        self.send(request, &[])?;
+        self.answer()
+    }
+
+    /// Sends a request, with descriptors.
+    fn send(
+        &mut self,
+        request: &Request,
+        descriptors: &[BorrowedFd<'_>],
+    ) -> Result<(), ClientError> {
         let io = |source| ClientError::Io {
             path: self.path.clone(),
             source,
         };
         let mut line = serde_json::to_vec(request).map_err(|e| io(e.into()))?;
         line.push(b'\n');
-        self.stream.get_mut().write_all(&line).map_err(io)?;
+        let stream = self.stream.get_mut();
+        let mut sent = 0;
+        if !descriptors.is_empty() {
+            let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+            let mut control = SendAncillaryBuffer::new(&mut space);
+            control.push(SendAncillaryMessage::ScmRights(descriptors));
+            let slices = [IoSlice::new(&line)];
+            let result = sendmsg(&*stream, &slices, &mut control, SendFlags::NOSIGNAL);
+            sent = result.map_err(|e| io(e.into()))?;
+        }
+        stream.write_all(&line[sent..]).map_err(io)
+    }
+
+    fn answer<T: DeserializeOwned>(&mut self) -> Result<T, ClientError> {
         match read_line(&mut self.stream, &self.path)? {
             None => Err(ClientError::Closed {
                 path: self.path.clone(),

@@ -293,6 +293,23 @@ impl GuestConfig {
         self.memory.shared.unwrap_or(!self.disks.is_empty())
     }
 
+    /// The disks, interfaces and other devices that take a slot each.
+    fn devices(&self) -> usize {
+        let others = [
+            self.balloon.is_some(),
+            self.vsock.is_some(),
+            self.panic.is_some(),
+            self.watchdog.is_some(),
+        ];
+        let others = others.into_iter().filter(|there| *there).count();
+        self.disks.len() + self.interfaces.len() + others
+    }
+
+    /// Whether there are more devices than slots.
+    pub fn has_too_many_devices(&self) -> bool {
+        self.devices() > MAX_DEVICES
+    }
+
     /// Checks every field's range, and that identities are unique.
     pub fn validate(&self) -> Result<(), ConfigError> {
         check_name("name", &self.name)?;
@@ -301,15 +318,8 @@ impl GuestConfig {
         self.memory.validate()?;
         self.kernel.validate()?;
         self.console.validate()?;
-        let others = [
-            self.balloon.is_some(),
-            self.vsock.is_some(),
-            self.panic.is_some(),
-            self.watchdog.is_some(),
-        ];
-        let others = others.into_iter().filter(|there| *there).count();
-        let devices = self.disks.len() + self.interfaces.len() + others;
-        if devices > MAX_DEVICES {
+        let devices = self.devices();
+        if self.has_too_many_devices() {
             return Err(field(
                 "disks",
                 format!(

@@ -57,6 +57,15 @@ pub enum VmmError {
     /// An interface's TAP can't be used.
     #[error(transparent)]
     Tap(#[from] TapError),
+    /// All slots of the PCI bus are taken.
+    #[error("the PCI bus has no free slot: remove a disk or an interface first")]
+    NoFreeSlot,
+    /// A disk's backend could not map the guest's memory.
+    #[error(
+        "the guest's memory is its process's own, which no disk's backend can map: start or restore it \
+         with a disk, or with `memory.shared` true"
+    )]
+    MemoryNotShared,
     /// A socket can't be bound.
     #[error("can't listen on the {what} socket {path}: {source}")]
     Socket {
@@ -114,7 +123,7 @@ impl VmmError {
     /// kernel, initrd, snapshot or migration, 4 `/dev/kvm`, 5 disk backend or TAP.
     pub const fn exit_code(&self) -> u8 {
         match self {
-            Self::Config(_) | Self::CpuTemplate { .. } => 2,
+            Self::Config(_) | Self::CpuTemplate { .. } | Self::NoFreeSlot => 2,
             Self::Boot(_) | Self::Snapshot(_) | Self::Migration(_) => 3,
             Self::KvmMissing | Self::KvmPermission | Self::KvmUnusable(_) => 4,
             Self::Disk(_) | Self::Tap(_) => 5,
@@ -122,6 +131,7 @@ impl VmmError {
             | Self::Memory(_)
             | Self::Vcpu(_)
             | Self::Isolation(_)
+            | Self::MemoryNotShared
             | Self::Socket { .. }
             | Self::Log { .. }
             | Self::Os { .. } => 1,

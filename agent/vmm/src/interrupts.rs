@@ -75,7 +75,8 @@ pub struct InterruptRouter {
 
 #[derive(Debug)]
 struct Routes {
-    next_gsi: u32,
+    /// How many numbers are taken from each number on.
+    taken: BTreeMap<u32, u16>,
     messages: BTreeMap<u32, Message>,
 }
 
@@ -84,7 +85,7 @@ impl InterruptRouter {
     /// in its reset state with all inputs unmasked.
     pub fn new(vm: Arc<dyn EventWiring>) -> Result<Self, VmmError> {
         let routes = Routes {
-            next_gsi: layout::IO_APIC_PINS,
+            taken: BTreeMap::new(),
             messages: BTreeMap::new(),
         };
         let result = Self {
@@ -100,17 +101,32 @@ impl InterruptRouter {
     /// Takes `count` unused interrupt numbers and returns the first.
     pub fn allocate(&self, count: u16) -> Result<u32, VmmError> {
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
-        let first = state.next_gsi;
-        let next = first + u32::from(count);
-        if next > MAX_GSI {
+        let mut first = layout::IO_APIC_PINS;
+        for (start, length) in &state.taken {
+            if start - first >= u32::from(count) {
+                break;
+            }
+            first = start + u32::from(*length);
+        }
+        if first + u32::from(count) > MAX_GSI {
             let source = kvm_ioctls::Error::new(libc::ENOSPC);
             return Err(VmmError::Kvm {
                 step: "number so many interrupts",
                 source,
             });
         }
-        state.next_gsi = next;
+        state.taken.insert(first, count);
         Ok(first)
+    }
+
+    /// Gives back what [`Self::allocate`] gave, of a device that is gone. KVM forgets the routes with
+    /// the next change of any.
+    pub fn release(&self, first: u32) {
+        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(count) = state.taken.remove(&first) {
+            let end = first + u32::from(count);
+            state.messages.retain(|gsi, _| !(first..end).contains(gsi));
+        }
     }
 
     /// Gives interrupt number `gsi` the message that the guest programmed.

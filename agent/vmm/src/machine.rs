@@ -2,6 +2,7 @@
 //!
 //! A reboot drops the machine and builds another one, so nothing of the old boot is left.
 
+mod hotplug;
 mod migration;
 mod slots;
 mod snapshot;
@@ -16,6 +17,7 @@ use crate::boot::{self, BootFiles, acpi::AcpiConfig, layout};
 use crate::config::GuestConfig;
 use crate::console::ConsoleOutput;
 use crate::cpuid;
+use crate::devices::hotplug::HotplugRegisters;
 use crate::devices::legacy::Clock;
 use crate::devices::panic::GuestPanic;
 use crate::devices::power::Power;
@@ -26,7 +28,7 @@ use crate::isolation::seccomp::Mode;
 use crate::memory::{self, GuestMemory, Ram};
 use crate::migration::DiskIdentity;
 use crate::pci::PciBus;
-use crate::platform::Platform;
+use crate::platform::{EjectReporter, Platform};
 use crate::vcpu::{EndReporter, ExitHandler, Vcpu, VcpuThreads};
 use crate::virtio::balloon::{BalloonControl, BalloonStatus};
 use crate::virtio::block::{DiskEvent, DiskLink, DiskWatcher};
@@ -34,7 +36,8 @@ use crate::virtio::net::Tap;
 use crate::virtio::vsock::UnixHost;
 
 pub use migration::RunningMemory;
-use slots::{Functions, SlotBuilder};
+pub use slots::Placement;
+use slots::{Functions, SlotBuilder, Wiring};
 use snapshot::Base;
 pub(crate) use snapshot::check_fits;
 pub use snapshot::{Kind, Order};
@@ -56,13 +59,18 @@ const REQUIRED: [(Cap, &str); 6] = [
 pub struct Machine {
     // Fields are dropped in this order: vCPUs first, then the devices, memory last.
     vcpus: VcpuThreads,
-    _disk_watcher: Option<DiskWatcher>,
+    disk_watcher: Option<DiskWatcher>,
     platform: Arc<Platform>,
     functions: Functions,
     balloon: Arc<BalloonControl>,
     kvm: Arc<Kvm>,
     vm: Arc<VmFd>,
     disks: Vec<Arc<DiskLink>>,
+    wiring: Wiring,
+    /// There was a disk since the boot.
+    had_disks: bool,
+    /// Other processes can map the memory.
+    shared_memory: bool,
     base: Option<Base>,
     memory: GuestMemory,
 }
@@ -95,6 +103,8 @@ pub struct Reporters {
     pub disk: Arc<dyn Fn(DiskEvent) + Send + Sync>,
     /// The guest's kernel panicked, or does nothing any more.
     pub distress: Arc<dyn Fn(Distress) + Send + Sync>,
+    /// The guest has let go of what was in a slot.
+    pub ejected: EjectReporter,
 }
 
 /// What a guest's devices say about its kernel.
@@ -130,18 +140,25 @@ pub fn open_kvm() -> Result<Kvm, VmmError> {
 }
 
 impl Machine {
-    /// Builds the machine, loads the kernel, and starts the vCPUs.
+    /// Builds the machine, loads the kernel, and starts the vCPUs. Devices that an earlier boot had
+    /// are in the slots where they were.
     pub fn start(
         host: &HostResources,
         config: &GuestConfig,
+        placement: &Placement,
         reporters: &Reporters,
     ) -> Result<Self, VmmError> {
         let memory = memory::allocate(&config.memory, config.shares_memory())?;
-        let board = Board::assemble(host, config, memory, &Start::default(), reporters)?;
+        let start = Start {
+            placement: placement.clone(),
+            ..Start::default()
+        };
+        let board = Board::assemble(host, config, memory, &start, reporters)?;
         let topology = config.cpu.topology(config.vcpus);
         let acpi = AcpiConfig {
             vcpus: config.vcpus,
             topology,
+            fixed_slots: board.functions.fixed_slots(),
         };
         let opened;
         let files = if let Some(files) = &host.boot_files {
@@ -170,9 +187,9 @@ impl Machine {
         self.platform.serial.clone()
     }
 
-    /// Whether anything but this process and KVM writes memory.
+    /// Whether anything but this process and KVM has written memory.
     const fn has_disks(&self) -> bool {
-        !self.disks.is_empty()
+        self.had_disks
     }
 
     /// Presses the power button.
@@ -185,7 +202,7 @@ impl Machine {
     pub fn balloon(&self, paused: bool) -> BalloonStatus {
         if !paused {
             self.balloon.await_statistics(STATISTICS_LIMIT, || {
-                for function in &self.functions.virtio {
+                for function in self.functions.virtio.values() {
                     let mut function = function.lock().unwrap_or_else(PoisonError::into_inner);
                     function.ask_for_statistics();
                 }
@@ -204,11 +221,15 @@ struct Start<'a> {
     serial: Option<&'a SerialState>,
     /// What the driver knows of disks whose backends come later.
     disks: Option<&'a [DiskIdentity]>,
+    /// The slots of devices that were there before.
+    placement: Placement,
 }
 
 /// A machine without vCPUs.
 struct Board {
     vm: Arc<VmFd>,
+    wiring: Wiring,
+    shared_memory: bool,
     memory: GuestMemory,
     platform: Arc<Platform>,
     functions: Functions,
@@ -231,19 +252,29 @@ impl Board {
         let vm = Arc::new(vm);
         memory::register(&vm, &memory, start.log)?;
         create_interrupt_controllers(&vm)?;
-        let wiring: Arc<dyn EventWiring> = Arc::clone(&vm) as _;
-        let router = Arc::new(InterruptRouter::new(Arc::clone(&wiring))?);
+        let events: Arc<dyn EventWiring> = Arc::clone(&vm) as _;
+        let router = Arc::new(InterruptRouter::new(Arc::clone(&events))?);
         let platform = Arc::new(Platform {
             serial: SerialPort::new(&router, &host.console, start.serial)?,
             power: Power::new(&router)?,
             pci: PciBus::new(),
             clock: Mutex::new(Clock::default()),
+            hotplug: HotplugRegisters::default(),
+            ejected: Arc::clone(&reporters.ejected),
         });
-        let mut slots = SlotBuilder::new(&platform.pci, &wiring, router, &memory);
+        let wiring = Wiring {
+            events,
+            router,
+            memory: Arc::clone(&memory),
+        };
+        let mut slots = SlotBuilder::new(&platform.pci, &wiring, &start.placement);
         let disks = slots.add_all(host, config, start.disks, reporters)?;
         let functions = slots.finish();
         Ok(Self {
             vm,
+            wiring,
+            // Hugepages are the pool's, which is a file.
+            shared_memory: config.shares_memory() || config.memory.hugepages.is_some(),
             memory,
             platform,
             functions,
@@ -266,13 +297,16 @@ impl Board {
             .map_err(VmmError::os("start the vCPU threads"))?;
         Ok(Machine {
             vcpus,
-            _disk_watcher: disk_watcher,
+            disk_watcher,
             platform: self.platform,
             functions: self.functions,
             balloon: Arc::clone(&host.balloon),
             kvm: Arc::clone(&host.kvm),
             vm: self.vm,
+            had_disks: !self.disks.is_empty(),
             disks: self.disks,
+            wiring: self.wiring,
+            shared_memory: self.shared_memory,
             base,
             memory: self.memory,
         })

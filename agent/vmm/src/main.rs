@@ -66,6 +66,9 @@ struct RunArguments {
     /// In a jail, the folder in which snapshots may be taken, which the user must be able to write.
     #[arg(long, value_name = "DIRECTORY", requires = "jail")]
     snapshot_directory: Option<PathBuf>,
+    /// In a jail, a folder with the sockets of disks that are added later.
+    #[arg(long, value_name = "DIRECTORY", requires = "jail")]
+    disk_directory: Option<PathBuf>,
     /// What becomes of a system call that the thread has no need for.
     #[arg(long, value_enum, default_value = "enforce")]
     seccomp: Mode,
@@ -145,11 +148,14 @@ fn launch(arguments: RunArguments) -> Result<Launch, VmmError> {
         seccomp: arguments.seccomp,
         jail: arguments.jail.map(|user| JailOptions {
             user,
-            snapshot_directory: arguments
-                .snapshot_directory
-                .map(|path| path.canonicalize().unwrap_or(path)),
+            snapshot_directory: canonical(arguments.snapshot_directory),
+            disk_directory: canonical(arguments.disk_directory),
         }),
     })
+}
+
+fn canonical(path: Option<PathBuf>) -> Option<PathBuf> {
+    path.map(|path| path.canonicalize().unwrap_or(path))
 }
 
 /// Makes a path one without symbolic links, apart from its last part. What isn't there stays as it

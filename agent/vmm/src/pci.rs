@@ -4,5 +4,5 @@ mod bus;
 mod config_space;
 pub mod msix;
 
-pub use bus::{BarWindow, PciBus, PciFunction};
+pub use bus::{BarWindow, PciBus, PciFunction, SLOTS};
 pub use config_space::{ConfigSpace, Identity};

@@ -1,8 +1,9 @@
 //! The guest's I/O and memory map: sends each vCPU exit to its device.
 
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use crate::boot::layout;
+use crate::devices::hotplug::HotplugRegisters;
 use crate::devices::legacy::Clock;
 use crate::devices::power::Power;
 use crate::devices::serial::SerialPort;
@@ -17,6 +18,9 @@ const PORT_PCI_FIRST: u16 = 0xcf8;
 const PORT_PCI_LAST: u16 = 0xcff;
 const ECAM_END: u64 = layout::ECAM + layout::ECAM_SIZE;
 
+/// Where the slots go that a guest has let go of.
+pub type EjectReporter = Arc<dyn Fn(u8) + Send + Sync>;
+
 /// All devices of one boot of the guest.
 pub struct Platform {
     /// COM1.
@@ -27,6 +31,10 @@ pub struct Platform {
     pub pci: PciBus,
     /// The CMOS clock.
     pub clock: Mutex<Clock>,
+    /// The registers of PCI hot plug.
+    pub hotplug: HotplugRegisters,
+    /// Is told of each slot that the guest has let go of, and that is empty now.
+    pub ejected: EjectReporter,
 }
 
 impl Platform {
@@ -73,6 +81,9 @@ impl ExitHandler for Platform {
         if (PORT_PCI_FIRST..=PORT_PCI_LAST).contains(&port) {
             return self.pci.port_read(port - PORT_PCI_FIRST, data);
         }
+        if HotplugRegisters::covers(port) {
+            return self.hotplug.read(port, data);
+        }
         // A device of bytes: the other bytes of a wider access are nobody's. String input comes
         // as one exit of many bytes, all from the same port.
         let byte_port = (layout::PORT_COM1..=PORT_COM1_LAST).contains(&port);
@@ -89,6 +100,13 @@ impl ExitHandler for Platform {
         let reset = port == layout::PORT_RESET && data.len() == 1;
         if (PORT_PCI_FIRST..=PORT_PCI_LAST).contains(&port) && !reset {
             self.pci.port_write(port - PORT_PCI_FIRST, data);
+            return None;
+        }
+        if HotplugRegisters::covers(port) {
+            for slot in self.hotplug.write(port, data) {
+                self.pci.remove(slot.into());
+                (self.ejected)(slot);
+            }
             return None;
         }
         data.iter().find_map(|byte| self.write_byte(port, *byte))

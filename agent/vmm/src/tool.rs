@@ -3,8 +3,9 @@
 use std::path::PathBuf;
 
 use clap::{Subcommand, ValueEnum};
-use keelson_vmm::api::{AfterSnapshot, SnapshotKind, SnapshotRequest};
+use keelson_vmm::api::{AfterSnapshot, RemovalRequest, SnapshotKind, SnapshotRequest};
 use keelson_vmm::client::{ClientError, VmmClient};
+use keelson_vmm::config::DiskConfig;
 use keelson_vmm::snapshot::{Snapshot, SnapshotError, merge};
 
 /// What to do instead of running a guest.
@@ -22,9 +23,43 @@ pub enum Tool {
         #[arg(long, value_name = "MIB")]
         resize: Option<u64>,
     },
+    /// Add disks and interfaces to a running guest, and remove them.
+    #[command(subcommand)]
+    Device(DeviceTool),
     /// Take snapshots and look after them.
     #[command(subcommand)]
     Snapshot(SnapshotTool),
+}
+
+/// What to do about a running guest's devices.
+#[derive(Subcommand)]
+pub enum DeviceTool {
+    /// Show the disks and interfaces, as JSON.
+    List(Target),
+    /// Add a disk, whose backend listens.
+    AddDisk {
+        #[command(flatten)]
+        target: Target,
+        /// The disk as in a guest's configuration: `{"id": "data", "socket": "/run/data.sock"}`.
+        disk: String,
+    },
+    /// Add an interface. Attaches to its TAP, for which it needs the rights.
+    AddInterface {
+        #[command(flatten)]
+        target: Target,
+        /// The interface as in a guest's configuration: `{"id": "eth1", "tap": "tap1", "mac": "…"}`.
+        interface: String,
+    },
+    /// Remove a disk or an interface, when the guest has let go of it.
+    Remove {
+        #[command(flatten)]
+        target: Target,
+        /// Its id.
+        id: String,
+        /// How long the guest may take.
+        #[arg(long, value_name = "SECONDS", default_value_t = 10)]
+        timeout: u64,
+    },
 }
 
 /// The guest to ask.
@@ -88,16 +123,20 @@ pub enum ToolError {
     /// A snapshot is not usable.
     #[error(transparent)]
     Snapshot(#[from] SnapshotError),
+    /// What is to be added isn't one.
+    #[error("no device's configuration: {0}")]
+    Device(serde_json::Error),
     /// What was found can't be shown.
     #[error("can't show it: {0}")]
     Show(#[from] serde_json::Error),
 }
 
 impl ToolError {
-    /// As the process's: 1, or 3 for a snapshot that is not usable.
+    /// As the process's: 1, 2 for what is no configuration, or 3 for a snapshot that is not usable.
     pub const fn exit_code(&self) -> u8 {
         match self {
             Self::Snapshot(_) => 3,
+            Self::Device(_) => 2,
             Self::Client(_) | Self::Show(_) => 1,
         }
     }
@@ -116,7 +155,36 @@ impl Tool {
                     None => show(&client.balloon()?),
                 }
             }
+            Self::Device(tool) => tool.run(),
             Self::Snapshot(tool) => tool.run(),
+        }
+    }
+}
+
+impl DeviceTool {
+    fn run(self) -> Result<(), ToolError> {
+        match self {
+            Self::List(target) => show(&VmmClient::connect(target.api_socket)?.devices()?),
+            Self::AddDisk { target, disk } => {
+                let mut disk: DiskConfig =
+                    serde_json::from_str(&disk).map_err(ToolError::Device)?;
+                // The guest's process may have another working directory.
+                disk.socket = std::path::absolute(&disk.socket).unwrap_or(disk.socket);
+                show(&VmmClient::connect(target.api_socket)?.add_disk(disk)?)
+            }
+            Self::AddInterface { target, interface } => {
+                let interface = serde_json::from_str(&interface).map_err(ToolError::Device)?;
+                show(&VmmClient::connect(target.api_socket)?.add_interface(interface)?)
+            }
+            Self::Remove {
+                target,
+                id,
+                timeout,
+            } => {
+                let timeout_ms = timeout.saturating_mul(1000);
+                let removal = RemovalRequest { id, timeout_ms };
+                Ok(VmmClient::connect(target.api_socket)?.remove_device(removal)?)
+            }
         }
     }
 }

@@ -134,6 +134,19 @@ impl Tables {
         })
     }
 
+    /// The first port of an operation region in the I/O space (20.2.5.2).
+    pub fn port_region(&self, name: [u8; 4]) -> Result<u16, Error> {
+        const REGION: [u8; 2] = [0x5b, 0x80];
+        const SYSTEM_IO: u8 = 1;
+        const WORD: u8 = 0x0b;
+        let [a, b, c, d] = name;
+        let dsdt = self.dsdt()?;
+        let start = find(dsdt, &[REGION[0], REGION[1], a, b, c, d, SYSTEM_IO, WORD]);
+        let port = start.and_then(|start| dsdt.get(start + 8..start + 10));
+        port.map(|port| u16_at(port, 0))
+            .ok_or(Error::AcpiTable(*b"DSDT"))
+    }
+
     /// Where the VM generation ID is: the package `ADDR` of the device `VGEN`, low half first.
     pub fn generation_id(&self) -> Result<u64, Error> {
         const PACKAGE: u8 = 0x12;

@@ -1,4 +1,4 @@
-//! Stock Debian guests, in the lab: see `src/bin/keelson-stock-guest.rs`.
+//! Stock Debian guests, in the lab: see `src/bin/keelson-stock-guest`.
 
 use std::path::Path;
 
@@ -9,6 +9,15 @@ const LIMIT_SECONDS: u64 = 420;
 
 #[test]
 fn stock_guests_do_what_they_should() {
+    take(&["disk", "clones", "devices", "processors"]);
+}
+
+#[test]
+fn a_stock_guest_takes_devices_while_it_runs_and_is_cloned_with_them() {
+    take(&["hotplug"]);
+}
+
+fn take(steps: &[&str]) {
     let program = Path::new(env!("CARGO_BIN_EXE_keelson-stock-guest"));
     let kernel = KernelFiles::find("6.12").expect("the stock kernel is there");
     let initrd = guest_initrd::cached(&kernel).expect("its initramfs can be made");
@@ -39,8 +48,10 @@ fn stock_guests_do_what_they_should() {
             "/boot/guest-kernel",
             "/boot/guest-initrd",
         ]
-        .map(String::from)
-        .into(),
+        .iter()
+        .chain(steps)
+        .map(ToString::to_string)
+        .collect(),
         timeout_seconds: Some(LIMIT_SECONDS),
         ..Exec::default()
     };

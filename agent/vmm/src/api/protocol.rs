@@ -7,6 +7,11 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
+use super::RemovalRequest;
+#[cfg(doc)]
+use super::{DeviceAdded, DevicesAnswer};
+use crate::config::{DiskConfig, InterfaceConfig};
+
 pub use crate::migration::{MigrationLimits, MigrationPhase, MigrationStatus};
 pub use crate::virtio::balloon::BalloonStatistics;
 
@@ -54,6 +59,15 @@ pub enum Request {
     ReleaseMigration,
     /// Let the guest stay here. Possible until it has been released.
     CancelMigration,
+    /// Add a disk, whose backend listens. Answered with [`DeviceAdded`], when the guest has been told.
+    AddDisk(DiskConfig),
+    /// Add an interface. The descriptor of its TAP comes with the request's first byte (`SCM_RIGHTS`):
+    /// attached, with a header of 12 bytes (`TUNSETVNETHDRSZ`). Answered with [`DeviceAdded`].
+    AddInterface(InterfaceConfig),
+    /// Ask the guest to let go of a disk or an interface. Answered when it has.
+    RemoveDevice(RemovalRequest),
+    /// Which disks and interfaces there are. Answered with [`DevicesAnswer`].
+    Devices,
 }
 
 /// What snapshot to take.
@@ -133,7 +147,9 @@ pub struct ErrorBody {
     /// A stable word for programs: `bad_request`, `not_running`, `too_many_clients`,
     /// `not_paused`, `pause_failed`, `snapshot_failed`, `no_balloon`, `out_of_range`, `migrating`,
     /// `migration_failed`, `not_migrating`, `not_loaded`, `released`, `paused`, `incoming`,
-    /// `not_incoming`, `out_of_memory`.
+    /// `not_incoming`, `out_of_memory`; of devices `name_taken`, `no_free_slot`, `invalid_device`,
+    /// `backend_unusable`, `memory_not_shared`, `no_descriptor`, `hotplug_failed`, `no_device`, `busy`,
+    /// `not_released`.
     pub kind: String,
     /// One sentence for people.
     pub message: String,
@@ -246,6 +262,16 @@ pub enum Event {
     /// Another backend took over a disk, with the requests that were under way.
     DiskReconnected {
         /// The disk's `id`.
+        id: String,
+    },
+    /// A disk or an interface was added.
+    DeviceAdded {
+        /// Its `id`.
+        id: String,
+    },
+    /// The guest has let go of a disk or an interface, which is gone.
+    DeviceRemoved {
+        /// Its `id`.
         id: String,
     },
     /// The guest's kernel panicked, as it told the panic device.

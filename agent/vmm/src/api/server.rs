@@ -1,18 +1,21 @@
 //! The thread that serves the API socket and the console socket.
 
-use std::io::{self, Read, Write};
-use std::os::fd::{AsRawFd, RawFd};
+use std::io::{self, Write};
+use std::mem::MaybeUninit;
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+use rustix::io::Errno;
+use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, recvmsg};
 use serde::Serialize;
 
 use super::{
-    Acknowledged, Answer, Connection, Control, ControlSender, ErrorBody, GuestState, MAX_LINE,
-    Reply, Request, Response, SharedState,
+    Acknowledged, Answer, Connection, Control, ControlSender, ErrorBody, GuestState, Hotplug,
+    MAX_LINE, Reply, Request, Response, SharedState,
 };
 use crate::console::ConsoleServer;
 use crate::devices::serial::SerialPort;
@@ -22,6 +25,8 @@ use crate::isolation::seccomp::{self, Mode, Thread};
 const MAX_CLIENTS: usize = 32;
 /// What a client may have unread before it is disconnected.
 const MAX_BACKLOG: usize = 256 << 10;
+/// What a request may have with it, and more than any needs.
+const MAX_DESCRIPTORS: usize = 4;
 /// Output is moved at most this often, so that a guest which prints byte by byte costs little. What comes
 /// after a longer silence is moved at once.
 const COALESCE: Duration = Duration::from_millis(1);
@@ -223,6 +228,8 @@ struct Client {
     /// For the answer of a request that takes a while.
     waits: bool,
     input: Vec<u8>,
+    /// What came with the input, for the next request.
+    descriptors: Vec<OwnedFd>,
     output: Vec<u8>,
     subscribed: bool,
     gone: bool,
@@ -235,6 +242,7 @@ impl Client {
             number,
             waits: false,
             input: Vec::new(),
+            descriptors: Vec::new(),
             output: Vec::new(),
             subscribed: false,
             gone: false,
@@ -244,15 +252,18 @@ impl Client {
     fn read(&mut self, guest: &GuestAccess<'_>) {
         let mut chunk = [0; 4096];
         loop {
-            match self.stream.read(&mut chunk) {
+            match receive(&self.stream, &mut chunk, &mut self.descriptors) {
                 Ok(0) => self.gone = true,
                 Ok(length) => {
                     self.input.extend_from_slice(&chunk[..length]);
                     self.answer_lines(guest);
                 }
-                Err(e) if e.kind() == io::ErrorKind::Interrupted => continue,
-                Err(e) if e.kind() == io::ErrorKind::WouldBlock => return,
+                Err(Errno::INTR) => continue,
+                Err(Errno::WOULDBLOCK) => return,
                 Err(_) => self.gone = true,
+            }
+            if self.descriptors.len() > MAX_DESCRIPTORS {
+                self.gone = true;
             }
             if self.gone {
                 return;
@@ -284,6 +295,7 @@ impl Client {
         let GuestAccess {
             shared, control, ..
         } = guest;
+        let descriptors = std::mem::take(&mut self.descriptors);
         let order = match request {
             Request::Status => return self.send(&Response::Ok(shared.status())),
             Request::Subscribe => {
@@ -309,6 +321,17 @@ impl Client {
             Request::ResizeBalloon { size_mib } => {
                 Control::ResizeBalloon(size_mib, self.reply(guest))
             }
+            Request::AddDisk(disk) => {
+                Control::Hotplug(Hotplug::AddDisk(Box::new(disk), self.reply(guest)))
+            }
+            Request::AddInterface(interface) => {
+                let (interface, tap) = (Box::new(interface), descriptors.into_iter().next());
+                Control::Hotplug(Hotplug::AddInterface(interface, tap, self.reply(guest)))
+            }
+            Request::RemoveDevice(removal) => {
+                Control::Hotplug(Hotplug::Remove(removal, self.reply(guest)))
+            }
+            Request::Devices => Control::Hotplug(Hotplug::Devices(self.reply(guest))),
         };
         let ended = matches!(
             shared.status().state,
@@ -379,6 +402,28 @@ impl Client {
         }
         !self.gone && self.output.len() <= MAX_BACKLOG
     }
+}
+
+/// Reads from a client, with the descriptors that it sends along.
+fn receive(
+    stream: &UnixStream,
+    buffer: &mut [u8],
+    descriptors: &mut Vec<OwnedFd>,
+) -> rustix::io::Result<usize> {
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_DESCRIPTORS))];
+    let mut control = RecvAncillaryBuffer::new(&mut space);
+    let received = recvmsg(
+        stream,
+        &mut [io::IoSliceMut::new(buffer)],
+        &mut control,
+        RecvFlags::CMSG_CLOEXEC,
+    )?;
+    for message in control.drain() {
+        if let RecvAncillaryMessage::ScmRights(rights) = message {
+            descriptors.extend(rights);
+        }
+    }
+    Ok(received.bytes)
 }
 
 /// Waits for one of `set` to be ready.

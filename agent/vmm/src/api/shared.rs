@@ -1,11 +1,15 @@
 //! What the API thread shows of the guest, and what it asks of it.
 
+use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use vmm_sys_util::eventfd::EventFd;
 
-use super::{Connection, ErrorBody, Event, ExitStatus, GuestState, SnapshotRequest, Status};
+use super::{
+    Connection, ErrorBody, Event, ExitStatus, GuestState, RemovalRequest, SnapshotRequest, Status,
+};
+use crate::config::{DiskConfig, InterfaceConfig};
 use crate::migration::{MigrationLimits, ProgressCell};
 
 /// Events that wait for the API thread; the oldest go first if it is that far behind.
@@ -38,6 +42,8 @@ pub(crate) enum Control {
     ReleaseMigration(Reply),
     /// Keep it.
     CancelMigration(Reply),
+    /// Something about disks and interfaces that come and go.
+    Hotplug(Hotplug),
 }
 
 impl Control {
@@ -52,9 +58,40 @@ impl Control {
             | Self::ResizeBalloon(_, reply)
             | Self::ReleaseMigration(reply)
             | Self::CancelMigration(reply) => reply.refuse(kind, message),
+            Self::Hotplug(request) => request.refuse(kind, message),
             Self::Migrate(_, connection) | Self::Receive(connection) => {
                 connection.refuse(kind, message);
             }
+        }
+    }
+}
+
+/// A request about disks and interfaces.
+#[derive(Debug)]
+pub(crate) enum Hotplug {
+    /// Add a disk.
+    AddDisk(Box<DiskConfig>, Reply),
+    /// Add an interface, on the TAP that came with the request.
+    AddInterface(Box<InterfaceConfig>, Option<OwnedFd>, Reply),
+    /// Remove one.
+    Remove(RemovalRequest, Reply),
+    /// Which there are.
+    Devices(Reply),
+}
+
+impl Hotplug {
+    /// Whether it is to change anything.
+    pub(crate) const fn changes(&self) -> bool {
+        !matches!(self, Self::Devices(_))
+    }
+
+    /// Answers it.
+    pub(crate) fn refuse(self, kind: &str, message: &str) {
+        match self {
+            Self::AddDisk(_, reply)
+            | Self::AddInterface(_, _, reply)
+            | Self::Remove(_, reply)
+            | Self::Devices(reply) => reply.refuse(kind, message),
         }
     }
 }

@@ -3,11 +3,13 @@
 //! A stock kernel finds with them its vCPUs (MADT), the PCI bus (MCFG and `\_SB.PCI0`), COM1, the
 //! power button behind a generic event device, soft-off (`\_S5`) and the reset register.
 
+mod slots;
+
 use acpi_tables::aml::{
     AddressSpace, AddressSpaceCacheable, And, Device, EISAName, Equal, Field, FieldAccessType,
     FieldEntry, FieldLockRule, FieldUpdateRule, IO, If, Interrupt, Local, Memory32Fixed, Method,
-    Name, Notify, ONE, OpRegion, OpRegionSpace, Package, Path, ResourceTemplate, Scope, Store,
-    ZERO,
+    MethodCall, Name, Notify, ONE, OpRegion, OpRegionSpace, Package, Path, ResourceTemplate, Scope,
+    Store, ZERO,
 };
 use acpi_tables::fadt::{FADTBuilder, Flags};
 use acpi_tables::gas::{AccessSize, AddressSpace as RegisterSpace, GAS};
@@ -21,6 +23,7 @@ use acpi_tables::xsdt::XSDT;
 use acpi_tables::{Aml, AmlSink};
 use vm_memory::{Bytes, GuestAddress};
 
+use self::slots::HotplugSlots;
 use super::{BootError, layout};
 use crate::config::Topology;
 use crate::memory::Ram;
@@ -39,6 +42,8 @@ pub struct AcpiConfig {
     pub vcpus: u8,
     /// How they are arranged, which gives their APIC ids.
     pub topology: Topology,
+    /// The PCI slots whose devices stay as long as the machine, a bit for each.
+    pub fixed_slots: u32,
 }
 
 /// Writes all tables and returns the RSDP's guest-physical address.
@@ -47,7 +52,7 @@ pub(super) fn write_tables(memory: &Ram, config: AcpiConfig) -> Result<u64, Boot
         memory,
         next: layout::ACPI + RSDP_BYTES.next_multiple_of(16),
     };
-    let dsdt = tables.write(&dsdt())?;
+    let dsdt = tables.write(&dsdt(config))?;
     let entries = [
         tables.write(&fadt(dsdt))?,
         tables.write(&madt(config))?,
@@ -139,12 +144,16 @@ fn mcfg() -> impl Aml {
     mcfg
 }
 
-fn dsdt() -> Sdt {
+fn dsdt(config: AcpiConfig) -> Sdt {
     let mut aml = AmlBytes::default();
     Scope::new(
         "_SB_".into(),
         vec![
-            &PciHostBridge,
+            &PciHostBridge {
+                slots: HotplugSlots {
+                    fixed: config.fixed_slots,
+                },
+            },
             &Motherboard,
             &Com1,
             &PowerButton,
@@ -165,7 +174,9 @@ fn dsdt() -> Sdt {
     dsdt
 }
 
-struct PciHostBridge;
+struct PciHostBridge {
+    slots: HotplugSlots,
+}
 
 impl Aml for PciHostBridge {
     fn to_aml_bytes(&self, sink: &mut dyn AmlSink) {
@@ -195,6 +206,7 @@ impl Aml for PciHostBridge {
                         ),
                     ]),
                 ),
+                &self.slots,
             ],
         )
         .to_aml_bytes(sink);
@@ -291,6 +303,7 @@ impl Aml for EventDevice {
         let interrupt = Interrupt::new(true, true, false, false, layout::GSI_EVENTS);
         let power_button = layout::EVENT_POWER_BUTTON;
         let generation = layout::EVENT_GENERATION;
+        let pci = layout::EVENT_PCI;
         Device::new(
             "GED_".into(),
             vec![
@@ -320,6 +333,11 @@ impl Aml for EventDevice {
                         &If::new(
                             &Equal::new(&Local(1), &generation),
                             vec![&Notify::new(&Path::new("\\_SB_.VGEN"), &0x80u8)],
+                        ),
+                        &And::new(&Local(1), &Local(0), &pci),
+                        &If::new(
+                            &Equal::new(&Local(1), &pci),
+                            vec![&MethodCall::new("\\_SB_.PCI0.PSCN".into(), vec![])],
                         ),
                     ],
                 ),

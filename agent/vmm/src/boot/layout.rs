@@ -72,6 +72,13 @@ pub const PORT_SLEEP_CONTROL: u16 = 0x600;
 pub const PORT_SLEEP_STATUS: u16 = 0x601;
 /// The generic event device's pending events, one I/O port; reading clears them.
 pub const PORT_EVENTS: u16 = 0x602;
+/// Which PCI slots have something new in them, a bit for each: one I/O port of 32 bits; reading clears
+/// it.
+pub const PORT_PCI_INSERTED: u16 = 0x610;
+/// What of the PCI slots the guest is asked to let go of, in the same way.
+pub const PORT_PCI_REMOVAL: u16 = 0x614;
+/// Written with the bits of the PCI slots that the guest has let go of.
+pub const PORT_PCI_EJECT: u16 = 0x618;
 /// The first serial port's eight I/O ports.
 pub const PORT_COM1: u16 = 0x3f8;
 /// The reset control register of PC chipsets, which FADT names as its reset register.
@@ -92,3 +99,5 @@ pub const SLEEP_TYPE_S5: u8 = 5;
 pub const EVENT_POWER_BUTTON: u8 = 1;
 /// The bit of [`PORT_EVENTS`] that says that [`GENERATION_ID`] has changed.
 pub const EVENT_GENERATION: u8 = 2;
+/// The bit of [`PORT_EVENTS`] that says that [`PORT_PCI_INSERTED`] or [`PORT_PCI_REMOVAL`] has news.
+pub const EVENT_PCI: u8 = 4;

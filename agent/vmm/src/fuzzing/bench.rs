@@ -1,7 +1,7 @@
 //! A machine without KVM: the platform, and PCI functions that are served without threads of their
 //! own.
 
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use kvm_bindings::KvmIrqRouting;
 use vmm_sys_util::eventfd::EventFd;
@@ -10,6 +10,7 @@ use super::rings;
 use crate::boot::layout;
 use crate::config::BalloonConfig;
 use crate::console::ConsoleOutput;
+use crate::devices::hotplug::HotplugRegisters;
 use crate::devices::legacy::Clock;
 use crate::devices::panic::PanicDevice;
 use crate::devices::power::Power;
@@ -56,11 +57,17 @@ pub struct Bench {
     pub platform: Platform,
     /// In slots 1 and 2: the entropy device and the balloon.
     pub virtio: Vec<Arc<Mutex<VirtioPci>>>,
+    wiring: Arc<dyn EventWiring>,
+    router: Arc<InterruptRouter>,
+    /// The slots that the guest has let go of.
+    pub gone: Arc<Mutex<Vec<u8>>>,
 }
 
 /// Slots of the functions that are not virtio.
-pub const PANIC_SLOT: u64 = 3;
-pub const WATCHDOG_SLOT: u64 = 4;
+const PANIC_SLOT: u8 = 3;
+pub const WATCHDOG_SLOT: u8 = 4;
+/// Devices come and go in the slots behind.
+pub const FREE_SLOTS: std::ops::RangeInclusive<u8> = 5..=7;
 
 impl Bench {
     pub fn new() -> Self {
@@ -69,11 +76,18 @@ impl Bench {
         let router = InterruptRouter::new(Arc::clone(&wiring)).expect("no KVM, no error");
         let router = Arc::new(router);
         let console = Arc::new(ConsoleOutput::new().expect("an eventfd"));
+        let gone = Arc::new(Mutex::new(Vec::new()));
+        let told = Arc::clone(&gone);
         let platform = Platform {
             serial: SerialPort::new(&router, &console, None).expect("an eventfd"),
             power: Power::new(&router).expect("an eventfd"),
             pci: PciBus::new(),
             clock: Mutex::new(Clock::default()),
+            hotplug: HotplugRegisters::default(),
+            ejected: Arc::new(move |slot| {
+                let mut gone = told.lock().unwrap_or_else(PoisonError::into_inner);
+                gone.push(slot);
+            }),
         };
         let control = Arc::new(BalloonControl::new(3));
         let devices: [(&str, Box<dyn VirtioDevice>); 2] = [
@@ -88,25 +102,44 @@ impl Bench {
             let parts = (&wiring, &router, &memory);
             let function = VirtioPci::new(name.to_owned(), device, 0xff_0000, bar(slot), parts);
             let function = Arc::new(Mutex::new(function.expect("eventfds")));
-            platform.pci.add(Arc::clone(&function) as _);
+            platform.pci.insert(slot.into(), Arc::clone(&function) as _);
             virtio.push(function);
         }
         let panic = PanicDevice::new(bar(PANIC_SLOT), Box::new(|_| {}));
-        platform.pci.add(Arc::new(Mutex::new(panic)));
-        let watchdog = Watchdog::new(bar(WATCHDOG_SLOT), Box::new(|| {}), Mode::Off);
         platform
             .pci
-            .add(Arc::new(Mutex::new(watchdog.expect("a thread"))));
+            .insert(PANIC_SLOT.into(), Arc::new(Mutex::new(panic)));
+        let watchdog = Watchdog::new(bar(WATCHDOG_SLOT), Box::new(|| {}), Mode::Off);
+        let watchdog = watchdog.expect("a thread");
+        platform
+            .pci
+            .insert(WATCHDOG_SLOT.into(), Arc::new(Mutex::new(watchdog)));
         Self {
             memory,
             platform,
             virtio,
+            wiring,
+            router,
+            gone,
+        }
+    }
+}
+
+impl Bench {
+    /// Puts another entropy device into a slot, if it is free.
+    pub fn plug(&self, slot: u8) {
+        let parts = (&self.wiring, &self.router, &self.memory);
+        let device = Box::new(Rng::default());
+        let function = VirtioPci::new("new".to_owned(), device, 0xff_0000, bar(slot), parts);
+        let function = Arc::new(Mutex::new(function.expect("eventfds")));
+        if self.platform.pci.insert(slot.into(), function) {
+            self.platform.hotplug.insert(slot);
         }
     }
 }
 
 /// Where the BAR of the function in `slot` is at first.
-pub fn bar(slot: u64) -> u32 {
-    let address = layout::PCI_WINDOW + slot * u64::from(VirtioPci::BAR_BYTES);
+pub fn bar(slot: u8) -> u32 {
+    let address = layout::PCI_WINDOW + u64::from(slot) * u64::from(VirtioPci::BAR_BYTES);
     u32::try_from(address).expect("the window is below 4 GiB")
 }

@@ -42,6 +42,7 @@ pub fn kernel(input: &[u8]) {
     let acpi = AcpiConfig {
         vcpus: config.vcpus,
         topology: config.cpu.topology(config.vcpus),
+        fixed_slots: 0,
     };
     if let Ok(entry) = boot::load(&memory, &files, "console=ttyS0", acpi) {
         assert!(entry.instruction_pointer < MEMORY as u64);

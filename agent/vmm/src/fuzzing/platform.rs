@@ -4,14 +4,16 @@ use std::sync::PoisonError;
 
 use vm_memory::{Bytes, GuestAddress};
 
-use super::bench::{Bench, WATCHDOG_SLOT, bar};
+use super::bench::{Bench, FREE_SLOTS, WATCHDOG_SLOT, bar};
 use super::input::Input;
 use super::rings;
 use crate::boot::layout;
 use crate::vcpu::ExitHandler;
 use crate::virtio::{FunctionState, VirtioPci};
 
-const SLOTS: u64 = WATCHDOG_SLOT + 1;
+/// What is there from the start, and stays.
+const FIXED_SLOTS: u8 = WATCHDOG_SLOT + 1;
+const SLOTS: u8 = *FREE_SLOTS.end() + 1;
 /// Bytes of the configuration space from its start that no guest can change: vendor and device.
 const IDENTITY: usize = 4;
 /// More accesses reach nothing new.
@@ -25,7 +27,7 @@ pub fn platform(input: &[u8]) {
     let bench = Bench::new();
     let before = identities(&bench);
     // As firmware leaves it: memory decoded, bus master.
-    for slot in 0..SLOTS {
+    for slot in 0..FIXED_SLOTS {
         bench.platform.mmio_write(ecam(slot, 4), &[6, 0]);
     }
     accesses(&bench, &mut Input(input));
@@ -79,7 +81,7 @@ fn access(bench: &Bench, input: &mut Input<'_>) {
     let platform = &bench.platform;
     let kind = input.byte();
     let size = 1 << (kind >> 6);
-    let slot = u64::from(input.byte()) % SLOTS;
+    let slot = input.byte() % SLOTS;
     match kind & 15 {
         0..=3 => {
             let address = u64::from(bar(slot)) + register(input.byte(), input.byte());
@@ -111,13 +113,33 @@ fn access(bench: &Bench, input: &mut Input<'_>) {
             let (place, value) = (u64::from(input.half()) % rings::MEMORY, input.long());
             let _ = bench.memory.write_obj(value, GuestAddress(place));
         }
+        13 if input.byte() & 1 == 1 => hotplug(bench, input),
         13 => rings::fill_queue(&bench.memory, u16::from(input.byte() % 5), input),
         _ => drive(bench, slot, input),
     }
 }
 
+/// The host adds a device or asks for one back; the guest lets go of what it likes.
+fn hotplug(bench: &Bench, input: &mut Input<'_>) {
+    let choice = input.byte();
+    let count = FREE_SLOTS.end() + 1 - FREE_SLOTS.start();
+    let slot = FREE_SLOTS.start() + choice % count;
+    match choice >> 6 {
+        0 => bench.plug(slot),
+        1 => bench.platform.hotplug.ask(slot),
+        _ => {
+            let asked = bench.platform.hotplug.leaving();
+            let _ = bench
+                .platform
+                .io_write(layout::PORT_PCI_EJECT, &input.array::<4>());
+            let mut gone = bench.gone.lock().unwrap_or_else(PoisonError::into_inner);
+            assert!(gone.drain(..).all(|slot| asked.contains(&slot)));
+        }
+    }
+}
+
 /// Brings a virtio function to life as its driver does, with the queues where the rings are.
-fn drive(bench: &Bench, slot: u64, input: &mut Input<'_>) {
+fn drive(bench: &Bench, slot: u8, input: &mut Input<'_>) {
     let write = |offset: u64, value: &[u8]| {
         bench
             .platform
@@ -156,14 +178,14 @@ fn port(input: &mut Input<'_>) -> u16 {
         0 => layout::PORT_COM1 + (near & 7),
         1 | 2 => 0xcf8 + (near & 7),
         3 => 0x70 + (near & 1),
-        4 => layout::PORT_SLEEP_CONTROL + (near & 3),
+        4 => layout::PORT_SLEEP_CONTROL + (near & 31),
         5 => 0x64,
         _ => input.half(),
     }
 }
 
-fn ecam(slot: u64, offset: u64) -> u64 {
-    layout::ECAM + (slot << 15) + offset
+fn ecam(slot: u8, offset: u64) -> u64 {
+    layout::ECAM + (u64::from(slot) << 15) + offset
 }
 
 fn identities(bench: &Bench) -> Vec<[u8; IDENTITY]> {
@@ -172,5 +194,5 @@ fn identities(bench: &Bench) -> Vec<[u8; IDENTITY]> {
         bench.platform.mmio_read(ecam(slot, 0), &mut bytes);
         bytes
     };
-    (0..SLOTS).map(read).collect()
+    (0..FIXED_SLOTS).map(read).collect()
 }

@@ -4,11 +4,11 @@ use std::sync::Arc;
 use std::sync::mpsc::SyncSender;
 use std::time::{Duration, Instant};
 
-use super::{Guest, Message, acknowledge, exit};
+use super::life::{BootEnd, Guest, Message, exit};
+use super::requests::acknowledge;
 use crate::api::{Connection, Control, ExitReason, ExitStatus, GuestState, Reply};
 use crate::cpuid;
 use crate::error::VmmError;
-use crate::guest::BootEnd;
 use crate::machine::Machine;
 use crate::memory;
 use crate::migration::{
@@ -137,7 +137,7 @@ impl Guest<'_> {
             .map_err(|e| MigrationError::Build(e.to_string()))?;
         Ok(Hello {
             program: env!("CARGO_PKG_VERSION").to_owned(),
-            config: serde_json::to_string(self.config)
+            config: serde_json::to_string(&self.config)
                 .map_err(|e| MigrationError::Build(e.to_string()))?,
             cpuid: cpuid.as_slice().to_vec(),
         })
@@ -303,7 +303,10 @@ impl Guest<'_> {
                 Message::Control(control) => {
                     control.refuse("incoming", "the guest hasn't come yet");
                 }
-                Message::Vcpu(_) | Message::Distress(_) | Message::Departure(..) => {}
+                Message::Vcpu(_)
+                | Message::Distress(_)
+                | Message::Ejected(_)
+                | Message::Departure(..) => {}
             }
         }
     }
@@ -332,7 +335,7 @@ impl Guest<'_> {
 
     fn settle(&self, arrived: Arrived) -> Result<(Machine, Run), VmmError> {
         let (memory, image, mut answer) = arrived.into_parts();
-        let machine = Machine::arrive(&self.host, self.config, memory, &image, &self.reporters);
+        let machine = Machine::arrive(&self.host, &self.config, memory, &image, &self.reporters);
         let machine = match machine {
             Ok(machine) => machine,
             Err(e) => {

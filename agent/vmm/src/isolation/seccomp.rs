@@ -112,6 +112,7 @@ const API: &[i64] = &[
     libc::SYS_fstat,
     libc::SYS_poll,
     libc::SYS_recvfrom,
+    libc::SYS_recvmsg,
     libc::SYS_rename,
     libc::SYS_sendto,
     libc::SYS_statx,

@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use kvm_ioctls::VmFd;
 
+use super::snapshot::placement;
 use super::{Board, HostResources, Machine, Reporters, Start};
 use crate::config::GuestConfig;
 use crate::error::VmmError;
@@ -115,6 +116,7 @@ impl Machine {
             log: false,
             serial: Some(&state.platform.serial),
             disks: Some(&image.disks),
+            placement: placement(state),
         };
         let board = Board::assemble(host, config, memory, &start, reporters)?;
         let vcpus = board.restore(host, config, state)?;

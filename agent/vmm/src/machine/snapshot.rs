@@ -7,10 +7,12 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use kvm_bindings::{KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE};
 use kvm_bindings::{kvm_clock_data, kvm_irqchip};
 
-use super::slots::Functions;
+use super::slots::{Functions, PANIC, Placement, Slotted, WATCHDOG};
 use super::{Board, HostResources, Machine, Reporters, Start, random, write_generation_id};
 use crate::config::GuestConfig;
 use crate::cpuid;
+use crate::devices::panic::PanicDevice;
+use crate::devices::watchdog::Watchdog;
 use crate::error::VmmError;
 use crate::memory::{self, GuestMemory};
 use crate::snapshot::memory_file::{differing, pages_of, union, write_all, write_pages};
@@ -75,6 +77,7 @@ impl Machine {
             log: track,
             serial: Some(&state.platform.serial),
             disks: None,
+            placement: placement(state),
         };
         let board = Board::assemble(host, config, memory, &start, reporters)?;
         let vcpus = board.restore(host, config, state)?;
@@ -96,7 +99,7 @@ impl Machine {
     /// Stops the vCPUs, then the devices. On an error all of them go on.
     pub fn pause(&self) -> Result<(), SnapshotError> {
         self.vcpus.pause();
-        for (index, function) in self.functions.virtio.iter().enumerate() {
+        for (index, function) in self.functions.virtio.values().enumerate() {
             let mut function = function.lock().unwrap_or_else(PoisonError::into_inner);
             if let Err(reason) = function.pause() {
                 let device = function.name().to_owned();
@@ -106,8 +109,8 @@ impl Machine {
                 return Err(SnapshotError::Device { device, reason });
             }
         }
-        if let Some(watchdog) = self.functions.watchdog() {
-            watchdog.pause();
+        if let Some(watchdog) = &self.functions.watchdog {
+            watchdog.lock().pause();
         }
         Ok(())
     }
@@ -115,14 +118,14 @@ impl Machine {
     /// Lets a paused machine go on.
     pub fn resume(&self) {
         self.resume_functions(self.functions.virtio.len());
-        if let Some(watchdog) = self.functions.watchdog() {
-            watchdog.resume();
+        if let Some(watchdog) = &self.functions.watchdog {
+            watchdog.lock().resume();
         }
         self.vcpus.resume();
     }
 
     fn resume_functions(&self, count: usize) {
-        for function in self.functions.virtio.iter().take(count) {
+        for function in self.functions.virtio.values().take(count) {
             function
                 .lock()
                 .unwrap_or_else(PoisonError::into_inner)
@@ -184,7 +187,7 @@ impl Machine {
             id,
             program: env!("CARGO_PKG_VERSION").to_owned(),
             taken_at_unix_ms: unix_ms(),
-            config: serde_json::to_string(config)
+            config: serde_json::to_string(&self.without_released(config))
                 .map_err(|e| SnapshotError::Config(e.to_string()))?,
             memory: MemoryState {
                 bytes: config.memory.size_mib << 20,
@@ -240,16 +243,33 @@ impl Machine {
                     .unwrap_or_else(PoisonError::into_inner)
                     .selected(),
                 config_address: platform.pci.config_address(),
-                panic: self.functions.panic().map(|device| device.save()),
-                watchdog: self.functions.watchdog().map(|device| device.save()),
+                hotplug: platform.hotplug.save(),
+                panic: saved(self.functions.panic.as_ref(), PanicDevice::save),
+                watchdog: saved(self.functions.watchdog.as_ref(), Watchdog::save),
             },
             functions: self
                 .functions
                 .virtio
                 .iter()
-                .map(|f| f.lock().unwrap_or_else(PoisonError::into_inner).save())
+                .filter(|(slot, _)| self.platform.pci.is_taken(usize::from(**slot)))
+                .map(|(slot, function)| {
+                    let function = function.lock().unwrap_or_else(PoisonError::into_inner);
+                    (*slot, function.save())
+                })
                 .collect(),
         })
+    }
+
+    /// A configuration without what the guest has let go of just now, of which it is still to be told.
+    fn without_released(&self, config: &GuestConfig) -> GuestConfig {
+        let is_released = |id: &str| {
+            let slot = self.functions.slot_of(id);
+            slot.is_some_and(|slot| !self.platform.pci.is_taken(slot.into()))
+        };
+        let mut config = config.clone();
+        config.disks.retain(|disk| !is_released(&disk.id));
+        config.interfaces.retain(|port| !is_released(&port.id));
+        config
     }
 
     /// What was written since the last call.
@@ -295,6 +315,7 @@ impl Board {
         self.functions.restore(state)?;
         let platform = &self.platform;
         platform.pci.restore(state.platform.config_address);
+        platform.hotplug.restore(state.platform.hotplug);
         platform
             .clock
             .lock()
@@ -322,22 +343,50 @@ impl Functions {
 
     /// Takes the functions' states; they stay paused.
     fn restore(&self, state: &MachineState) -> Result<(), SnapshotError> {
-        for (function, saved) in self.virtio.iter().zip(&state.functions) {
-            let mut function = function.lock().unwrap_or_else(PoisonError::into_inner);
-            let restored = function.restore(saved);
+        for (slot, saved) in &state.functions {
+            // The slots were given out as in the state: one that is missing is another device's.
+            let function = self.virtio.get(slot);
+            let function = function.map(|f| f.lock().unwrap_or_else(PoisonError::into_inner));
+            let restored = match function {
+                Some(mut function) => function.restore(saved),
+                None => Err("it is in the snapshot, but not in the configuration".to_owned()),
+            };
             restored.map_err(|reason| SnapshotError::Device {
-                device: function.name().to_owned(),
+                device: saved.name().to_owned(),
                 reason,
             })?;
         }
-        if let (Some(mut device), Some(saved)) = (self.panic(), &state.platform.panic) {
-            device.restore(saved);
+        if let (Some(device), Some((_, saved))) = (&self.panic, &state.platform.panic) {
+            device.lock().restore(saved);
         }
-        if let (Some(mut device), Some(saved)) = (self.watchdog(), &state.platform.watchdog) {
-            device.restore(saved);
+        if let (Some(device), Some((_, saved))) = (&self.watchdog, &state.platform.watchdog) {
+            device.lock().restore(saved);
         }
         Ok(())
     }
+}
+
+/// Where a snapshot's devices are.
+pub(super) fn placement(state: &MachineState) -> Placement {
+    let owned = |(name, kind): (&str, u32), slot: u8| ((name.to_owned(), kind), slot);
+    let functions = state.functions.iter();
+    let mut slots: Placement = functions
+        .map(|(slot, function)| owned((function.name(), function.device_type()), *slot))
+        .collect();
+    let platform = &state.platform;
+    slots.extend(platform.panic.iter().map(|(slot, _)| owned(PANIC, *slot)));
+    slots.extend(
+        platform
+            .watchdog
+            .iter()
+            .map(|(slot, _)| owned(WATCHDOG, *slot)),
+    );
+    slots
+}
+
+/// A device's slot and state, if there is one.
+fn saved<T, S>(device: Option<&Slotted<T>>, save: impl Fn(&T) -> S) -> Option<(u8, S)> {
+    device.map(|device| (device.slot, save(&device.lock())))
 }
 
 /// The memory being written: most of it while the guest runs, the rest when it stands still.

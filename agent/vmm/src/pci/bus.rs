@@ -6,7 +6,7 @@ use super::{ConfigSpace, Identity};
 use crate::boot::layout;
 
 /// Slots of the bus.
-const SLOTS: usize = 32;
+pub const SLOTS: usize = 32;
 /// Bits 19:12 of an ECAM offset are device and function, 11:0 the register.
 const ECAM_FUNCTION_SHIFT: u32 = 12;
 const CONFIG_ADDRESS_ENABLE: u32 = 1 << 31;
@@ -54,7 +54,7 @@ type Slot = Arc<Mutex<dyn PciFunction>>;
 
 /// Segment 0, bus 0, with the host bridge in slot 0.
 pub struct PciBus {
-    slots: RwLock<Vec<Slot>>,
+    slots: RwLock<[Option<Slot>; SLOTS]>,
     /// The decoded BARs by slot, so that a memory access locks only the function it is for.
     windows: RwLock<[Option<BarWindow>; SLOTS]>,
     config_address: Mutex<u32>,
@@ -63,23 +63,56 @@ pub struct PciBus {
 impl PciBus {
     /// A bus with nothing but the host bridge.
     pub fn new() -> Self {
+        let bridge: Slot = Arc::new(Mutex::new(HostBridge(ConfigSpace::new(HOST_BRIDGE))));
+        let mut slots = [const { None }; SLOTS];
+        slots[0] = Some(bridge);
         Self {
-            slots: RwLock::new(vec![Arc::new(Mutex::new(HostBridge(ConfigSpace::new(
-                HOST_BRIDGE,
-            ))))]),
+            slots: RwLock::new(slots),
             windows: RwLock::new([None; SLOTS]),
             config_address: Mutex::new(0),
         }
     }
 
-    /// Puts a function into the next slot and returns the slot's number, or `None` if all are
-    /// taken.
-    pub fn add(&self, function: Slot) -> Option<usize> {
+    /// The first slot with nothing in it.
+    pub fn free_slot(&self) -> Option<usize> {
+        let slots = self.slots.read().unwrap_or_else(PoisonError::into_inner);
+        slots.iter().position(Option::is_none)
+    }
+
+    /// Whether there is something in a slot.
+    pub fn is_taken(&self, slot: usize) -> bool {
+        self.slot(slot).is_some()
+    }
+
+    /// Puts a function into a slot; returns whether that was free.
+    pub fn insert(&self, slot: usize, function: Slot) -> bool {
+        let window = function
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .window();
         let mut slots = self.slots.write().unwrap_or_else(PoisonError::into_inner);
-        (slots.len() < SLOTS).then(|| {
-            slots.push(function);
-            slots.len() - 1
-        })
+        let Some(place) = slots.get_mut(slot).filter(|place| place.is_none()) else {
+            return false;
+        };
+        *place = Some(function);
+        self.set_window(slot, window);
+        true
+    }
+
+    /// Takes the function out of a slot: from now on nothing answers there.
+    pub fn remove(&self, slot: usize) {
+        let mut slots = self.slots.write().unwrap_or_else(PoisonError::into_inner);
+        if let Some(place) = slots.get_mut(slot) {
+            *place = None;
+            self.set_window(slot, None);
+        }
+    }
+
+    fn set_window(&self, slot: usize, window: Option<BarWindow>) {
+        let mut windows = self.windows.write().unwrap_or_else(PoisonError::into_inner);
+        if let Some(entry) = windows.get_mut(slot) {
+            *entry = window;
+        }
     }
 
     /// The address register of port 0xcf8.
@@ -99,10 +132,10 @@ impl PciBus {
         let slots = self.slots.read().unwrap_or_else(PoisonError::into_inner);
         let mut windows = self.windows.write().unwrap_or_else(PoisonError::into_inner);
         for (window, function) in windows.iter_mut().zip(&*slots) {
-            *window = function
-                .lock()
-                .unwrap_or_else(PoisonError::into_inner)
-                .window();
+            *window = function.as_ref().and_then(|function| {
+                let function = function.lock().unwrap_or_else(PoisonError::into_inner);
+                function.window()
+            });
         }
     }
 
@@ -191,8 +224,8 @@ impl PciBus {
         self.slots
             .read()
             .unwrap_or_else(PoisonError::into_inner)
-            .get(slot)
-            .cloned()
+            .get(slot)?
+            .clone()
     }
 
     fn config_read(&self, target: Option<usize>, register: u16, data: &mut [u8]) {
@@ -215,15 +248,7 @@ impl PciBus {
         };
         let mut function = function.lock().unwrap_or_else(PoisonError::into_inner);
         function.config_write(register, data);
-        let window = function.window();
-        if let Some(entry) = self
-            .windows
-            .write()
-            .unwrap_or_else(PoisonError::into_inner)
-            .get_mut(slot)
-        {
-            *entry = window;
-        }
+        self.set_window(slot, function.window());
     }
 }
 

@@ -223,6 +223,19 @@ impl Msix {
     }
 }
 
+impl Drop for Msix {
+    fn drop(&mut self) {
+        for source in &mut self.sources {
+            if let Some(gsi) = source.connected.take()
+                && let Err(e) = self.router.disconnect(&source.event, gsi)
+            {
+                tracing::debug!("an interrupt of a PCI device can't be disconnected: {e}");
+            }
+        }
+        self.router.release(self.first_gsi);
+    }
+}
+
 fn message_of(entry: &[u8; ENTRY_BYTES]) -> Message {
     let [a0, a1, a2, a3, a4, a5, a6, a7, d0, d1, d2, d3, ..] = *entry;
     Message {

@@ -18,7 +18,7 @@ use serde::de::DeserializeOwned;
 
 const MAGIC: [u8; 8] = *b"KEELSNAP";
 /// The version that this program writes and reads.
-pub const VERSION: u32 = 2;
+pub const VERSION: u32 = 3;
 /// `EM_X86_64`.
 pub const ARCHITECTURE: u32 = 62;
 /// Bytes of the header.

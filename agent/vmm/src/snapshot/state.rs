@@ -1,14 +1,18 @@
 //! What a snapshot holds beside the guest's memory.
 
+use std::collections::{BTreeMap, HashSet};
+
 use kvm_bindings::{kvm_clock_data, kvm_irqchip};
 use serde::{Deserialize, Serialize};
 
 use super::SnapshotError;
 use super::format::{self, FormatError};
 use crate::config::GuestConfig;
+use crate::devices::hotplug::HotplugState;
 use crate::devices::serial::SerialState;
 use crate::devices::watchdog::WatchdogState;
 use crate::memory::PAGE;
+use crate::pci::SLOTS;
 use crate::vcpu::VcpuState;
 use crate::virtio::FunctionState;
 
@@ -71,7 +75,8 @@ pub(crate) struct MachineState {
     pub(crate) irqchips: Vec<kvm_irqchip>,
     pub(crate) vcpus: Vec<VcpuState>,
     pub(crate) platform: PlatformState,
-    pub(crate) functions: Vec<FunctionState>,
+    /// By slot.
+    pub(crate) functions: BTreeMap<u8, FunctionState>,
 }
 
 /// The devices that are not on the PCI bus.
@@ -81,9 +86,11 @@ pub(crate) struct PlatformState {
     pub(crate) pending_events: u8,
     pub(crate) clock_index: u8,
     pub(crate) config_address: u32,
-    /// The panic device's configuration registers.
-    pub(crate) panic: Option<Vec<u8>>,
-    pub(crate) watchdog: Option<WatchdogState>,
+    pub(crate) hotplug: HotplugState,
+    /// The panic device's slot and configuration registers.
+    pub(crate) panic: Option<(u8, Vec<u8>)>,
+    /// The watchdog's slot and state.
+    pub(crate) watchdog: Option<(u8, WatchdogState)>,
 }
 
 impl SnapshotState {
@@ -131,6 +138,16 @@ impl MachineState {
     pub(crate) fn check(&self, vcpus: u8) -> Result<(), String> {
         if self.vcpus.len() != usize::from(vcpus) {
             return Err("it has another number of vCPUs than its configuration".to_owned());
+        }
+        let (platform, functions) = (&self.platform, &self.functions);
+        let panic = platform.panic.as_ref().map(|(slot, _)| slot);
+        let watchdog = platform.watchdog.as_ref().map(|(slot, _)| slot);
+        let mut taken = HashSet::new();
+        let mut slots = functions.keys().chain(panic).chain(watchdog);
+        if !slots.all(|slot| (1..SLOTS).contains(&usize::from(*slot)) && taken.insert(*slot)) {
+            return Err(
+                "it has devices in a PCI slot twice, or in one that isn't there".to_owned(),
+            );
         }
         if self.irqchips.len() != 3 {
             return Err("it lacks interrupt controllers".to_owned());

@@ -3,6 +3,7 @@
 use std::sync::atomic::Ordering;
 
 use serde::{Deserialize, Serialize};
+use virtio_bindings::virtio_ids::{VIRTIO_ID_BLOCK, VIRTIO_ID_NET};
 
 use super::common_config::CommonState;
 use super::{STATUS_NEEDS_RESET, VirtioPci};
@@ -24,10 +25,32 @@ pub struct FunctionState {
     device: Vec<u8>,
 }
 
+impl FunctionState {
+    /// The device's name in the configuration.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// The device's type (virtio 1.2, 5).
+    pub const fn device_type(&self) -> u32 {
+        self.device_type
+    }
+}
+
 impl VirtioPci {
     /// The device's name in the configuration.
     pub fn name(&self) -> &str {
         &self.name
+    }
+
+    /// The device's type (virtio 1.2, 5).
+    pub fn device_type(&self) -> u32 {
+        self.device.device_type()
+    }
+
+    /// Whether the device may be removed while the guest runs: disks and interfaces.
+    pub fn is_removable(&self) -> bool {
+        matches!(self.device.device_type(), VIRTIO_ID_BLOCK | VIRTIO_ID_NET)
     }
 
     /// Stops the device between two requests. The vCPUs are paused. On an error it still works.

@@ -320,7 +320,8 @@ impl PciFunction for VirtioPci {
 impl Drop for VirtioPci {
     fn drop(&mut self) {
         if self.active {
-            self.device.reset();
+            // The machine may go on without it, so its doorbells must not be left with KVM.
+            self.reset();
         }
     }
 }

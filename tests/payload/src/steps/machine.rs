@@ -173,13 +173,22 @@ pub fn wait_for_power_button(
     route(line, u64::from(vector.number()))?;
     say!("wait-power-button ready line={}", line.number);
     let deadline = Deadline::after_milliseconds(milliseconds);
+    let events = machine.tables()?.port_region(*b"EVRG");
     wait_for(deadline, "power button", || {
-        Ok((vector.count() > 0).then_some(()))
+        // Of another VMM's event device only the interrupt is known.
+        let pressed = vector.count() > 0
+            && events.map_or(true, |port| {
+                supervisor::port_in(port, Width::Byte) & POWER_BUTTON != 0
+            });
+        Ok(pressed.then_some(()))
     })?;
     route(line, MASKED)?;
     say!("wait-power-button ok");
     Ok(())
 }
+
+/// The event device's bit for it.
+const POWER_BUTTON: u32 = 1;
 
 /// Held back.
 pub const MASKED: u64 = 1 << 16;

@@ -38,6 +38,10 @@
 //! | `remember` | `mib` (16), `ms` (600000) | fills memory; for each console line `next` checks it and changes some, at `done` ends |
 //! | `scribble` | `mib` (8), `ms` (600000) | checks and writes each page over and over, until a line comes on the console |
 //! | `wait-generation` | `ms` (600000) | waits for another VM generation ID, and its event |
+//! | `plug-wait` | `ms` (60000) | waits for something new in a PCI slot |
+//! | `plug-release` | `ms` (60000) | waits until it is to let go of a device, and does |
+//! | `plug-serve` | `ms` (600000) | takes devices and lets go of them until the power button is pressed |
+//! | `plug-hostile` | | lets go of what nobody asked for |
 //! | `hammer` | `seed` (1), `rounds` (2000) | random accesses to ports and device registers |
 
 mod balloon;
@@ -46,6 +50,7 @@ mod block_request;
 mod hammer;
 mod health;
 mod hostile;
+mod hotplug;
 mod machine;
 mod network;
 mod snapshot;
@@ -158,6 +163,10 @@ fn take(machine: &Machine<'_>, step: Step<'_>) -> Result<(), Error> {
         "remember" => snapshot::remember(arguments),
         "scribble" => snapshot::scribble(arguments),
         "wait-generation" => snapshot::wait_generation(machine, arguments),
+        "plug-wait" => hotplug::wait(machine, arguments),
+        "plug-release" => hotplug::release(machine, arguments),
+        "plug-serve" => hotplug::serve(machine, arguments),
+        "plug-hostile" => hotplug::hostile(machine, arguments),
         "hammer" => hammer::run(machine, arguments),
         _ => Err(Error::UnknownStep),
     }

@@ -3,7 +3,7 @@
 use std::io;
 use std::os::fd::AsRawFd;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{Receiver, Sender, TryRecvError, channel};
 use std::thread::JoinHandle;
 
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
@@ -28,14 +28,31 @@ pub enum DiskEvent {
 
 /// A running thread. Dropping stops and joins it.
 pub struct DiskWatcher {
-    stop: Arc<AtomicBool>,
+    commands: Sender<Command>,
     wake: EventFd,
     thread: Option<JoinHandle<()>>,
+}
+
+/// What the thread is told.
+enum Command {
+    Watch(Arc<DiskLink>),
+    /// The disk with this id is removed.
+    Forget(String),
+    Stop,
 }
 
 struct Watched {
     link: Arc<DiskLink>,
     resuming: bool,
+}
+
+impl Watched {
+    const fn new(link: Arc<DiskLink>) -> Self {
+        Self {
+            link,
+            resuming: false,
+        }
+    }
 }
 
 impl DiskWatcher {
@@ -45,12 +62,12 @@ impl DiskWatcher {
         report: impl Fn(DiskEvent) + Send + 'static,
         seccomp: Mode,
     ) -> io::Result<Self> {
-        let stop = Arc::new(AtomicBool::new(false));
+        let (commands, orders) = channel();
         let wake = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?;
         for link in &links {
             link.set_watcher(wake.try_clone()?);
         }
-        let (stopped, woken) = (Arc::clone(&stop), wake.try_clone()?);
+        let woken = wake.try_clone()?;
         let thread = std::thread::Builder::new()
             .name("disks".into())
             .stack_size(STACK_BYTES)
@@ -59,14 +76,8 @@ impl DiskWatcher {
                     tracing::error!("{e}");
                     return;
                 }
-                let mut disks: Vec<Watched> = links
-                    .into_iter()
-                    .map(|link| Watched {
-                        link,
-                        resuming: false,
-                    })
-                    .collect();
-                while !stopped.load(Ordering::Acquire) {
+                let mut disks: Vec<Watched> = links.into_iter().map(Watched::new).collect();
+                while obey(&orders, &mut disks) {
                     if let Err(e) = turn(&mut disks, &woken, &report) {
                         tracing::error!("the disks can't be watched: {e}");
                         return;
@@ -74,22 +85,51 @@ impl DiskWatcher {
                 }
             })?;
         Ok(Self {
-            stop,
+            commands,
             wake,
             thread: Some(thread),
         })
+    }
+
+    /// Watches a further disk.
+    pub fn watch(&self, link: Arc<DiskLink>) -> io::Result<()> {
+        link.set_watcher(self.wake.try_clone()?);
+        self.tell(Command::Watch(link));
+        Ok(())
+    }
+
+    /// Watches the disk with this id no more, whose backend may go away now.
+    pub fn forget(&self, id: &str) {
+        self.tell(Command::Forget(id.to_owned()));
+    }
+
+    fn tell(&self, command: Command) {
+        // Fails only when the thread has ended, and said why.
+        let _ = self.commands.send(command);
+        // Fails only with the event's counter at its maximum, when the thread is awake anyway.
+        let _ = self.wake.write(1);
     }
 }
 
 impl Drop for DiskWatcher {
     fn drop(&mut self) {
-        self.stop.store(true, Ordering::Release);
-        // Fails only with the event's counter at its maximum, when the thread is awake anyway.
-        let _ = self.wake.write(1);
+        self.tell(Command::Stop);
         if let Some(thread) = self.thread.take()
             && thread.join().is_err()
         {
             tracing::error!("the thread that watches the disks panicked");
+        }
+    }
+}
+
+/// Takes the commands that are there; returns whether to go on.
+fn obey(commands: &Receiver<Command>, disks: &mut Vec<Watched>) -> bool {
+    loop {
+        match commands.try_recv() {
+            Ok(Command::Watch(link)) => disks.push(Watched::new(link)),
+            Ok(Command::Forget(id)) => disks.retain(|disk| disk.link.id() != id),
+            Ok(Command::Stop) | Err(TryRecvError::Disconnected) => return false,
+            Err(TryRecvError::Empty) => return true,
         }
     }
 }

@@ -2,7 +2,7 @@
 
 use std::fs::{File, OpenOptions};
 use std::io;
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::OpenOptionsExt;
 
 use virtio_bindings::virtio_net::{
@@ -118,6 +118,20 @@ impl Tap {
         Ok(tap)
     }
 
+    /// What somebody else has attached as [`Self::open`] does, who has the rights for it.
+    pub fn of_descriptor(descriptor: OwnedFd, name: &str) -> Result<Self, TapError> {
+        let tap = Self {
+            file: descriptor.into(),
+            name: name.into(),
+        };
+        let on: libc::c_int = 1;
+        // SAFETY: FIONBIO takes a pointer to an int.
+        let set = unsafe { libc::ioctl(tap.as_raw_fd(), libc::FIONBIO, &raw const on) };
+        tap.check(set, "set the mode")?;
+        tap.set_offloads(0)?;
+        Ok(tap)
+    }
+
     /// Whatever carries packets.
     #[cfg(any(test, feature = "fuzzing"))]
     pub fn of(file: File) -> Self {
@@ -178,6 +192,12 @@ impl Tap {
             tap: self.name.clone(),
             source,
         })
+    }
+}
+
+impl AsFd for Tap {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.file.as_fd()
     }
 }
 

@@ -2,6 +2,8 @@
 //! `lab_stock_guest`, or on a machine with VT-x or SVM, with the kernel and the initramfs of
 //! `keelson-lab` as arguments. Prints a line for each step, and panics where one fails.
 
+mod hotplug;
+
 use std::fs;
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
@@ -13,7 +15,7 @@ use keelson_vmm_tests::{Backend, Guest, GuestBuilder, wait_until};
 use serde_json::json;
 
 const CLONES: usize = 10;
-const STEPS: [&str; 4] = ["disk", "clones", "devices", "processors"];
+const STEPS: [&str; 5] = ["disk", "clones", "devices", "processors", "hotplug"];
 
 fn main() {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
@@ -40,6 +42,7 @@ impl Stock<'_> {
             "disk" => self.goes_on_from_a_snapshot_with_its_disk(),
             "clones" => self.clones_draw_different_random_numbers(),
             "devices" => self.finds_its_devices(),
+            "hotplug" => self.takes_devices_while_it_runs(),
             _ => self.comes_up_with_what_its_processors_are_to_be(),
         }
     }

@@ -9,7 +9,7 @@ use keelson_vmm::api::{
 use keelson_vmm::client::{ClientError, VmmClient};
 use keelson_vmm::config::{
     BalloonConfig, ConsoleConfig, CpuConfig, DiskConfig, EndAction, GuestConfig, HugepageSize,
-    InterfaceConfig, KernelConfig, MemoryConfig, OnReboot, PanicConfig, VsockConfig,
+    InterfaceConfig, KernelConfig, MemoryConfig, OnReboot, PanicConfig, VhostUse, VsockConfig,
     WatchdogConfig,
 };
 use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
@@ -270,6 +270,8 @@ fn vmm_config(paths: &GuestPaths, plan: &Plan) -> Result<GuestConfig> {
             tap: port.device(),
             mac: port.mac.to_string().parse().map_err(invalid)?,
             mtu: port.network_spec.mtu,
+            queues: None,
+            vhost: VhostUse::default(),
         });
     }
     let config = GuestConfig {

@@ -104,6 +104,7 @@ impl Plan {
                 address_v6: interface.address_v6,
                 limits: interface.limits,
                 rules,
+                several_queues: spec.cpus > 1,
             });
         }
         let mut kernel = spec.kernel.clone();

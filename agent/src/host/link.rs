@@ -2,10 +2,15 @@
 
 use std::net::IpAddr;
 
-use futures::TryStreamExt;
+use futures::{StreamExt, TryStreamExt};
 use keelson_api::MacAddress;
+use rtnetlink::packet_core::{
+    NLM_F_ACK, NLM_F_CREATE, NLM_F_REPLACE, NLM_F_REQUEST, NetlinkMessage, NetlinkPayload,
+};
+use rtnetlink::packet_route::RouteNetlinkMessage;
 use rtnetlink::packet_route::address::AddressHeaderFlags;
 use rtnetlink::packet_route::link::{LinkAttribute, LinkMessage};
+use rtnetlink::packet_route::tc::{TcAttribute, TcHandle, TcMessage};
 use rtnetlink::{Handle, LinkUnspec};
 
 use crate::{AgentError, error::Result};
@@ -83,6 +88,30 @@ impl Links {
             .execute()
             .await
             .map_err(netlink(format!("bring up the device {name}")))
+    }
+
+    /// Has a device that isn't up yet take packets without a queueing discipline: a TAP has a ring of its
+    /// own, which drops what is too much, and a discipline for each of its queues would only cost time
+    /// and memory.
+    pub async fn remove_queueing(&self, name: &str) -> Result<()> {
+        let index = self.require(name).await?;
+        let index = i32::try_from(index).unwrap_or(i32::MAX);
+        let mut message = TcMessage::with_index(index);
+        message.header.parent = TcHandle::ROOT;
+        let kind = TcAttribute::Kind("noqueue".to_owned());
+        message.attributes.push(kind);
+        let mut request = NetlinkMessage::from(RouteNetlinkMessage::NewQueueDiscipline(message));
+        request.header.flags = NLM_F_REQUEST | NLM_F_ACK | NLM_F_CREATE | NLM_F_REPLACE;
+        let failed = || netlink(format!("set the queueing of the device {name}"));
+        let mut answers = self.handle.clone().request(request).map_err(failed())?;
+        while let Some(answer) = answers.next().await {
+            if let NetlinkPayload::Error(error) = answer.payload
+                && error.code.is_some()
+            {
+                return Err(failed()(rtnetlink::Error::NetlinkError(error)));
+            }
+        }
+        Ok(())
     }
 
     /// Gives a device an Ethernet address.

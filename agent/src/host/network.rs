@@ -72,6 +72,8 @@ pub struct GuestPort {
     pub limits: InterfaceLimits,
     /// What may reach it, and what it may reach.
     pub rules: Rules,
+    /// Its guest has several vCPUs, each of which may have a queue of the device.
+    pub several_queues: bool,
 }
 
 impl GuestPort {
@@ -173,7 +175,8 @@ impl HostNetwork {
         let router_mac = router_mac(&port.network);
         let bridge = bridge::ensure(&self.links, &bridge, router_mac, &port.network_spec).await?;
         if self.links.index(&device).await?.is_none() {
-            tap::create(&device)?;
+            tap::create(&device, port.several_queues)?;
+            self.links.remove_queueing(&device).await?;
         }
         failpoint(&port.guest, "port-device-made");
         let policy = port.policy()?;

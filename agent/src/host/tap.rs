@@ -6,9 +6,9 @@ use std::os::fd::AsRawFd;
 
 use crate::{AgentError, error::Result};
 
-/// Creates the persistent TAP device `name`, with the header that carries virtio-net's offloads,
-/// unless it exists. A guest's VMM opens it by its name.
-pub fn create(name: &str) -> Result<()> {
+/// Creates the persistent TAP device `name`, with the header that carries virtio-net's offloads, unless
+/// it exists. A guest's VMM opens it by its name, as many times as it needs queues if it has several.
+pub fn create(name: &str, several_queues: bool) -> Result<()> {
     let context = || AgentError::io(format!("create the TAP device {name}"));
     let tun = OpenOptions::new()
         .read(true)
@@ -17,7 +17,7 @@ pub fn create(name: &str) -> Result<()> {
         .map_err(AgentError::io(
             "open /dev/net/tun (is the kernel module tun loaded?)",
         ))?;
-    match set_interface(&tun, name) {
+    match set_interface(&tun, name, several_queues) {
         Ok(()) => {}
         // A VMM has it open, so that it exists already.
         Err(error) if error.raw_os_error() == Some(libc::EBUSY) => return Ok(()),
@@ -32,13 +32,21 @@ pub fn create(name: &str) -> Result<()> {
     }
 }
 
-fn set_interface(tun: &File, name: &str) -> io::Result<()> {
+fn set_interface(tun: &File, name: &str, several_queues: bool) -> io::Result<()> {
+    // The kernel makes all of the 256 queues that it knows, so only where they are of use.
+    let several = if several_queues {
+        libc::IFF_MULTI_QUEUE
+    } else {
+        0
+    };
     let mut request = libc::ifreq {
         ifr_name: [0; libc::IFNAMSIZ],
         ifr_ifru: libc::__c_anonymous_ifr_ifru {
             // The kernel reads the low 16 bits: TAP, no packet information, virtio-net header.
-            ifru_flags: i16::try_from(libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR)
-                .map_err(io::Error::other)?,
+            ifru_flags: i16::try_from(
+                libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR | several,
+            )
+            .map_err(io::Error::other)?,
         },
     };
     if name.len() >= libc::IFNAMSIZ {

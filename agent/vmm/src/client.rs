@@ -15,7 +15,7 @@ use crate::api::{
     MigrationLimits, MigrationStatus, RemovalRequest, Request, Response, SnapshotRequest,
     SnapshotTaken, Status,
 };
-use crate::config::{DiskConfig, InterfaceConfig};
+use crate::config::{DiskConfig, InterfaceConfig, VhostUse};
 use crate::virtio::net::Tap;
 
 pub use crate::virtio::net::TapError;
@@ -192,8 +192,15 @@ impl VmmClient {
         &mut self,
         interface: InterfaceConfig,
     ) -> Result<DeviceAdded, ClientError> {
-        let tap = Tap::open(&interface.id, &interface.tap)?;
-        self.send(&Request::AddInterface(interface), &[tap.as_fd()])?;
+        // What is added has one queue pair, and the process that gets it serves it.
+        let one_pair = InterfaceConfig {
+            queues: Some(1),
+            vhost: VhostUse::Off,
+            ..interface.clone()
+        };
+        let tap = Tap::open(&one_pair, 1)?;
+        let descriptor = tap.queue(0).map(AsFd::as_fd);
+        self.send(&Request::AddInterface(interface), descriptor.as_slice())?;
         self.answer()
     }
 

@@ -15,7 +15,7 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 
 pub use cpu::{CpuConfig, CpuTemplate, Topology};
-pub use devices::{BalloonConfig, EndAction, PanicConfig, VsockConfig, WatchdogConfig};
+pub use devices::{BalloonConfig, EndAction, PanicConfig, VhostUse, VsockConfig, WatchdogConfig};
 pub use mac_address::MacAddress;
 
 /// The most vCPUs a guest can have.
@@ -32,6 +32,8 @@ pub const MAX_NUMA_NODE: u16 = 1023;
 /// The most disks, interfaces and other devices of the configuration together: each takes one PCI
 /// slot of the one bus, whose slot 0 is the host bridge and whose slot 1 is the entropy device.
 pub const MAX_DEVICES: usize = 30;
+/// The most pairs of queues of one interface.
+pub const MAX_INTERFACE_QUEUES: u16 = 16;
 /// The most request queues of one disk.
 pub const MAX_DISK_QUEUES: u16 = 16;
 /// The largest queue of a disk, in descriptors.
@@ -241,6 +243,13 @@ pub struct InterfaceConfig {
     /// The MTU that the guest is told, 68 to 65535 (`VIRTIO_NET_F_MTU`).
     #[serde(default = "default_mtu")]
     pub mtu: u16,
+    /// Pairs of queues, 1 to [`MAX_INTERFACE_QUEUES`]. By default as many as vCPUs, or one if the TAP
+    /// has no more.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub queues: Option<u16>,
+    /// Who moves the packets.
+    #[serde(default)]
+    pub vhost: VhostUse,
 }
 
 const fn default_mtu() -> u16 {
@@ -471,6 +480,10 @@ impl InterfaceConfig {
         }
         unique.insert(path, "tap", &self.tap)?;
         unique.insert(path, "mac", &self.mac.to_string())?;
+        if let Some(queues) = self.queues {
+            let most = u64::from(MAX_INTERFACE_QUEUES);
+            check_range(&format!("{path}.queues"), u64::from(queues), 1, most)?;
+        }
         check_range(&format!("{path}.mtu"), u64::from(self.mtu), 68, 65535)
     }
 }

@@ -135,7 +135,7 @@ pub fn run(launch: &Launch) -> Result<ExitStatus, VmmError> {
     };
 
     // The API shows why the guest can't start, so that what fails from here on is told there too.
-    let resources = open_boot_files(launch).and_then(|files| Ok((files, open_taps(config)?)));
+    let resources = open_boot_files(launch).and_then(|files| Ok((files, open_taps(launch)?)));
     launch.isolate()?;
     let seccomp = launch.seccomp;
     let (messages, inbox) = channel();
@@ -148,6 +148,7 @@ pub fn run(launch: &Launch) -> Result<ExitStatus, VmmError> {
         .map_err(VmmError::os("start the API thread"))?;
 
     let result = resources.and_then(|(boot_files, taps)| {
+        let config = &settled(config, &taps);
         let host = HostResources {
             kvm,
             boot_files,
@@ -212,13 +213,29 @@ fn open_boot_files(launch: &Launch) -> Result<Option<BootFiles>, VmmError> {
     Ok(Some(files?))
 }
 
-fn open_taps(config: &GuestConfig) -> Result<Vec<Arc<Tap>>, VmmError> {
-    let open = |interface: &InterfaceConfig| Tap::open(&interface.id, &interface.tap).map(Arc::new);
-    Ok(config
-        .interfaces
-        .iter()
-        .map(open)
-        .collect::<Result<_, _>>()?)
+/// The interfaces' TAPs. A restored guest's have as many queues as its driver found, whatever the
+/// number of the vCPUs.
+fn open_taps(launch: &Launch) -> Result<Vec<Arc<Tap>>, VmmError> {
+    let config = &launch.config;
+    let mut interfaces = config.interfaces.clone();
+    if let Some(restore) = &launch.restore {
+        let was = Snapshot::open(&restore.directory)?.state().config()?;
+        for (interface, was) in interfaces.iter_mut().zip(&was.interfaces) {
+            // A snapshot that doesn't say is from before there were several.
+            interface.queues = interface.queues.or(was.queues).or(Some(1));
+        }
+    }
+    let open = |interface: &InterfaceConfig| Tap::open(interface, config.vcpus).map(Arc::new);
+    Ok(interfaces.iter().map(open).collect::<Result<_, _>>()?)
+}
+
+/// The configuration with what was found out of the host.
+fn settled(config: &GuestConfig, taps: &[Arc<Tap>]) -> GuestConfig {
+    let mut config = config.clone();
+    for (interface, tap) in config.interfaces.iter_mut().zip(taps) {
+        interface.queues = Some(tap.pairs());
+    }
+    config
 }
 
 /// Listens on a Unix socket, replacing one that nobody listens on any more.

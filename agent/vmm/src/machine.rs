@@ -71,6 +71,8 @@ pub struct Machine {
     had_disks: bool,
     /// Other processes can map the memory.
     shared_memory: bool,
+    /// The kernel writes memory for interfaces.
+    has_vhost: bool,
     base: Option<Base>,
     memory: GuestMemory,
 }
@@ -187,9 +189,10 @@ impl Machine {
         self.platform.serial.clone()
     }
 
-    /// Whether anything but this process and KVM has written memory.
-    const fn has_disks(&self) -> bool {
-        self.had_disks
+    /// Whether others than this process's threads and vCPUs have written memory, which no log has unless
+    /// it is asked for.
+    const fn has_unlogged_writers(&self) -> bool {
+        self.had_disks || self.has_vhost
     }
 
     /// Presses the power button.
@@ -292,6 +295,7 @@ impl Board {
         base: Option<Base>,
     ) -> Result<Machine, VmmError> {
         let disk_watcher = watch_disks(self.disks.clone(), reporters, host.seccomp)?;
+        let has_vhost = host.taps.iter().any(|tap| tap.has_vhost());
         let handler: Arc<dyn ExitHandler> = Arc::clone(&self.platform) as _;
         let vcpus = VcpuThreads::start(vcpus, &handler, &reporters.end, pinning, host.seccomp)
             .map_err(VmmError::os("start the vCPU threads"))?;
@@ -307,6 +311,7 @@ impl Board {
             disks: self.disks,
             wiring: self.wiring,
             shared_memory: self.shared_memory,
+            has_vhost,
             base,
             memory: self.memory,
         })

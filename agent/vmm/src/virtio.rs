@@ -69,12 +69,16 @@ pub trait VirtioDevice: Send {
     fn restore(&mut self, _state: &[u8]) -> Result<(), String> {
         Ok(())
     }
-    /// Whether the device wants [`Self::notify`] instead of the queues' kick events.
-    fn handles_notifications(&self) -> bool {
+    /// Whether the device wants [`Self::notify`] of queue `index` instead of its kick event.
+    fn handles_notifications(&self, _index: u16) -> bool {
         false
     }
     /// The driver notified queue `index`, on its vCPU's thread.
     fn notify(&mut self, _index: u16) {}
+    /// Has all that is written into the guest's memory noted in this process's log, or no longer.
+    fn note_writes(&mut self, _on: bool) -> Result<(), String> {
+        Ok(())
+    }
     /// Asks the driver for statistics, of a device that has any.
     fn ask_for_statistics(&mut self) {}
 }
@@ -115,6 +119,18 @@ pub struct ActiveQueue {
     pub kick: EventFd,
     /// Writing it interrupts the driver.
     pub call: EventFd,
+}
+
+impl ActiveQueue {
+    /// The same queue, with the same events.
+    pub fn try_clone(&self) -> std::io::Result<Self> {
+        Ok(Self {
+            index: self.index,
+            layout: self.layout,
+            kick: self.kick.try_clone()?,
+            call: self.call.try_clone()?,
+        })
+    }
 }
 
 /// Marks a device as needing a reset (virtio 1.2, 2.1.2).

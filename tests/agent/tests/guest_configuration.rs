@@ -232,6 +232,7 @@ fn port(spec: NetworkSpec) -> GuestPort {
             .or(spec.subnet_v6.map(|_| "fd77::9".parse().expect("valid"))),
         limits: InterfaceLimits::default(),
         rules: Rules::default(),
+        several_queues: false,
         network_spec: spec,
     }
 }

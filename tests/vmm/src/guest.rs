@@ -111,6 +111,22 @@ impl GuestBuilder {
         self
     }
 
+    /// Adds an interface with fields of its own beside the usual ones.
+    ///
+    /// # Panics
+    /// If `further` is no object.
+    #[must_use]
+    pub fn interface_with(self, id: &str, tap: &str, mac: &str, further: &Value) -> Self {
+        let mut builder = self.interface(id, tap, mac);
+        let interfaces = builder.config["interfaces"].as_array_mut();
+        let interface = interfaces
+            .and_then(|interfaces| interfaces.last_mut())
+            .and_then(Value::as_object_mut)
+            .expect("it was just added");
+        interface.extend(further.as_object().expect("an object").clone());
+        builder
+    }
+
     /// Adds an argument for keelson-vmm.
     #[must_use]
     pub fn argument(mut self, argument: &str) -> Self {

@@ -52,6 +52,20 @@ impl Namespaces {
     /// If iproute2 or the kernel's tun driver is missing.
     pub fn tap(&self, name: &str, address: &str) {
         self.ip(&["tuntap", "add", "dev", name, "mode", "tap", "vnet_hdr"]);
+        self.bring_up(name, address);
+    }
+
+    /// As [`Self::tap`], with room for several queues.
+    ///
+    /// # Panics
+    /// If iproute2 or the kernel's tun driver is missing.
+    pub fn tap_of_several_queues(&self, name: &str, address: &str) {
+        let mode = ["mode", "tap", "vnet_hdr", "multi_queue"];
+        self.ip(&[&["tuntap", "add", "dev", name][..], &mode].concat());
+        self.bring_up(name, address);
+    }
+
+    fn bring_up(self, name: &str, address: &str) {
         // Nothing but what the test sends: no IPv6 neighbour discovery.
         self.ip(&["link", "set", "dev", name, "addrgenmode", "none"]);
         self.ip(&["address", "add", address, "dev", name]);

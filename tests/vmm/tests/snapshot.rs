@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use keelson_vmm::api::{AfterSnapshot, GuestState, SnapshotKind, SnapshotRequest, SnapshotTaken};
 use keelson_vmm::client::ClientError;
 use keelson_vmm_tests::{Backend, Guest, GuestBuilder, Image, Namespaces, wait_until};
+use serde_json::json;
 
 fn take(guest: &Guest, directory: &Path, kind: SnapshotKind, then: AfterSnapshot) -> SnapshotTaken {
     let request = SnapshotRequest {
@@ -323,6 +324,48 @@ fn an_interface_goes_on_with_its_guest() {
         .start();
     clone.type_line("done");
     clone.wait().assert_passed();
+}
+
+/// Taken while the pairs come and go; the clone's number of vCPUs doesn't matter, for its driver knows
+/// how many pairs it has.
+#[test]
+fn queue_pairs_go_on_with_their_guest() {
+    let namespaces = Namespaces::enter();
+    namespaces.tap_of_several_queues("payload0", "10.77.0.1/24");
+    let place = folder();
+    let pairs = "net-pairs:address=10.77.0.2,target=10.77.0.1,pairs=3,rounds=400";
+    let guest = GuestBuilder::new(pairs).set("/vcpus", 3).interface(
+        "eth0",
+        "payload0",
+        "52:54:00:00:00:01",
+    );
+    let mut guest = guest.start();
+    guest.wait_for_line("payload: start");
+    let snapshots: Vec<_> = (0..5)
+        .map(|number| {
+            std::thread::sleep(std::time::Duration::from_millis(20));
+            let snapshot = place.path().join(number.to_string());
+            full(&guest, &snapshot);
+            snapshot
+        })
+        .collect();
+    guest.client().kill().expect("it can be killed");
+    guest.wait();
+    for snapshot in snapshots {
+        let clone = GuestBuilder::new("hello")
+            .set("/vcpus", 3)
+            .interface("eth0", "payload0", "52:54:00:00:00:01")
+            .restore(&snapshot, &[])
+            .start();
+        clone.wait().assert_passed();
+    }
+    let other = json!({"queues": 2});
+    let ended = GuestBuilder::new("hello")
+        .set("/vcpus", 3)
+        .interface_with("eth0", "payload0", "52:54:00:00:00:01", &other)
+        .restore(&place.path().join("0"), &[])
+        .run();
+    ended.assert_refused(3, &["eth0"]);
 }
 
 #[test]

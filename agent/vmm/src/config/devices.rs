@@ -143,3 +143,16 @@ pub enum EndAction {
     /// The process ends, with the reason `guest_panic` or `watchdog`.
     Exit,
 }
+
+/// Whether the kernel moves an interface's packets (`/dev/vhost-net`), or a thread of the process.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum VhostUse {
+    /// The kernel if it can.
+    #[default]
+    Auto,
+    /// The kernel; it is an error if it can't.
+    On,
+    /// A thread.
+    Off,
+}

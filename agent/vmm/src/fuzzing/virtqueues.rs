@@ -16,7 +16,7 @@ use super::rings::{self, activation, event, fill_buffers, fill_queue, layout};
 use crate::config::BalloonConfig;
 use crate::memory::GuestMemory;
 use crate::virtio::balloon::{Balloon, BalloonControl};
-use crate::virtio::net::{PacketQueue as NetQueue, Receiver, Tap, Transmitter};
+use crate::virtio::net::{ControlQueue, PacketQueue as NetQueue, Receiver, TapQueue, Transmitter};
 use crate::virtio::rng::Rng;
 use crate::virtio::vsock::{Host, LISTENER, Muxer, PacketQueue, Service};
 use crate::virtio::{FEATURE_EVENT_IDX, VirtioDevice};
@@ -73,7 +73,7 @@ fn event_idx(input: &mut Input<'_>) -> u64 {
     }
 }
 
-/// An interface's two directions, with a socket of packets in the TAP's place.
+/// An interface's two directions, with a socket of packets in the TAP's place, and its control queue.
 ///
 /// # Panics
 /// Where something doesn't hold that must: a defect, which the fuzzer reports.
@@ -85,12 +85,13 @@ pub fn net(input: &[u8]) {
     let mtu = input.half();
     fill_queue(&memory, 0, &mut input);
     fill_queue(&memory, 1, &mut input);
+    fill_queue(&memory, 2, &mut input);
     fill_buffers(&memory, &mut input);
     let (ours, theirs) = UnixDatagram::pair().expect("a pair of sockets");
     for socket in [&ours, &theirs] {
         socket.set_nonblocking(true).expect("a flag");
     }
-    let tap = Tap::of(File::from(OwnedFd::from(ours)));
+    let tap = TapQueue::of(File::from(OwnedFd::from(ours)));
     let open = |index| {
         let queue = layout(index)
             .open(index, &memory, event_idx)
@@ -107,6 +108,16 @@ pub fn net(input: &[u8]) {
         let _ = receiver.run(&tap);
         let _ = transmitter.run(&tap);
     }
+    let queue = layout(2)
+        .open(2, &memory, event_idx)
+        .expect("rings in memory");
+    let mut control = ControlQueue::new(queue, Arc::clone(&memory), event());
+    let mut commands = 0;
+    let _ = control.serve(|count| {
+        commands += 1;
+        count % 2 == 1
+    });
+    assert!(commands <= layout(2).size);
 }
 
 /// A host whose every port is a socket pair.

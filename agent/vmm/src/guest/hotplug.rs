@@ -12,7 +12,7 @@ use crate::api::{
     DeviceAdded, DeviceKind, DevicesAnswer, Event, Hotplug, MAX_RELEASE_MS, PluggedDevice,
     RemovalRequest, Reply,
 };
-use crate::config::{DiskConfig, GuestConfig, InterfaceConfig};
+use crate::config::{DiskConfig, GuestConfig, InterfaceConfig, VhostUse};
 use crate::error::VmmError;
 use crate::machine::Machine;
 use crate::virtio::net::Tap;
@@ -70,6 +70,10 @@ impl Guest<'_> {
             let message = "the TAP's descriptor has to come with the request (SCM_RIGHTS)";
             return reply.refuse("no_descriptor", message);
         };
+        if interface.queues.unwrap_or(1) != 1 || interface.vhost == VhostUse::On {
+            let message = "an interface that is added has one queue pair, which a thread serves";
+            return reply.refuse("invalid_device", message);
+        }
         let mut config = self.config.clone();
         config.interfaces.push(interface.clone());
         if let Err(refusal) = self.check_addition(&config, &interface.id) {

@@ -14,6 +14,25 @@ const TYPE_MASK: u32 = 0xff << 8;
 /// Sets whether a socket blocks, and the offloads of a TAP (`asm-generic/ioctls.h`, `if_tun.h`).
 const FIONBIO: u32 = 0x5421;
 const TUNSETOFFLOAD: u32 = 0x4004_54d0;
+/// Attaches or detaches a queue of a TAP (`if_tun.h`).
+const TUNSETQUEUE: u32 = 0x4004_54d9;
+/// Handing queues to vhost-net and taking them back (`linux/vhost.h`).
+const VHOST: [u32; 10] = [
+    // VHOST_SET_FEATURES, VHOST_SET_OWNER, VHOST_SET_MEM_TABLE
+    0x4008_af00,
+    0xaf01,
+    0x4008_af03,
+    // VHOST_SET_VRING_NUM, _ADDR, _BASE, VHOST_GET_VRING_BASE
+    0x4008_af10,
+    0x4028_af11,
+    0x4008_af12,
+    0xc008_af12,
+    // VHOST_SET_VRING_KICK, _CALL
+    0x4008_af20,
+    0x4008_af21,
+    // VHOST_NET_SET_BACKEND
+    0x4008_af30,
+];
 
 /// A kind of thread.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -193,7 +212,9 @@ fn list(thread: Thread) -> SystemCalls {
         calls.allow_if(libc::SYS_ioctl, Argument::masked(1, TYPE_MASK, KVM_TYPE));
     }
     if matches!(thread, Thread::Vcpu | Thread::Owner) {
-        calls.allow_if(libc::SYS_ioctl, Argument::is(1, TUNSETOFFLOAD));
+        for request in [TUNSETOFFLOAD, TUNSETQUEUE].into_iter().chain(VHOST) {
+            calls.allow_if(libc::SYS_ioctl, Argument::is(1, request));
+        }
     }
     if thread == Thread::Vsock {
         let local = Argument::is(0, libc::AF_UNIX.unsigned_abs());
@@ -289,5 +310,14 @@ mod tests {
             no_descriptor
         );
         assert_eq!(outcome_of(Thread::Net, libc::SYS_ioctl, run), ENDED);
+        // So are vhost-net's; what it isn't asked for (VHOST_SET_LOG_BASE) nobody may.
+        let own = [u64::MAX, 0xaf01, 0];
+        assert_eq!(
+            outcome_of(Thread::Vcpu, libc::SYS_ioctl, own),
+            no_descriptor
+        );
+        assert_eq!(outcome_of(Thread::Net, libc::SYS_ioctl, own), ENDED);
+        let log = [u64::MAX, 0x4008_af04, 0];
+        assert_eq!(outcome_of(Thread::Owner, libc::SYS_ioctl, log), ENDED);
     }
 }

@@ -1,6 +1,6 @@
 //! A machine on its way to another host.
 
-use std::sync::Arc;
+use std::sync::{Arc, PoisonError};
 
 use kvm_ioctls::VmFd;
 
@@ -65,6 +65,10 @@ impl Machine {
                 return Err(MigrationError::Build(e.to_string()));
             }
         }
+        if let Err(e) = self.note_devices_writes(true) {
+            self.untrack();
+            return Err(MigrationError::Build(e));
+        }
         let running = RunningMemory {
             vm: Arc::clone(&self.vm),
             memory: Arc::clone(&self.memory),
@@ -82,9 +86,22 @@ impl Machine {
                 tracing::warn!("{e}");
             }
         }
+        if let Err(e) = self.note_devices_writes(false) {
+            tracing::warn!("{e}");
+        }
         if let Err(e) = memory::register(&self.vm, &self.memory, false) {
             tracing::warn!("{e}");
         }
+    }
+
+    fn note_devices_writes(&self, on: bool) -> Result<(), String> {
+        for function in self.functions.virtio.values() {
+            let mut function = function.lock().unwrap_or_else(PoisonError::into_inner);
+            function
+                .note_writes(on)
+                .map_err(|e| format!("{}: {e}", function.name()))?;
+        }
+        Ok(())
     }
 
     /// All of a paused machine but its memory.

@@ -424,8 +424,8 @@ impl<'a> Session<'a> {
                 session.bytes = write_all(&machine.memory, session.file)
                     .map_err(session.failed("write the memory to"))?;
             }
-            // A disk's backend writes memory by itself, which no log here has.
-            Some(earlier) if machine.has_disks() => {
+            // What others write no log here has.
+            Some(earlier) if machine.has_unlogged_writers() => {
                 session.compared = Some(earlier.flat_memory()?);
             }
             Some(_) => session.write_dirty()?,
@@ -436,7 +436,7 @@ impl<'a> Session<'a> {
     /// The machine is paused: brings the file up to date. Returns the bytes written, and for a
     /// difference the pages.
     fn finish(mut self) -> Result<(u64, Vec<PageRange>), SnapshotError> {
-        if self.machine.has_disks() {
+        if self.machine.has_unlogged_writers() {
             let earlier = self.compared.as_ref().unwrap_or(self.file);
             let pages = differing(&self.machine.memory, earlier)
                 .map_err(self.failed("compare the memory with"))?;

@@ -257,7 +257,7 @@ impl VirtioDevice for Balloon {
         Ok(())
     }
 
-    fn handles_notifications(&self) -> bool {
+    fn handles_notifications(&self, _index: u16) -> bool {
         true
     }
 

@@ -74,11 +74,16 @@ impl VirtioPci {
         for event in self.kicks.iter().chain(&self.calls) {
             let _ = event.write(1);
         }
-        if self.device.handles_notifications() {
-            for index in (0u16..).take(self.kicks.len()) {
+        for index in (0u16..).take(self.kicks.len()) {
+            if self.device.handles_notifications(index) {
                 self.device.notify(index);
             }
         }
+    }
+
+    /// Has the device write memory only where that is noted, or as it likes.
+    pub fn note_writes(&mut self, on: bool) -> Result<(), String> {
+        self.device.note_writes(on)
     }
 
     /// Asks the driver for statistics, of a device that has any.

@@ -73,7 +73,7 @@ impl VirtioDevice for Rng {
         self.active = None;
     }
 
-    fn handles_notifications(&self) -> bool {
+    fn handles_notifications(&self, _index: u16) -> bool {
         true
     }
 

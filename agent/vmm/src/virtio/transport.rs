@@ -226,7 +226,8 @@ impl VirtioPci {
 
     /// Lets KVM write the kick events itself where the notification structure is decoded.
     fn update_doorbells(&mut self) {
-        let wanted = (self.active && !self.device.handles_notifications())
+        let wanted = self
+            .active
             .then(|| self.config.bar0())
             .flatten()
             .map(|base| u64::from(base) + NOTIFY);
@@ -234,7 +235,7 @@ impl VirtioPci {
             return;
         }
         if let Some(base) = self.doorbells.take() {
-            for (kick, address) in self.kicks.iter().zip(doorbells(base)) {
+            for (kick, address) in self.rung_kicks(base) {
                 // Any length: the driver may write the queue's index with 16 bits or 32.
                 if let Err(e) = self.vm.unring(kick, address) {
                     tracing::debug!("{}: a doorbell can't be removed: {e}", self.name);
@@ -242,7 +243,7 @@ impl VirtioPci {
             }
         }
         if let Some(base) = wanted {
-            for (kick, address) in self.kicks.iter().zip(doorbells(base)) {
+            for (kick, address) in self.rung_kicks(base) {
                 // Where KVM refuses, as for two devices at one address, the exit does the work.
                 if let Err(e) = self.vm.ring(kick, address) {
                     tracing::debug!("{}: a doorbell needs an exit: {e}", self.name);
@@ -250,6 +251,16 @@ impl VirtioPci {
             }
             self.doorbells = Some(base);
         }
+    }
+
+    /// The kick events that KVM writes, and where their doorbells are.
+    fn rung_kicks(&self, base: u64) -> impl Iterator<Item = (&EventFd, u64)> {
+        let doorbells = (base..).step_by(NOTIFY_MULTIPLIER as usize);
+        (0u16..)
+            .zip(&self.kicks)
+            .zip(doorbells)
+            .filter(|((index, _), _)| !self.device.handles_notifications(*index))
+            .map(|((_, kick), address)| (kick, address))
     }
 
     /// A notification that reached user space.
@@ -261,7 +272,7 @@ impl VirtioPci {
         if !self.active {
             return;
         }
-        if self.device.handles_notifications() {
+        if self.device.handles_notifications(queue) {
             self.device.notify(queue);
         } else if let Some(kick) = self.kicks.get(usize::from(queue)) {
             // Fails only with the event's counter at its maximum.
@@ -324,10 +335,6 @@ impl Drop for VirtioPci {
             self.reset();
         }
     }
-}
-
-fn doorbells(base: u64) -> impl Iterator<Item = u64> {
-    (base..).step_by(NOTIFY_MULTIPLIER as usize)
 }
 
 fn event() -> Result<EventFd, VmmError> {

@@ -81,6 +81,15 @@ pub enum Content<'a> {
         /// The sender's port and sequence number, and the port asked for.
         syn: Syn,
     },
+    /// TCP that grants a connection.
+    SynAck {
+        /// From where.
+        sender: Station,
+        /// To which address.
+        target: [u8; 4],
+        /// What was asked for.
+        syn: Syn,
+    },
     /// Anything else.
     Other,
 }
@@ -138,14 +147,33 @@ impl Frame {
 
     /// The answer to a segment that asked `sender` for a connection: it may come.
     pub fn syn_ack(sender: Station, target: Station, syn: Syn) -> Self {
+        let ports = (syn.port, syn.source_port);
+        // Any number will do to begin with.
+        let numbers = (syn.sequence.rotate_left(16), syn.sequence.wrapping_add(1));
+        Self::segment(sender, target, ports, numbers, TCP_SYN | TCP_ACK)
+    }
+
+    /// Asks `target` for a connection.
+    pub fn syn(sender: Station, target: Station, syn: Syn) -> Self {
+        let ports = (syn.source_port, syn.port);
+        Self::segment(sender, target, ports, (syn.sequence, 0), TCP_SYN)
+    }
+
+    /// TCP without data: ports and numbers as in the header, its own first.
+    fn segment(
+        sender: Station,
+        target: Station,
+        ports: (u16, u16),
+        numbers: (u32, u32),
+        flags: u8,
+    ) -> Self {
         let mut frame = Self::ipv4(sender, target, PROTOCOL_TCP, TCP);
         let start = frame.length;
-        frame.push(&syn.port.to_be_bytes());
-        frame.push(&syn.source_port.to_be_bytes());
-        // Any number will do to begin with.
-        frame.push(&syn.sequence.rotate_left(16).to_be_bytes());
-        frame.push(&syn.sequence.wrapping_add(1).to_be_bytes());
-        frame.push(&[(TCP / 4 << 4) as u8, TCP_SYN | TCP_ACK, 0xff, 0xff]);
+        frame.push(&ports.0.to_be_bytes());
+        frame.push(&ports.1.to_be_bytes());
+        frame.push(&numbers.0.to_be_bytes());
+        frame.push(&numbers.1.to_be_bytes());
+        frame.push(&[(TCP / 4 << 4) as u8, flags, 0xff, 0xff]);
         // The sum is taken over a pseudo header as well (RFC 9293, 3.1), which stands here meanwhile.
         let place = frame.length;
         frame.push(&[0; 4]);
@@ -250,11 +278,7 @@ fn parse_ipv4<'a>(header: &[u8], body: &'a [u8]) -> Option<Content<'a>> {
             target,
             echo,
         }),
-        PROTOCOL_TCP => parse_syn(message).map(|syn| Content::Syn {
-            sender,
-            target,
-            syn,
-        }),
+        PROTOCOL_TCP => parse_segment(message, sender, target),
         _ => None,
     }
 }
@@ -269,13 +293,34 @@ fn parse_echo(message: &[u8]) -> Option<Echo<'_>> {
     })
 }
 
-fn parse_syn(segment: &[u8]) -> Option<Syn> {
+/// What asks for a connection or grants one.
+fn parse_segment(segment: &[u8], sender: Station, target: [u8; 4]) -> Option<Content<'_>> {
     let flags = *segment.get(13)?;
-    (flags & (TCP_SYN | TCP_ACK) == TCP_SYN).then_some(Syn {
-        source_port: u16::from_be_bytes(array(segment, 0)?),
-        port: u16::from_be_bytes(array(segment, 2)?),
-        sequence: u32::from_be_bytes(array(segment, 4)?),
-    })
+    let from = u16::from_be_bytes(array(segment, 0)?);
+    let to = u16::from_be_bytes(array(segment, 2)?);
+    let sequence = u32::from_be_bytes(array(segment, 4)?);
+    let acknowledged = u32::from_be_bytes(array(segment, 8)?);
+    match flags & (TCP_SYN | TCP_ACK) {
+        TCP_SYN => Some(Content::Syn {
+            sender,
+            target,
+            syn: Syn {
+                source_port: from,
+                port: to,
+                sequence,
+            },
+        }),
+        both if both == TCP_SYN | TCP_ACK => Some(Content::SynAck {
+            sender,
+            target,
+            syn: Syn {
+                source_port: to,
+                port: from,
+                sequence: acknowledged.wrapping_sub(1),
+            },
+        }),
+        _ => None,
+    }
 }
 
 fn array<const COUNT: usize>(bytes: &[u8], offset: usize) -> Option<[u8; COUNT]> {

@@ -1,7 +1,7 @@
 //! A host with one address: it resolves others by ARP, pings them, answers ARP and pings, and takes TCP
 //! connections.
 
-use super::frame::{Content, Echo, Frame, Operation, Station, parse};
+use super::frame::{Content, Echo, Frame, Operation, Station, Syn, parse};
 use crate::clock::{self, Deadline};
 use crate::error::Error;
 use crate::virtio::net::{FRAME_LIMIT, Network};
@@ -39,6 +39,11 @@ impl Host {
     /// Takes connections to a TCP port, as far as to say so.
     pub fn listen(&mut self, port: u16) {
         self.listens = Some(port);
+    }
+
+    /// The network device, to be told about its queues.
+    pub fn network(&mut self) -> &mut Network {
+        &mut self.network
     }
 
     /// This host's own MAC and IPv4 address.
@@ -113,6 +118,27 @@ impl Host {
             }
         }
         Err(Error::Timeout("answer to the ping"))
+    }
+
+    /// Asks for a TCP connection, as far as to be granted it; says whether it was.
+    pub fn connect(
+        &mut self,
+        target: Station,
+        syn: Syn,
+        deadline: Deadline,
+    ) -> Result<bool, Error> {
+        let own = self.station();
+        self.network.send(Frame::syn(own, target, syn).bytes())?;
+        let mut bytes = [0; FRAME_LIMIT];
+        while let Some(length) = self.network.receive(&mut bytes, deadline)? {
+            match parse(&bytes[..length]) {
+                Content::SynAck {
+                    sender, syn: said, ..
+                } if sender.address == target.address && said == syn => return Ok(true),
+                content => self.answer(content).map(drop)?,
+            }
+        }
+        Ok(false)
     }
 
     /// Answers ARP and pings until the deadline.

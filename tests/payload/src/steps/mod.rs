@@ -25,6 +25,9 @@
 //! | `blk-hostile` | `disk` (0) | breaks the rules of virtqueues; the device must survive a reset |
 //! | `net-arp` | `interface` (0), `address`, `target` | resolves the target |
 //! | `net-ping` | `interface` (0), `address`, `target`, `count` (3), `size` (56) | pings the target |
+//! | `net-connect` | `interface` (0), `address`, `target`, `via` (none), `from` (20000), `port` (80), `count` (1) | asks for TCP connections |
+//! | `net-stream` | `interface` (0), `address`, `target`, `via` (none), `size` (56), `tcp` (none), `ms` (600000) | pings until a line comes on the console, and counts what is lost |
+//! | `net-pairs` | `interface` (0), `address`, `target`, `pairs` (2), `rounds` (1) | pings over each queue pair, with all and with one in use |
 //! | `net-serve` | `interface` (0), `address`, `ms` (2000), `echoes` (no limit), `tcp` (none) | answers ARP and pings, and connections to a port |
 //! | `net-spoof` | `interface` (0), `mac`, `address`, `target`, `count` (1) | sends ARP requests and echoes as somebody else |
 //! | `balloon` | `reporting` (4), `ms` (600000) | reports free memory, gives pages when some are wanted and takes them again; answers for statistics |
@@ -150,6 +153,9 @@ fn take(machine: &Machine<'_>, step: Step<'_>) -> Result<(), Error> {
         "blk-hostile" => hostile::run(machine, arguments),
         "net-arp" => network::resolve(machine, arguments),
         "net-ping" => network::ping(machine, arguments),
+        "net-connect" => network::connect(machine, arguments),
+        "net-stream" => network::stream(machine, arguments),
+        "net-pairs" => network::pairs(machine, arguments),
         "net-serve" => network::serve(machine, arguments),
         "net-spoof" => network::spoof(machine, arguments),
         "balloon" => balloon::run(machine, arguments),

@@ -10,7 +10,7 @@ use virtio_bindings::virtio_net::{
 use virtio_queue::{Queue, QueueOwnedT, QueueT};
 
 use super::buffers::{BufferError, GuestBuffers, MAX_VECTORS};
-use super::tap::{HEADER_BYTES, Tap};
+use super::tap::{HEADER_BYTES, TapQueue};
 use crate::memory::GuestMemory;
 use crate::virtio::UsedRing;
 
@@ -135,7 +135,7 @@ impl Receiver {
     }
 
     /// Moves packets until a turn ends; returns whether to interrupt the driver.
-    pub fn run(&mut self, tap: &Tap) -> Result<(Turn, bool), BrokenQueue> {
+    pub fn run(&mut self, tap: &TapQueue) -> Result<(Turn, bool), BrokenQueue> {
         let before = self.packets.used.index();
         let turn = self.receive(tap)?;
         Ok((
@@ -146,7 +146,7 @@ impl Receiver {
         ))
     }
 
-    fn receive(&mut self, tap: &Tap) -> Result<Turn, BrokenQueue> {
+    fn receive(&mut self, tap: &TapQueue) -> Result<Turn, BrokenQueue> {
         for _ in 0..BURST {
             if !self.refill()? {
                 return Ok(Turn::NoBuffers);
@@ -230,7 +230,7 @@ impl Transmitter {
     }
 
     /// Moves packets until a turn ends; returns whether to interrupt the driver.
-    pub fn run(&mut self, tap: &Tap) -> Result<(Turn, bool), BrokenQueue> {
+    pub fn run(&mut self, tap: &TapQueue) -> Result<(Turn, bool), BrokenQueue> {
         let before = self.packets.used.index();
         let turn = self.transmit(tap)?;
         Ok((
@@ -241,7 +241,7 @@ impl Transmitter {
         ))
     }
 
-    fn transmit(&mut self, tap: &Tap) -> Result<Turn, BrokenQueue> {
+    fn transmit(&mut self, tap: &TapQueue) -> Result<Turn, BrokenQueue> {
         let memory = Arc::clone(&self.packets.memory);
         self.packets.queue.disable_notification(&*memory)?;
         for _ in 0..BURST {

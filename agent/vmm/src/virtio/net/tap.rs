@@ -2,8 +2,9 @@
 
 use std::fs::{File, OpenOptions};
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::os::unix::fs::OpenOptionsExt;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use virtio_bindings::virtio_net::{
     VIRTIO_NET_F_GUEST_CSUM, VIRTIO_NET_F_GUEST_ECN, VIRTIO_NET_F_GUEST_TSO4,
@@ -11,6 +12,8 @@ use virtio_bindings::virtio_net::{
 };
 
 use super::buffers::GuestBuffers;
+use super::vhost::VhostDescriptor;
+use crate::config::{InterfaceConfig, MAX_INTERFACE_QUEUES, VhostUse};
 
 /// `sizeof(struct virtio_net_hdr_v1)`: the header of modern devices (virtio 1.2, 5.1.6).
 pub const HEADER_BYTES: usize = 12;
@@ -29,7 +32,7 @@ pub enum TapError {
     /// There is no such TAP.
     #[error(
         "the interface {interface} has no TAP `{tap}` on the host: create it with \
-         `ip tuntap add {tap} mode tap vnet_hdr`"
+         `ip tuntap add {tap} mode tap vnet_hdr multi_queue`"
     )]
     Missing {
         /// The interface's id.
@@ -49,6 +52,30 @@ pub enum TapError {
         /// What it means, where that is known.
         hint: &'static str,
     },
+    /// The TAP is one of a single queue.
+    #[error(
+        "the interface {interface} is to have {pairs} queue pairs, and the TAP `{tap}` has one queue: \
+         create it with `multi_queue`, or set the interface's `queues` to 1"
+    )]
+    OneQueue {
+        /// The interface's id.
+        interface: String,
+        /// The TAP's name.
+        tap: String,
+        /// The queue pairs that were asked for.
+        pairs: u16,
+    },
+    /// The kernel's own device can't be used, and must be.
+    #[error(
+        "the interface {interface} has `vhost` on, and /dev/vhost-net can't be used: {source}; load the \
+         module vhost_net"
+    )]
+    Vhost {
+        /// The interface's id.
+        interface: String,
+        /// What the kernel said.
+        source: io::Error,
+    },
     /// The TAP can't be configured.
     #[error("can't {step} of the TAP `{tap}`: {source}")]
     Configure {
@@ -61,84 +88,160 @@ pub enum TapError {
     },
 }
 
-/// One attachment to a TAP, non-blocking, with a 12-byte virtio header before every packet.
+/// An interface's attachment to its TAP: a queue for each of its queue pairs. The first is always in
+/// use; the others are when the driver says so.
 #[derive(Debug)]
 pub struct Tap {
-    file: File,
     name: String,
+    queues: Vec<TapQueue>,
+    /// One for each queue, or none.
+    vhost: Vec<VhostDescriptor>,
+    vhost_use: VhostUse,
+}
+
+/// One queue of a TAP, non-blocking, with a 12-byte virtio header before every packet.
+#[derive(Debug)]
+pub struct TapQueue {
+    file: File,
+    attached: AtomicBool,
 }
 
 impl Tap {
-    /// Attaches the guest's interface `interface` to the existing TAP `name`.
-    pub fn open(interface: &str, name: &str) -> Result<Self, TapError> {
+    /// Attaches a guest's interface to its TAP, which exists. Without a number of queue pairs in the
+    /// configuration, it is that of the vCPUs if the TAP has several queues.
+    pub fn open(config: &InterfaceConfig, vcpus: u8) -> Result<Self, TapError> {
+        let (interface, name) = (&config.id, &config.tap);
         if !exists(name) {
             return Err(TapError::Missing {
-                interface: interface.into(),
-                tap: name.into(),
+                interface: interface.clone(),
+                tap: name.clone(),
             });
         }
-        let file = OpenOptions::new()
-            .read(true)
-            .write(true)
-            .custom_flags(libc::O_NONBLOCK | libc::O_CLOEXEC)
-            .open("/dev/net/tun")
-            .map_err(|source| TapError::Open {
-                interface: interface.into(),
-                source,
-            })?;
-        let mut request = interface_request(name);
-        request.ifr_ifru.ifru_flags = ATTACH_FLAGS;
-        // SAFETY: TUNSETIFF takes a pointer to an ifreq with a terminated name.
-        let attached = unsafe { libc::ioctl(file.as_raw_fd(), libc::TUNSETIFF, &raw mut request) };
-        if attached < 0 {
-            let source = io::Error::last_os_error();
-            let hint = match source.raw_os_error() {
-                Some(libc::EBUSY) => ": another process has it",
-                Some(libc::EPERM) => ": it belongs to another user; CAP_NET_ADMIN is needed",
-                Some(libc::EINVAL) => ": it is no TAP, or has other flags than tap and vnet_hdr",
-                _ => "",
-            };
-            let (interface, tap) = (interface.into(), name.into());
-            return Err(TapError::Attach {
-                interface,
-                tap,
-                source,
-                hint,
-            });
-        }
-        let tap = Self {
-            file,
-            name: name.into(),
+        let wanted = config.queues.unwrap_or(u16::from(vcpus));
+        let wanted = wanted.clamp(1, MAX_INTERFACE_QUEUES);
+        let first = open_tun(interface)?;
+        let several = match attach(&first, name, libc::IFF_MULTI_QUEUE) {
+            // It has other flags: a single queue, most likely.
+            Err(e) if e.raw_os_error() == Some(libc::EINVAL) => {
+                if wanted > 1 && config.queues.is_some() {
+                    return Err(TapError::OneQueue {
+                        interface: interface.clone(),
+                        tap: name.clone(),
+                        pairs: wanted,
+                    });
+                }
+                attach(&first, name, 0).map_err(refused(interface, name))?;
+                false
+            }
+            other => other.map_err(refused(interface, name)).map(|()| true)?,
         };
-        let length = libc::c_int::try_from(HEADER_BYTES).unwrap_or(0);
-        // SAFETY: TUNSETVNETHDRSZ takes a pointer to an int.
-        let set = unsafe { libc::ioctl(tap.as_raw_fd(), libc::TUNSETVNETHDRSZ, &raw const length) };
-        tap.check(set, "set the header size")?;
+        let mut tap = Self {
+            name: name.clone(),
+            queues: vec![TapQueue::of(first)],
+            vhost: Vec::new(),
+            vhost_use: config.vhost,
+        };
+        for _ in 1..if several { wanted } else { 1 } {
+            let file = open_tun(interface)?;
+            attach(&file, name, libc::IFF_MULTI_QUEUE).map_err(refused(interface, name))?;
+            tap.queues.push(TapQueue::of(file));
+        }
+        for queue in &tap.queues {
+            let length = libc::c_int::try_from(HEADER_BYTES).unwrap_or(0);
+            let request = libc::TUNSETVNETHDRSZ;
+            // SAFETY: TUNSETVNETHDRSZ takes a pointer to an int.
+            let set = unsafe { libc::ioctl(queue.as_raw_fd(), request, &raw const length) };
+            tap.check(set, "set the header size")?;
+        }
         tap.set_offloads(0)?;
+        tap.use_pairs(1)?;
+        tap.open_vhost(interface)?;
         Ok(tap)
     }
 
-    /// What somebody else has attached as [`Self::open`] does, who has the rights for it.
+    /// What somebody else has attached as [`Self::open`] does, who has the rights for it: one queue.
     pub fn of_descriptor(descriptor: OwnedFd, name: &str) -> Result<Self, TapError> {
         let tap = Self {
-            file: descriptor.into(),
             name: name.into(),
+            queues: vec![TapQueue::of(descriptor.into())],
+            vhost: Vec::new(),
+            vhost_use: VhostUse::Off,
         };
         let on: libc::c_int = 1;
         // SAFETY: FIONBIO takes a pointer to an int.
-        let set = unsafe { libc::ioctl(tap.as_raw_fd(), libc::FIONBIO, &raw const on) };
+        let set = unsafe { libc::ioctl(tap.first(), libc::FIONBIO, &raw const on) };
         tap.check(set, "set the mode")?;
         tap.set_offloads(0)?;
         Ok(tap)
     }
 
-    /// Whatever carries packets.
-    #[cfg(any(test, feature = "fuzzing"))]
-    pub fn of(file: File) -> Self {
-        Self {
-            file,
-            name: String::new(),
+    fn open_vhost(&mut self, interface: &str) -> Result<(), TapError> {
+        if self.vhost_use == VhostUse::Off {
+            return Ok(());
         }
+        let opened: io::Result<Vec<_>> = (0..self.queues.len())
+            .map(|_| VhostDescriptor::open())
+            .collect();
+        match opened {
+            Ok(vhost) => self.vhost = vhost,
+            Err(e) if self.vhost_use == VhostUse::Auto => {
+                tracing::debug!("{interface}: without vhost-net: {e}");
+            }
+            Err(source) => {
+                let interface = interface.to_owned();
+                return Err(TapError::Vhost { interface, source });
+            }
+        }
+        Ok(())
+    }
+
+    /// How many queue pairs the interface can have.
+    pub fn pairs(&self) -> u16 {
+        u16::try_from(self.queues.len()).unwrap_or(u16::MAX)
+    }
+
+    /// The queue of pair `index`.
+    pub fn queue(&self, index: u16) -> Option<&TapQueue> {
+        self.queues.get(usize::from(index))
+    }
+
+    /// The kernel's own device for pair `index`, if it is to be used.
+    pub fn vhost(&self, index: u16) -> Option<&VhostDescriptor> {
+        self.vhost.get(usize::from(index))
+    }
+
+    /// Whether the kernel's own device must be used.
+    pub fn vhost_is_demanded(&self) -> bool {
+        self.vhost_use == VhostUse::On
+    }
+
+    /// Whether the kernel writes guest memory for this interface, which no log has.
+    pub const fn has_vhost(&self) -> bool {
+        !self.vhost.is_empty()
+    }
+
+    /// Has the host's stack send on the first `count` queues only.
+    pub fn use_pairs(&self, count: u16) -> Result<(), TapError> {
+        for (index, queue) in self.queues.iter().enumerate() {
+            // A TAP of one queue can't be without it.
+            let wanted = index == 0 || index < usize::from(count);
+            if queue.attached.load(Ordering::Acquire) == wanted {
+                continue;
+            }
+            let flag = if wanted {
+                libc::IFF_ATTACH_QUEUE
+            } else {
+                libc::IFF_DETACH_QUEUE
+            };
+            let mut request = interface_request(&self.name);
+            request.ifr_ifru.ifru_flags = flags(flag);
+            // SAFETY: TUNSETQUEUE takes a pointer to an ifreq.
+            let set =
+                unsafe { libc::ioctl(queue.as_raw_fd(), libc::TUNSETQUEUE, &raw const request) };
+            self.check(set, "attach or detach a queue")?;
+            queue.attached.store(wanted, Ordering::Release);
+        }
+        Ok(())
     }
 
     /// Lets the host's stack send what the driver of these features takes: packets without a
@@ -162,8 +265,35 @@ impl Tap {
         }
         let offloads = libc::c_ulong::from(offloads);
         // SAFETY: TUNSETOFFLOAD takes its flags by value.
-        let set = unsafe { libc::ioctl(self.as_raw_fd(), libc::TUNSETOFFLOAD, offloads) };
+        let set = unsafe { libc::ioctl(self.first(), libc::TUNSETOFFLOAD, offloads) };
         self.check(set, "set the offloads")
+    }
+
+    fn first(&self) -> RawFd {
+        // There is always one; -1 is no descriptor.
+        self.queues.first().map_or(-1, TapQueue::as_raw_fd)
+    }
+
+    fn check(&self, result: libc::c_int, step: &'static str) -> Result<(), TapError> {
+        if result >= 0 {
+            return Ok(());
+        }
+        let source = io::Error::last_os_error();
+        Err(TapError::Configure {
+            step,
+            tap: self.name.clone(),
+            source,
+        })
+    }
+}
+
+impl TapQueue {
+    /// An attached queue; in tests, whatever carries packets.
+    pub const fn of(file: File) -> Self {
+        Self {
+            file,
+            attached: AtomicBool::new(true),
+        }
     }
 
     /// Reads one packet with its header into `buffers`; `None` if there is none now.
@@ -181,38 +311,68 @@ impl Tap {
         let length = unsafe { libc::writev(self.as_raw_fd(), vectors.as_ptr(), count(vectors)) };
         outcome(length)
     }
-
-    fn check(&self, result: libc::c_int, step: &'static str) -> Result<(), TapError> {
-        if result >= 0 {
-            return Ok(());
-        }
-        let source = io::Error::last_os_error();
-        Err(TapError::Configure {
-            step,
-            tap: self.name.clone(),
-            source,
-        })
-    }
 }
 
-impl AsFd for Tap {
+impl AsFd for TapQueue {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.file.as_fd()
     }
 }
 
-impl AsRawFd for Tap {
-    fn as_raw_fd(&self) -> std::os::fd::RawFd {
+impl AsRawFd for TapQueue {
+    fn as_raw_fd(&self) -> RawFd {
         self.file.as_raw_fd()
     }
 }
 
-#[allow(
-    clippy::cast_possible_truncation,
-    reason = "the flags fit the field of struct ifreq"
-)]
-const ATTACH_FLAGS: libc::c_short =
-    (libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR) as libc::c_short;
+fn open_tun(interface: &str) -> Result<File, TapError> {
+    OpenOptions::new()
+        .read(true)
+        .write(true)
+        .custom_flags(libc::O_NONBLOCK | libc::O_CLOEXEC)
+        .open("/dev/net/tun")
+        .map_err(|source| TapError::Open {
+            interface: interface.into(),
+            source,
+        })
+}
+
+/// Makes `file` a queue of the TAP.
+fn attach(file: &File, name: &str, further: libc::c_int) -> io::Result<()> {
+    let mut request = interface_request(name);
+    request.ifr_ifru.ifru_flags =
+        flags(libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR | further);
+    // SAFETY: TUNSETIFF takes a pointer to an ifreq with a terminated name.
+    match unsafe { libc::ioctl(file.as_raw_fd(), libc::TUNSETIFF, &raw mut request) } {
+        0.. => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
+fn refused(interface: &str, tap: &str) -> impl FnOnce(io::Error) -> TapError + use<> {
+    let (interface, tap) = (interface.to_owned(), tap.to_owned());
+    move |source| {
+        let hint = match source.raw_os_error() {
+            Some(libc::EBUSY) => ": another process has it",
+            Some(libc::EPERM) => ": it belongs to another user; CAP_NET_ADMIN is needed",
+            Some(libc::E2BIG) => ": all of its queues are taken",
+            Some(libc::EINVAL) => ": it is no TAP, or has other flags than tap and vnet_hdr",
+            _ => "",
+        };
+        TapError::Attach {
+            interface,
+            tap,
+            source,
+            hint,
+        }
+    }
+}
+
+/// The flags, which fit the field of struct ifreq.
+#[allow(clippy::cast_possible_truncation, reason = "they have 16 bits")]
+const fn flags(flags: libc::c_int) -> libc::c_short {
+    flags as libc::c_short
+}
 
 fn interface_request(name: &str) -> libc::ifreq {
     // SAFETY: an all-zero ifreq is valid.

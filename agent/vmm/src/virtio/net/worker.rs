@@ -1,4 +1,4 @@
-//! The thread that serves an interface's two queues.
+//! The thread that serves a queue pair of an interface.
 
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
@@ -8,10 +8,11 @@ use std::thread::JoinHandle;
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
+use super::pairs::{Driver, HostSide, PairQueues};
 use super::queues::{BrokenQueue, PacketQueue, Receiver, Transmitter, Turn};
-use super::tap::Tap;
-use crate::isolation::seccomp::{self, Mode, Thread};
-use crate::virtio::{Activation, ActivationError, DeviceHealth, FEATURE_EVENT_IDX};
+use super::tap::{Tap, TapQueue};
+use crate::isolation::seccomp::{self, Thread};
+use crate::virtio::{ActivationError, ActiveQueue, DeviceHealth, FEATURE_EVENT_IDX};
 
 /// The thread's needs are small and known; the default of 8 MiB would only be address space.
 const STACK_BYTES: usize = 128 << 10;
@@ -28,26 +29,25 @@ pub struct Worker {
 }
 
 impl Worker {
-    /// Starts to serve the queues; `None` if the driver didn't enable both.
+    /// Starts to serve pair `index`, whose queue of the TAP is attached.
     pub fn start(
-        id: &str,
-        tap: Arc<Tap>,
-        mtu: u16,
-        seccomp: Mode,
-        activation: Activation,
-    ) -> Result<Option<Self>, ActivationError> {
-        let Activation {
+        host: &HostSide,
+        index: u16,
+        driver: Driver,
+        queues: PairQueues,
+    ) -> Result<Self, ActivationError> {
+        let Driver {
             memory,
             features,
-            queues,
             health,
-            resumed: _,
-        } = activation;
-        let Ok([receive, transmit]) = <[_; 2]>::try_from(queues) else {
-            return Ok(None);
+        } = driver;
+        let PairQueues { receive, transmit } = queues;
+        let (tap, mtu, seccomp) = (Arc::clone(&host.tap), host.mtu, host.seccomp);
+        let Some(tap_queue) = tap.queue(index) else {
+            return Err(ActivationError(format!("the TAP has no queue {index}")));
         };
         let event_idx = features & FEATURE_EVENT_IDX != 0;
-        let open = |queue: &crate::virtio::ActiveQueue| {
+        let open = |queue: &ActiveQueue| {
             queue
                 .layout
                 .open(queue.index, &memory, event_idx)
@@ -59,7 +59,7 @@ impl Worker {
         let epoll = Epoll::new().map_err(event("create an epoll instance"))?;
         let edge = EventSet::IN | EventSet::EDGE_TRIGGERED;
         for (fd, set, token) in [
-            (tap.as_raw_fd(), edge, TAP),
+            (tap_queue.as_raw_fd(), edge, TAP),
             (receive.kick.as_raw_fd(), EventSet::IN, RECEIVE_KICK),
             (transmit.kick.as_raw_fd(), EventSet::IN, TRANSMIT_KICK),
             (stop.as_raw_fd(), EventSet::IN, STOP),
@@ -67,7 +67,7 @@ impl Worker {
             watch(&epoll, fd, set, token).map_err(event("watch the interface's events"))?;
         }
         let thread = std::thread::Builder::new()
-            .name(format!("net-{id}"))
+            .name(format!("net{index}-{}", host.id))
             .stack_size(STACK_BYTES)
             .spawn(move || {
                 if let Err(e) = seccomp::apply(Thread::Net, seccomp) {
@@ -77,6 +77,7 @@ impl Worker {
                 let incoming = PacketQueue::new(receive_queue, Arc::clone(&memory));
                 let service = Service {
                     tap,
+                    index,
                     epoll,
                     receiver: Receiver::new(incoming, features, mtu),
                     transmitter: Transmitter::new(PacketQueue::new(transmit_queue, memory)),
@@ -88,10 +89,10 @@ impl Worker {
                 service.run(&health);
             })
             .map_err(event("start the interface's thread"))?;
-        Ok(Some(Self {
+        Ok(Self {
             stop,
             thread: Some(thread),
-        }))
+        })
     }
 }
 
@@ -109,6 +110,7 @@ impl Drop for Worker {
 
 struct Service {
     tap: Arc<Tap>,
+    index: u16,
     epoll: Epoll,
     receiver: Receiver,
     transmitter: Transmitter,
@@ -136,6 +138,10 @@ impl Service {
     }
 
     fn serve(&mut self) -> Result<(), BrokenQueue> {
+        let tap = Arc::clone(&self.tap);
+        let Some(queue) = tap.queue(self.index) else {
+            return Ok(());
+        };
         let mut events = [EpollEvent::default(); 4];
         // Buffers and packets may be there from before.
         let mut work = Work {
@@ -168,18 +174,18 @@ impl Service {
                     _ => return Ok(()),
                 }
             }
-            self.turn(&mut work)?;
+            self.turn(&mut work, queue)?;
         }
     }
 
-    fn turn(&mut self, work: &mut Work) -> Result<(), BrokenQueue> {
+    fn turn(&mut self, work: &mut Work, queue: &TapQueue) -> Result<(), BrokenQueue> {
         if work.transmit {
-            let (turn, interrupt) = self.transmitter.run(&self.tap)?;
+            let (turn, interrupt) = self.transmitter.run(queue)?;
             work.transmit = turn == Turn::More;
             call(&self.transmit_call, interrupt);
         }
         if work.tap_ready && work.buffers {
-            let (turn, interrupt) = self.receiver.run(&self.tap)?;
+            let (turn, interrupt) = self.receiver.run(queue)?;
             work.tap_ready = turn != Turn::Drained;
             work.buffers = turn != Turn::NoBuffers;
             call(&self.receive_call, interrupt);

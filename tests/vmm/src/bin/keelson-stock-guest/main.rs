@@ -6,6 +6,7 @@ mod hotplug;
 
 use std::fs;
 use std::io::{Read, Write};
+use std::net::TcpListener;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::process::Command;
@@ -15,7 +16,19 @@ use keelson_vmm_tests::{Backend, Guest, GuestBuilder, wait_until};
 use serde_json::json;
 
 const CLONES: usize = 10;
-const STEPS: [&str; 5] = ["disk", "clones", "devices", "processors", "hotplug"];
+/// The host's address, and the guest's.
+const HOST: &str = "10.79.0.1";
+const GUEST: &str = "10.79.0.2";
+/// Bytes that go there and back.
+const ECHOED: usize = 2 << 20;
+const STEPS: [&str; 6] = [
+    "disk",
+    "network",
+    "clones",
+    "devices",
+    "processors",
+    "hotplug",
+];
 
 fn main() {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
@@ -40,6 +53,7 @@ impl Stock<'_> {
     fn take(&self, step: &str) {
         match step {
             "disk" => self.goes_on_from_a_snapshot_with_its_disk(),
+            "network" => self.has_a_queue_for_each_processor_which_the_kernel_serves(),
             "clones" => self.clones_draw_different_random_numbers(),
             "devices" => self.finds_its_devices(),
             "hotplug" => self.takes_devices_while_it_runs(),
@@ -107,6 +121,68 @@ impl Stock<'_> {
         let ended = clone.wait();
         assert_eq!(ended.code, Some(0), "{ended:?}");
         run(Command::new("e2fsck").arg("-fn").arg(&copy));
+    }
+
+    /// Two vCPUs, two queue pairs, vhost-net by itself where the host has it; a snapshot under traffic.
+    fn has_a_queue_for_each_processor_which_the_kernel_serves(&self) {
+        let vhost = Path::new("/dev/vhost-net").exists();
+        let tap = "ip tuntap add dev stock0 mode tap vnet_hdr multi_queue && \
+                   ip address add 10.79.0.1/24 dev stock0 && ip link set stock0 up";
+        run(Command::new("sh").args(["-c", tap]));
+        let place = tempfile::TempDir::new().expect("there is a place for temporary files");
+        let interface = || {
+            let builder = self.builder(2, 128);
+            builder.interface("eth0", "stock0", "52:54:00:00:00:09")
+        };
+        let mut guest = interface().start();
+        guest.wait_for_line("keelson-guest: ready");
+        guest.shell(&format!("ip link set eth0 up; ifconfig eth0 {GUEST}"));
+        let queues = "ls /sys/class/net/eth0/queues | tr '\\n' ' '";
+        say(
+            "two queue pairs",
+            &guest.shell(queues),
+            "rx-0 rx-1 tx-0 tx-1",
+        );
+        let queues = fs::read_dir("/sys/class/net/stock0/queues").expect("the TAP is there");
+        say("two queues of the TAP", &queues.count().to_string(), "4");
+        let open = descriptors(guest.process_id(), "/dev/vhost-net");
+        let (pairs, threads) = (open.to_string(), net_threads(guest.process_id()));
+        if vhost {
+            say("vhost-net serves both", &pairs, "2");
+            say("and no thread of the VMM", &threads.to_string(), "0");
+        } else {
+            println!("stock-guest: this host has no /dev/vhost-net; threads serve both");
+            assert_eq!(threads, 2);
+        }
+        let ping = format!("ping -q -c 20 -i 0.05 -s 1400 {HOST} | grep -c ' 0% packet loss'");
+        say("packets pass", &guest.shell(&ping), "1");
+
+        let listener = TcpListener::bind((HOST, 7)).expect("the echo's port is free");
+        let echo = std::thread::spawn(move || echo(&listener));
+        guest.shell(&format!("head -c {ECHOED} /dev/urandom > /tmp/sent"));
+        guest.type_line(&format!("nc {HOST} 7 < /tmp/sent > /tmp/came"));
+        let snapshot = place.path().join("snapshot");
+        take(&guest, &snapshot, AfterSnapshot::Resume);
+        let difference = place.path().join("difference");
+        take_differential(&guest, &difference);
+        let came = echo.join().expect("the echo doesn't panic");
+        say(
+            "a stream goes on over two snapshots",
+            &came.to_string(),
+            &ECHOED.to_string(),
+        );
+        say("whole", &guest.shell("cmp /tmp/sent /tmp/came"), "");
+        guest.client().kill().expect("it can be killed");
+        guest.wait();
+        for snapshot in [&snapshot, &difference] {
+            let mut clone = interface().restore(snapshot, &[]).start();
+            clone.wait_for_running();
+            let ping = format!("for c in 0 1; do taskset -c $c {ping}; done | tr '\\n' ' '");
+            say("and from each, on both", &clone.shell(&ping), "1 1");
+            clone.client().kill().expect("it can be killed");
+            clone.wait();
+        }
+        run(Command::new("ip").args(["link", "delete", "stock0"]));
     }
 
     /// The kernel's own drivers of balloon, sockets, watchdog and panic device.
@@ -199,10 +275,49 @@ impl Stock<'_> {
     }
 }
 
+/// Takes what comes on one connection, and sends it back.
+fn echo(listener: &TcpListener) -> usize {
+    let (mut stream, _) = listener.accept().expect("the guest connects");
+    let mut bytes = Vec::new();
+    stream.read_to_end(&mut bytes).expect("the guest sends");
+    stream.write_all(&bytes).expect("the guest takes it back");
+    bytes.len()
+}
+
+/// How many descriptors of a process are open to a file.
+fn descriptors(process: u32, file: &str) -> usize {
+    let all = fs::read_dir(format!("/proc/{process}/fd")).expect("the process runs");
+    all.flatten()
+        .filter(|one| fs::read_link(one.path()).is_ok_and(|to| to == Path::new(file)))
+        .count()
+}
+
+/// The process's own threads that move packets.
+fn net_threads(process: u32) -> usize {
+    let all = fs::read_dir(format!("/proc/{process}/task")).expect("the process runs");
+    all.flatten()
+        .filter_map(|task| fs::read_to_string(task.path().join("comm")).ok())
+        .filter(|name| name.starts_with("net"))
+        .count()
+}
+
 fn take(guest: &Guest, directory: &Path, then: AfterSnapshot) {
+    take_kind(guest, directory, SnapshotKind::Full, then);
+}
+
+fn take_differential(guest: &Guest, directory: &Path) {
+    take_kind(
+        guest,
+        directory,
+        SnapshotKind::Differential,
+        AfterSnapshot::Resume,
+    );
+}
+
+fn take_kind(guest: &Guest, directory: &Path, kind: SnapshotKind, then: AfterSnapshot) {
     let taken = guest.client().snapshot(SnapshotRequest {
         directory: directory.to_owned(),
-        kind: SnapshotKind::Full,
+        kind,
         then,
     });
     println!("stock-guest: snapshot {:?}", taken.expect("a snapshot"));

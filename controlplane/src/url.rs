@@ -7,7 +7,9 @@ use std::time::Duration;
 
 use crate::StateError;
 use crate::embedded::{EmbeddedOptions, Retention};
-use crate::etcd::{Credentials, EtcdOptions, MAX_ENDPOINTS, MAX_PREFIX_BYTES, Server};
+use crate::etcd::{
+    Credentials, EtcdOptions, MAX_ENDPOINTS, MAX_PREFIX_BYTES, Server, Tls, TlsIdentity,
+};
 
 /// Names a store: a backend, where it is, and its options.
 ///
@@ -20,7 +22,9 @@ use crate::etcd::{Credentials, EtcdOptions, MAX_ENDPOINTS, MAX_PREFIX_BYTES, Ser
 /// Options follow behind a `?`, joined by `&`. For `embedded:` `retain_revisions=N` or
 /// `retain_minutes=N` (0 retains everything; default 10,000 revisions) and `cache_mib=N` (default
 /// 64). For `etcd:` and `cluster:` `prefix=…` (prepended to every key), `timeout_ms=N` (of one request, default
-/// 5,000), `connect_timeout_ms=N` (default 2,000), `user=…` and `password_file=PATH`.
+/// 5,000), `connect_timeout_ms=N` (default 2,000), `user=…` and `password_file=PATH`; for endpoints with
+/// `https://` also `ca_file=PATH` (who signs their certificates; else whom the system trusts), `cert_file=PATH`
+/// and `key_file=PATH` (what they are shown, if they ask for a certificate).
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum StoreUrl {
@@ -119,8 +123,24 @@ fn etcd(location: &str, mut options: Options<'_>, server: Server) -> Result<Etcd
         (None, None) => None,
         _ => return Err("user and password_file belong together".into()),
     };
+    etcd.tls = tls(&mut options)?;
     options.finish()?;
     Ok(etcd)
+}
+
+fn tls(options: &mut Options<'_>) -> Result<Tls, String> {
+    let path = |option: &str| PathBuf::from(option);
+    Ok(Tls {
+        ca_file: options.take("ca_file").map(path),
+        identity: match (options.take("cert_file"), options.take("key_file")) {
+            (Some(certificate), Some(key)) => Some(TlsIdentity {
+                cert_file: path(certificate),
+                key_file: path(key),
+            }),
+            (None, None) => None,
+            _ => return Err("cert_file and key_file belong together".into()),
+        },
+    })
 }
 
 fn endpoint(endpoint: &str) -> Result<String, String> {
@@ -128,11 +148,11 @@ fn endpoint(endpoint: &str) -> Result<String, String> {
         let endpoint = without_credentials(endpoint);
         Err(format!("endpoint {endpoint:?}: {what}"))
     };
-    if endpoint.starts_with("https://") {
-        return wrong("TLS is not in this version: use http:// over a network you trust");
-    }
-    let Some(address) = endpoint.strip_prefix("http://") else {
-        return wrong("write http://HOST:PORT");
+    let schemes = ["http://", "https://"];
+    let scheme = schemes.into_iter().find(|one| endpoint.starts_with(one));
+    let Some((scheme, address)) = scheme.and_then(|one| Some((one, endpoint.strip_prefix(one)?)))
+    else {
+        return wrong("write http://HOST:PORT or https://HOST:PORT");
     };
     if address.contains('@') {
         return wrong("give the user with the options user and password_file");
@@ -145,9 +165,9 @@ fn endpoint(endpoint: &str) -> Result<String, String> {
     };
     match address.rsplit_once(':') {
         Some((host, port)) if plain(host) && port.parse::<u16>().is_ok_and(|port| port > 0) => {
-            Ok(format!("http://{address}"))
+            Ok(format!("{scheme}{address}"))
         }
-        _ => wrong("write http://HOST:PORT"),
+        _ => wrong("write http://HOST:PORT or https://HOST:PORT"),
     }
 }
 

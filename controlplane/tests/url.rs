@@ -26,6 +26,19 @@ fn etcd() {
 }
 
 #[test]
+fn certificates_are_named_by_files() {
+    let url = "cluster:https://a:1,https://b:1?ca_file=/ca&cert_file=/c&key_file=/k";
+    let StoreUrl::Etcd(options) = url.parse().unwrap() else {
+        panic!("{url}")
+    };
+    assert_eq!(options.endpoints, ["https://a:1", "https://b:1"]);
+    assert_eq!(options.tls.ca_file.unwrap().to_str(), Some("/ca"));
+    let identity = options.tls.identity.unwrap();
+    assert_eq!(identity.cert_file.to_str(), Some("/c"));
+    assert_eq!(identity.key_file.to_str(), Some("/k"));
+}
+
+#[test]
 fn wrong_ones_say_why() {
     for (url, why) in [
         ("/var/lib", "no scheme"),
@@ -39,7 +52,8 @@ fn wrong_ones_say_why() {
         ("etcd:http://a:0", "http://HOST:PORT"),
         ("etcd:http://a:1/x", "http://HOST:PORT"),
         ("etcd:http://a:1,", "http://HOST:PORT"),
-        ("etcd:https://a:1", "TLS"),
+        ("etcd:https://a:1?cert_file=/c", "belong together"),
+        ("cluster:ftp://a:1", "https://HOST:PORT"),
         ("etcd:http://a:1?timeout_ms=0", "at least 1"),
         ("etcd:http://a:1?user=u", "belong together"),
         ("etcd:http://a:1?prefix=a&prefix=b", "twice"),

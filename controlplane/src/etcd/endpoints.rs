@@ -74,6 +74,9 @@ impl Endpoints {
             .with_keep_alive_while_idle(false)
             // A member cut off from the others says so instead of keeping requests and watches.
             .with_require_leader(true);
+        if let Some(tls) = super::tls::config(&options)? {
+            connect = connect.with_tls(tls);
+        }
         if let Some(credentials) = &options.credentials {
             let password = password(credentials)?;
             connect = connect

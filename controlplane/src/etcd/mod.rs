@@ -5,6 +5,7 @@ mod failure;
 mod kv;
 mod namespace;
 mod options;
+mod tls;
 mod txn;
 mod watcher;
 
@@ -26,7 +27,8 @@ use crate::{
 };
 
 pub use self::options::{
-    Credentials, EtcdOptions, MAX_ENDPOINTS, MAX_PREFIX_BYTES, MAX_WATCHES, Server,
+    Credentials, EtcdOptions, MAX_ENDPOINTS, MAX_PREFIX_BYTES, MAX_WATCHES, Server, Tls,
+    TlsIdentity,
 };
 
 /// A [`StateStore`] in an etcd cluster.

@@ -14,7 +14,7 @@ pub const MAX_WATCHES: usize = 256;
 /// How an [`EtcdStore`](super::EtcdStore) is opened.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct EtcdOptions {
-    /// `http://HOST:PORT` of one or more members, at most [`MAX_ENDPOINTS`].
+    /// `http://HOST:PORT` or `https://HOST:PORT` of one or more members, at most [`MAX_ENDPOINTS`].
     pub endpoints: Vec<String>,
     /// Prepended to every key; at most [`MAX_PREFIX_BYTES`]. Nothing outside of it is read or
     /// changed, except keys attached to a lease that is revoked.
@@ -25,8 +25,29 @@ pub struct EtcdOptions {
     pub connect_timeout: Duration,
     /// Whom to log in as, if etcd's authentication is enabled.
     pub credentials: Option<Credentials>,
+    /// How members with `https://` are told from others.
+    pub tls: Tls,
     /// What the servers are.
     pub server: Server,
+}
+
+/// Whom to trust, and who to be, where connections are encrypted. The files are read once, when the store
+/// is opened.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Tls {
+    /// Certificates, in PEM, of those that sign the servers' own; the system's where not given.
+    pub ca_file: Option<PathBuf>,
+    /// What servers that ask for it are shown.
+    pub identity: Option<TlsIdentity>,
+}
+
+/// A certificate and its key.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct TlsIdentity {
+    /// The certificate, in PEM, with those between it and the one that is trusted.
+    pub cert_file: PathBuf,
+    /// Its private key, in PEM.
+    pub key_file: PathBuf,
 }
 
 /// What speaks etcd's API.
@@ -67,6 +88,7 @@ impl EtcdOptions {
             timeout: Duration::from_secs(5),
             connect_timeout: Duration::from_secs(2),
             credentials: None,
+            tls: Tls::default(),
             server: Server::Etcd,
         }
     }

@@ -6,6 +6,8 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
+use futures::StreamExt as _;
+use keelson_controlplane::{PutRequest, StateStoreExt as _, WatchRequest};
 use keelson_etcd_api::etcdserverpb as pb;
 use keelson_state_tests::{Cluster, Program, address, etcdctl};
 use pb::auth_client::AuthClient;
@@ -90,6 +92,66 @@ async fn certificates_change() {
     while !get(cluster.client_url(2), &new) {
         assert!(std::time::Instant::now() < limit, "{}", cluster.log_of(2));
         tokio::time::sleep(std::time::Duration::from_millis(100)).await;
+    }
+}
+
+/// What an agent's `state` URL says of certificates holds, with keelson-state and with etcd.
+#[tokio::test]
+async fn an_agents_store_is_reached_with_certificates() {
+    for (program, scheme) in [(Program::KeelsonState, "cluster"), (Program::Etcd, "etcd")] {
+        let certificates = Certificates::new();
+        let tls = certificates.client("anne");
+        let flags = certificates.flags();
+        let cluster = Cluster::start_with(program, 3, &flags, Some(tls)).await;
+        let urls: Vec<_> = (0..3).map(|at| cluster.client_url(at)).collect();
+        let location = format!("{scheme}:{}?timeout_ms=2000", urls.join(","));
+        let open = |ca: &Path, name: Option<&str>| {
+            let identity = name.map(|name| certificates.path(name)).map(|certificate| {
+                let key = certificate.with_extension("key");
+                format!(
+                    "&cert_file={}&key_file={}",
+                    certificate.display(),
+                    key.display()
+                )
+            });
+            let url = format!(
+                "{location}&ca_file={}{}",
+                ca.display(),
+                identity.unwrap_or_default()
+            );
+            async move { keelson_controlplane::open(&url).await }
+        };
+        let ca = certificates.path("ca");
+        let store = open(&ca, Some("anne")).await.unwrap();
+        let watched = WatchRequest::prefix("tls/").from_revision(1);
+        let mut changes = store.watch(watched).await.unwrap();
+        store
+            .put(PutRequest::new("tls/key", "value"))
+            .await
+            .unwrap();
+        let found = store.get(b"tls/key").await.unwrap().unwrap();
+        assert_eq!(found.value, "value", "{scheme}");
+        let batch = changes.next().await.unwrap().unwrap();
+        assert_eq!(batch.events[0].kv.key, "tls/key", "{scheme}");
+
+        let refused = open(&ca, None).await;
+        assert!(refused.is_err(), "{scheme}: without a certificate");
+        let other = Certificates::new();
+        let refused = open(&other.path("ca"), Some("anne")).await;
+        assert!(
+            refused.is_err(),
+            "{scheme}: a server that nobody vouches for"
+        );
+        let missing = open(Path::new("/nonexistent/ca.pem"), None).await;
+        let missing = missing.unwrap_err().to_string();
+        assert!(missing.contains("/nonexistent/ca.pem"), "{missing}");
+        let plain = format!(
+            "{}&ca_file={}",
+            location.replace("https", "http"),
+            ca.display()
+        );
+        let plain = keelson_controlplane::open(&plain).await.unwrap_err();
+        assert!(plain.to_string().contains("https://"), "{plain}");
     }
 }
 

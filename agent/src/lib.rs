@@ -18,9 +18,11 @@ mod objects;
 mod reconciler;
 mod server;
 mod services;
+mod view;
 
 pub use error::AgentError;
 pub use failpoint::arm_failpoints;
+pub use guest::SimulatedGuests;
 pub use metrics::serve_metrics;
 pub use reconciler::Reconciler;
 pub use server::serve;
@@ -33,8 +35,10 @@ use crate::config::Config;
 use crate::error::Result;
 use crate::events::EventRecorder;
 use crate::fleet::Fleet;
+use crate::guest::{GuestLayer, GuestProcesses};
 use crate::host::{HostNetwork, Inventory};
 use crate::objects::ObjectStore;
+use crate::view::SharedView;
 
 /// What every part of the agent works with.
 #[derive(Clone, Debug)]
@@ -45,6 +49,9 @@ pub struct Agent {
     objects: ObjectStore,
     events: EventRecorder,
     fleet: Fleet,
+    guests: Arc<dyn GuestLayer>,
+    /// What the reconciler knows of all objects.
+    view: SharedView,
     /// Keeps other agents out of the run directory for as long as this one lives.
     run_directory: Arc<OnceLock<std::fs::File>>,
 }
@@ -56,16 +63,39 @@ impl Agent {
     /// [`AgentError`] that says what the host lacks, or why the store cannot be opened.
     pub async fn open(config: Config) -> Result<Self> {
         host::check_abilities()?;
-        for directory in [&config.run_directory, &config.log_directory] {
-            std::fs::create_dir_all(directory)
-                .map_err(AgentError::io(format!("create {}", directory.display())))?;
-        }
-        let inventory = Inventory::read(config.host_name.as_deref())?;
+        create_folders(&config)?;
         let network = HostNetwork::open(&config).await?;
         let store: Arc<dyn StateStore> = keelson_controlplane::open(&config.state).await?;
+        Self::assemble(config, store, network, Arc::new(GuestProcesses)).await
+    }
+
+    /// An agent of a simulated host, to measure fleets with: all of it is real but for the guests. Hosts
+    /// that are simulated on one machine share its `network`.
+    ///
+    /// # Errors
+    /// [`AgentError`] where its folders can't be made, or the store doesn't answer.
+    pub async fn simulated(
+        config: Config,
+        store: Arc<dyn StateStore>,
+        network: HostNetwork,
+        guests: SimulatedGuests,
+    ) -> Result<Self> {
+        create_folders(&config)?;
+        Self::assemble(config, store, network, Arc::new(guests)).await
+    }
+
+    async fn assemble(
+        config: Config,
+        store: Arc<dyn StateStore>,
+        network: HostNetwork,
+        guests: Arc<dyn GuestLayer>,
+    ) -> Result<Self> {
+        let inventory = Inventory::read(config.host_name.as_deref())?;
         let fleet = Fleet::new(&config, &inventory, Arc::clone(&store)).await?;
         Ok(Self {
             fleet,
+            guests,
+            view: SharedView::default(),
             run_directory: Arc::default(),
             config: Arc::new(config),
             inventory: Arc::new(inventory),
@@ -93,6 +123,14 @@ impl Agent {
     pub async fn close(&self) -> Result<()> {
         self.objects.close().await
     }
+}
+
+fn create_folders(config: &Config) -> Result<()> {
+    for directory in [&config.run_directory, &config.log_directory] {
+        std::fs::create_dir_all(directory)
+            .map_err(AgentError::io(format!("create {}", directory.display())))?;
+    }
+    Ok(())
 }
 
 fn lock_run_directory(config: &Config) -> Result<std::fs::File> {

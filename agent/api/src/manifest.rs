@@ -4,10 +4,23 @@ use serde_json::Value;
 
 use crate::ApiError;
 
-/// The largest manifest, in bytes; one object must fit into one write of the store.
-pub const SIZE_LIMIT: usize = 1 << 20;
-/// The most objects in one manifest; they are applied in one transaction.
-pub const OBJECT_LIMIT: usize = 60;
+/// The largest manifest, in bytes.
+pub const SIZE_LIMIT: usize = 16 << 20;
+/// The most objects in one manifest.
+pub const OBJECT_LIMIT: usize = 1000;
+/// The most objects that are applied in one transaction; stores have room for 128 operations.
+pub const STEP_LIMIT: usize = 100;
+/// How large the objects of one transaction are together, in bytes, unless it is a single one.
+const STEP_SIZE: usize = 1 << 20;
+/// Kinds in the order in which they are applied: objects that others refer to come first.
+const ORDER: [&str; 6] = [
+    "Host",
+    "Network",
+    "SecurityGroup",
+    "Disk",
+    "VirtualMachine",
+    "Service",
+];
 
 /// Splits a manifest into the JSON documents of its objects. YAML's documents are separated by
 /// `---`; empty ones are left out. JSON is YAML.
@@ -39,4 +52,33 @@ pub fn parse(text: &str) -> Result<Vec<Value>, ApiError> {
         });
     }
     Ok(documents)
+}
+
+/// Divides a manifest into what is applied at once: all of it where that fits into one transaction of a
+/// store, else steps, those objects first that others refer to.
+///
+/// # Errors
+/// [`serde_json::Error`] where a document can't be written.
+pub fn steps(mut documents: Vec<Value>) -> Result<Vec<Vec<Vec<u8>>>, serde_json::Error> {
+    if documents.len() > STEP_LIMIT {
+        documents.sort_by_key(|document| {
+            let kind = document.get("kind").and_then(Value::as_str);
+            ORDER.iter().position(|one| Some(*one) == kind)
+        });
+    }
+    let mut steps: Vec<Vec<Vec<u8>>> = Vec::new();
+    let mut size = 0;
+    for document in &documents {
+        let document = serde_json::to_vec(document)?;
+        let fits =
+            |step: &Vec<Vec<u8>>| step.len() < STEP_LIMIT && size + document.len() <= STEP_SIZE;
+        if let Some(step) = steps.last_mut().filter(|step| fits(step)) {
+            size += document.len();
+            step.push(document);
+        } else {
+            size = document.len();
+            steps.push(vec![document]);
+        }
+    }
+    Ok(steps)
 }

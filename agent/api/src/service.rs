@@ -9,9 +9,9 @@ use std::time::Duration;
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
+use crate::FieldError;
 use crate::metadata::{Condition, ObjectMeta, validate_name};
 use crate::units::TimeLimit;
-use crate::{FieldError, VirtualMachine};
 
 /// The most ports that one service may have.
 const PORT_LIMIT: usize = 32;
@@ -143,10 +143,9 @@ impl fmt::Display for ServicePort {
 
 impl ServiceSpec {
     /// Whether the service is for a guest: by its name, or by its labels.
-    pub fn selects(&self, guest: &VirtualMachine) -> bool {
-        let labels = &guest.metadata.labels;
+    pub fn selects(&self, guest: &str, labels: &BTreeMap<String, String>) -> bool {
         let has = |(key, value): (&String, &String)| labels.get(key) == Some(value);
-        self.guests.contains(&guest.metadata.name)
+        self.guests.iter().any(|name| name == guest)
             || !self.selector.is_empty() && self.selector.iter().all(has)
     }
 

@@ -310,3 +310,30 @@ proptest! {
         }
     }
 }
+
+#[test]
+fn a_large_manifest_is_applied_in_steps_that_refer_to_earlier_ones() {
+    let document = |kind: &str, name: usize, size: usize| serde_json::json!({"kind": kind, "metadata": {"name": name.to_string()}, "text": "x".repeat(size)});
+    let mut documents: Vec<_> = (0..150)
+        .map(|at| document("VirtualMachine", at, 10))
+        .collect();
+    documents.extend((0..150).map(|at| document("Disk", at, 10)));
+    let steps = manifest::steps(documents).unwrap();
+    let kinds = |step: &Vec<Vec<u8>>| -> Vec<String> {
+        let objects = step.iter().map(|one| serde_json::from_slice(one).unwrap());
+        let kinds = objects.map(|one: serde_json::Value| one["kind"].as_str().unwrap().to_owned());
+        kinds.collect()
+    };
+    let all: Vec<_> = steps.iter().flat_map(kinds).collect();
+    assert_eq!(all.len(), 300);
+    assert!(all[..150].iter().all(|kind| kind == "Disk"));
+    assert!(steps.iter().all(|step| step.len() <= manifest::STEP_LIMIT));
+    // As they stand, where they are few.
+    let few = vec![document("VirtualMachine", 0, 10), document("Disk", 0, 10)];
+    let few = manifest::steps(few).unwrap();
+    assert_eq!(kinds(&few[0]), ["VirtualMachine", "Disk"]);
+    // What is too large together is applied one after the other.
+    let large = (0..4).map(|at| document("Disk", at, 400_000)).collect();
+    let large = manifest::steps(large).unwrap();
+    assert_eq!(large.iter().map(Vec::len).collect::<Vec<_>>(), [2, 2]);
+}

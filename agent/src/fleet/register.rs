@@ -92,7 +92,7 @@ pub enum Registered {
         holder: Holder,
         /// The revision at which it was found.
         revision: Revision,
-        /// How long a lease lasts.
+        /// How long that agent's lease lasts without a renewal.
         ttl: Duration,
     },
 }
@@ -137,10 +137,16 @@ pub async fn register(
     let other: Holder = serde_json::from_slice(&found.value).map_err(corrupt)?;
     if other.instance != holder.instance {
         give_back(store, granted.id).await;
+        let ttl = match store.lease_status(found.lease, false).await {
+            Ok(status) => status.granted_ttl,
+            // It ended just now.
+            Err(StateError::LeaseNotFound { .. }) => Duration::ZERO,
+            Err(error) => return Err(error.into()),
+        };
         return Ok(Registered::Taken {
             holder: other,
             revision: answer.revision,
-            ttl: granted.ttl,
+            ttl,
         });
     }
     // An earlier agent of this run directory, which the directory's lock says is gone.

@@ -11,9 +11,9 @@ use keelson_api::{
 use keelson_vmm::api::{ExitReason, ExitStatus};
 use tokio::time::Instant;
 
+use super::layer::GuestRuntime;
 use super::mailbox::{Bell, GuestMailbox};
 use super::plan::Plan;
-use super::runtime::Runtime;
 use super::status::StatusWriter;
 use crate::failpoint::failpoint;
 use crate::fleet::{LeaseCheck, is_movable};
@@ -21,8 +21,10 @@ use crate::host::Exit;
 use crate::objects::Stored;
 use crate::{Agent, AgentError, error::Result};
 
-/// How often a guest is looked at though nothing is known to have happened.
-const RESYNC: Duration = Duration::from_secs(10);
+/// How long after something went wrong with a guest that runs it is tried again.
+const TRY_AGAIN: Duration = Duration::from_secs(10);
+/// How often what runs on this host is looked at, of which nobody is told. The store is not asked.
+const LOOK: Duration = Duration::from_secs(10);
 const BACKOFF_FIRST: Duration = Duration::from_secs(1);
 const BACKOFF_LIMIT: Duration = Duration::from_mins(1);
 /// Why a guest ended that the guard killed.
@@ -36,7 +38,7 @@ pub struct GuestActor {
     agent: Agent,
     name: String,
     bell: Arc<Bell>,
-    runtime: Runtime,
+    runtime: Box<dyn GuestRuntime>,
     status: StatusWriter,
     stopping_since: Option<Instant>,
     /// Starts and runs in a row that failed early.
@@ -47,6 +49,8 @@ pub struct GuestActor {
 /// When to look again, unless something happens.
 enum Next {
     After(Duration),
+    /// When its object changes, or something of it on this host.
+    Changed,
     /// Nothing of the guest is here, or is to be.
     Gone,
 }
@@ -56,7 +60,7 @@ impl GuestActor {
     pub fn spawn(agent: Agent, name: &str) -> GuestMailbox {
         let bell = Arc::new(Bell::default());
         let actor = Self {
-            runtime: Runtime::new(&agent, name),
+            runtime: agent.guests.guest(&agent, name),
             status: StatusWriter::new(&agent, name),
             agent,
             name: name.into(),
@@ -73,18 +77,33 @@ impl GuestActor {
         loop {
             self.bell.looking();
             let next = match self.reconcile().await {
-                Ok(Next::After(delay)) => delay.min(RESYNC),
+                Ok(Next::After(delay)) => Some(delay),
+                Ok(Next::Changed) => None,
                 Ok(Next::Gone) if self.bell.close() => return,
-                Ok(Next::Gone) => Duration::ZERO,
+                Ok(Next::Gone) => Some(Duration::ZERO),
                 Err(error) => {
                     tracing::warn!(guest = self.name, %error, "reconciling failed; trying again");
-                    BACKOFF_FIRST
+                    Some(BACKOFF_FIRST)
                 }
             };
             tokio::select! {
                 () = self.bell.rang() => {}
                 () = self.runtime.something_ended() => {}
-                () = tokio::time::sleep(next) => {}
+                () = self.until(next) => {}
+            }
+        }
+    }
+
+    /// Waits so long, or until something has changed on this host.
+    async fn until(&self, delay: Option<Duration>) {
+        if let Some(delay) = delay {
+            return tokio::time::sleep(delay).await;
+        }
+        let was_paused = self.runtime.is_paused().await;
+        loop {
+            tokio::time::sleep(LOOK).await;
+            if self.runtime.is_running() && self.runtime.has_changed(was_paused).await {
+                return;
             }
         }
     }
@@ -140,7 +159,7 @@ impl GuestActor {
         }
         match (wanted, self.runtime.is_running()) {
             (true, true) => self.maintain(&guest).await,
-            (true, false) if is_resting(&guest) => Ok(Next::After(RESYNC)),
+            (true, false) if is_resting(&guest) => Ok(Next::Changed),
             (true, false) => self.start(&guest).await,
             (false, true) => self.stop(&guest).await,
             (false, false) => self.finish(&guest, deleting).await,
@@ -159,7 +178,8 @@ impl GuestActor {
         }
         self.stopping_since = None;
         let started = match self.may_start(guest).await {
-            Ok(Permit::NotNow) => return Ok(Next::After(RESYNC)),
+            // The reconciler tells of another place, and of another lease.
+            Ok(Permit::NotNow) => return Ok(Next::Changed),
             Ok(permit) => self.start_permitted(guest, permit).await,
             Err(error) => Err(error),
         };
@@ -319,27 +339,31 @@ impl GuestActor {
             Err(error) => {
                 let problem = Some((error.reason(), error.to_string()));
                 self.status
-                    .running(guest, &self.runtime, None, problem)
+                    .running(guest, self.runtime.as_ref(), None, problem)
                     .await?;
-                return Ok(Next::After(RESYNC));
+                return Ok(Next::After(TRY_AGAIN));
             }
         };
         if let Err(error) = self.adjust_terms(guest).await {
             let problem = Some((error.reason(), error.to_string()));
             self.status
-                .running(guest, &self.runtime, Some(&plan), problem)
+                .running(guest, self.runtime.as_ref(), Some(&plan), problem)
                 .await?;
-            return Ok(Next::After(RESYNC));
+            return Ok(Next::After(TRY_AGAIN));
         }
         let problem = match self.runtime.maintain(&plan).await {
             Ok(problem) => problem,
             Err(error) => Some((error.reason(), error.to_string())),
         };
+        let next = match &problem {
+            None => Next::Changed,
+            Some(_) => Next::After(TRY_AGAIN),
+        };
         self.status
-            .running(guest, &self.runtime, Some(&plan), problem)
+            .running(guest, self.runtime.as_ref(), Some(&plan), problem)
             .await?;
         failpoint(&self.name, "running-said");
-        Ok(Next::After(RESYNC))
+        Ok(next)
     }
 
     async fn stop(&mut self, guest: &VirtualMachine) -> Result<Next> {
@@ -385,7 +409,7 @@ impl GuestActor {
             self.status
                 .stopped(guest, "PoweredOff", "it is shut down, as desired")
                 .await?;
-            return Ok(Next::After(RESYNC));
+            return Ok(Next::Changed);
         }
         failpoint(&self.name, "delete-torn-down");
         self.runtime.remove_kept()?;

@@ -5,15 +5,12 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 
 use ipnet::IpNet;
-use keelson_api::{
-    EgressRule, IngressRule, Kind, Object, RuleParts, SecurityGroup, VirtualMachine,
-};
+use keelson_api::{EgressRule, IngressRule, Interface, RuleParts, SecurityGroup};
 use keelson_ebpf::Direction;
 use sha2::{Digest, Sha256};
 
-use crate::error::Result;
 use crate::host::{ResolvedRule, Rules};
-use crate::objects::{ObjectStore, World};
+use crate::view::View;
 
 /// Which addresses are in which security groups.
 pub type Memberships = BTreeSet<(String, IpAddr)>;
@@ -81,19 +78,12 @@ fn identity(rule: &impl serde::Serialize) -> String {
     serde_json::to_string(rule).unwrap_or_default()
 }
 
-/// The rules of an interface in `groups`.
-///
-/// # Errors
-/// As the store has them.
-pub async fn rules_of(groups: &[SecurityGroup], objects: &ObjectStore) -> Result<Rules> {
-    let names_groups = groups
-        .iter()
-        .any(|group| group.spec.references().next().is_some());
-    let members = if names_groups {
-        members(&objects.world().await?)
-    } else {
-        BTreeMap::new()
-    };
+/// The rules of an interface in `groups`, for the addresses that are in the groups they name.
+pub fn rules_of(groups: &[SecurityGroup], view: &View) -> Rules {
+    let named = groups.iter().flat_map(|group| group.spec.references());
+    let members = named
+        .map(|(_, group)| (group.to_owned(), view.members(group).collect()))
+        .collect();
     let mut rules = Rules::default();
     for group in groups {
         let ingress = group.spec.ingress.iter().map(IngressRule::parts);
@@ -112,7 +102,7 @@ pub async fn rules_of(groups: &[SecurityGroup], objects: &ObjectStore) -> Result
     if let Some(egress) = &mut rules.egress {
         set_counters(egress, groups, Direction::FromGuest);
     }
-    Ok(rules)
+    rules
 }
 
 fn set_counters(rules: &mut [ResolvedRule], groups: &[SecurityGroup], direction: Direction) {
@@ -123,9 +113,9 @@ fn set_counters(rules: &mut [ResolvedRule], groups: &[SecurityGroup], direction:
 }
 
 /// The addresses of a guest's interfaces, with the groups that they are in.
-pub fn memberships(guest: &VirtualMachine) -> Memberships {
-    let interfaces = guest.spec.interfaces.iter();
+pub fn memberships_of(interfaces: &[Interface]) -> Memberships {
     interfaces
+        .iter()
         .flat_map(|interface| {
             let ipv4 = interface.address.map(IpAddr::from);
             let ipv6 = interface.address_v6.map(IpAddr::from);
@@ -135,20 +125,6 @@ pub fn memberships(guest: &VirtualMachine) -> Memberships {
             })
         })
         .collect()
-}
-
-/// The addresses of the interfaces in each security group, of all guests.
-fn members(world: &World) -> BTreeMap<String, BTreeSet<IpAddr>> {
-    let mut members: BTreeMap<String, BTreeSet<IpAddr>> = BTreeMap::new();
-    for stored in world.of_kind(Kind::VirtualMachine) {
-        let Object::VirtualMachine(guest) = &stored.object else {
-            continue;
-        };
-        for (group, address) in memberships(guest) {
-            members.entry(group).or_default().insert(address);
-        }
-    }
-    members
 }
 
 fn resolve(rule: RuleParts<'_>, members: &BTreeMap<String, BTreeSet<IpAddr>>) -> ResolvedRule {

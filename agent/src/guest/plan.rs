@@ -89,7 +89,7 @@ impl Plan {
             for group in &interface.security_groups {
                 groups.push(objects.get_typed::<SecurityGroup>(group).await?.object);
             }
-            let rules = rules_of(&groups, objects).await?;
+            let rules = rules_of(&groups, &agent.view.read());
             let unassigned = || AgentError::Corrupt {
                 key: format!("VirtualMachine/{}", guest.metadata.name),
                 message: format!("interface {} has no MAC address", interface.name),

@@ -17,6 +17,7 @@ use super::machine::Origin;
 use super::plan::{Plan, RunningPlan};
 use super::snapshots::GuestSnapshots;
 use super::{GuestPaths, Machine, disk_backend, disk_image};
+use crate::config::Config;
 use crate::failpoint::failpoint;
 use crate::fleet::LeaseCheck;
 use crate::host::{GuestPort, ProcessHandle, write_atomically};
@@ -220,6 +221,18 @@ impl Runtime {
         self.adjust_disks(plan).await?;
         self.adjust_limits(plan)?;
         Ok(problem)
+    }
+
+    /// Whether something of a guest that runs well has changed of which nobody is told: an image that
+    /// another file took the place of, a pause that could not be written down, a lease that has ended.
+    pub async fn has_changed(&self, was_paused: bool) -> bool {
+        let disks = self.running.iter();
+        for (disk, spec) in disks.flat_map(|running| &running.hardware.disks) {
+            if self.has_vanished(disk, spec).await {
+                return true;
+            }
+        }
+        !self.may_run() || self.is_paused().await != was_paused
     }
 
     async fn keep_backends(&mut self) -> Result<Option<Problem>> {
@@ -507,8 +520,8 @@ impl Runtime {
     }
 
     /// The guests that were started and not torn down since.
-    pub fn known_guests(agent: &Agent) -> Vec<String> {
-        let folder: PathBuf = GuestPaths::all_guests(&agent.config);
+    pub fn known_guests(config: &Config) -> Vec<String> {
+        let folder: PathBuf = GuestPaths::all_guests(config);
         let entries = fs::read_dir(folder).into_iter().flatten().flatten();
         entries
             .filter_map(|entry| entry.file_name().into_string().ok())

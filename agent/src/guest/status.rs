@@ -6,8 +6,9 @@ use keelson_api::{
     VirtualMachineStatus, set_condition,
 };
 
+use super::layer::GuestRuntime;
 use super::plan::Plan;
-use super::runtime::{Problem, Runtime};
+use super::runtime::Problem;
 use crate::fleet::{LeaseCheck, claim};
 use crate::{Agent, AgentError, error::Result};
 
@@ -128,7 +129,7 @@ impl StatusWriter {
     pub async fn running(
         &mut self,
         guest: &VirtualMachine,
-        runtime: &Runtime,
+        runtime: &dyn GuestRuntime,
         plan: Option<&Plan>,
         problem: Option<Problem>,
     ) -> Result<()> {

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use super::{GuestPaths, Runtime};
+use super::GuestPaths;
 use crate::Agent;
 use crate::host::{Usage, recorded_process};
 
@@ -17,7 +17,7 @@ pub struct GuestUsage {
 
 /// What each guest on this host has used.
 pub fn usage(agent: &Agent) -> BTreeMap<String, GuestUsage> {
-    let known = Runtime::known_guests(agent).into_iter();
+    let known = agent.guests.known_guests(&agent.config).into_iter();
     known
         .filter_map(|name| {
             let paths = GuestPaths::new(&agent.config, &name);

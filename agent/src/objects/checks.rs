@@ -384,7 +384,10 @@ pub(super) fn service(service: &Service, after: &World, report: &mut impl FnMut(
     }
     let guests = after.of_kind(Kind::VirtualMachine);
     let selected = guests.filter(|stored| match &stored.object {
-        Object::VirtualMachine(guest) => spec.selects(guest) && in_network(guest),
+        Object::VirtualMachine(guest) => {
+            let metadata = &guest.metadata;
+            spec.selects(&metadata.name, &metadata.labels) && in_network(guest)
+        }
         _ => false,
     });
     let selected = selected.count();

@@ -4,7 +4,10 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use futures::{Stream, StreamExt};
-use keelson_api::{API_VERSION, Kind, Object, Resource};
+use keelson_api::{
+    API_VERSION, Disk, Host, Kind, Network, Object, Resource, SecurityGroup, Service,
+    VirtualMachine,
+};
 use keelson_controlplane::{
     Compare, DeleteRequest, EventKind, KeyRange, KeyValue, PutRequest, Revision, StateStore,
     StateStoreExt, Swap, Txn, TxnOp, WatchRequest,
@@ -299,15 +302,36 @@ impl ObjectStore {
         revision: Revision,
     ) -> Result<impl Stream<Item = Result<(Change, Revision)>> + Send + Unpin + use<>> {
         let prefix = kind.map_or_else(objects_prefix, kind_prefix);
-        let request = WatchRequest::prefix(prefix).from_revision(revision + 1);
-        let batches = self.store.watch(request).await?;
+        let batches = self.batches(prefix, revision).await?;
         Ok(batches.flat_map(|batch| {
             let changes: Vec<Result<_>> = match batch {
-                Err(error) => vec![Err(error.into())],
-                Ok(batch) => batch.events.iter().filter_map(change_of).collect(),
+                Err(error) => vec![Err(error)],
+                Ok(batch) => batch.into_iter().map(Ok).collect(),
             };
             futures::stream::iter(changes)
         }))
+    }
+
+    /// Every change of objects after `revision`, those of one revision together.
+    pub async fn watch_batches(
+        &self,
+        revision: Revision,
+    ) -> Result<impl Stream<Item = Result<Vec<Change>>> + Send + Unpin + use<>> {
+        let batches = self.batches(objects_prefix(), revision).await?;
+        Ok(batches.map(|batch| {
+            let batch = batch?.into_iter();
+            Ok(batch.map(|(change, _)| change).collect())
+        }))
+    }
+
+    async fn batches(
+        &self,
+        prefix: String,
+        revision: Revision,
+    ) -> Result<impl Stream<Item = Result<Vec<(Change, Revision)>>> + Send + Unpin + use<>> {
+        let request = WatchRequest::prefix(prefix).from_revision(revision + 1);
+        let batches = self.store.watch(request).await?;
+        Ok(batches.map(|batch| batch?.events.iter().filter_map(change_of).collect()))
     }
 
     /// The store's location, for people; no passwords.
@@ -349,9 +373,7 @@ fn change_of(event: &keelson_controlplane::Event) -> Option<Result<(Change, Revi
             Some(decode(&event.kv).map(|stored| (Change::Set(Box::new(stored.object)), revision)))
         }
         EventKind::Delete => {
-            let key = String::from_utf8_lossy(&event.kv.key);
-            let (plural, name) = key.strip_prefix(&objects_prefix())?.split_once('/')?;
-            let kind = Kind::ALL.into_iter().find(|kind| kind.plural() == plural)?;
+            let (kind, name) = named_by(&event.kv.key)?;
             Some(Ok((Change::Gone(kind, name.into()), revision)))
         }
     }
@@ -369,13 +391,45 @@ fn decode(kv: &KeyValue) -> Result<Stored<Object>> {
         key: String::from_utf8_lossy(&kv.key).into_owned(),
         message,
     };
-    let value = serde_json::from_slice(&kv.value).map_err(|error| corrupt(error.to_string()))?;
-    let mut object = Object::from_json(&value).map_err(|error| corrupt(error.to_string()))?;
+    let mut object = match decode_as_named(kv) {
+        Some(object) => object,
+        // Slower, and says what is wrong where.
+        None => serde_json::from_slice(&kv.value)
+            .map_err(|error| corrupt(error.to_string()))
+            .and_then(|value| {
+                Object::from_json(&value).map_err(|error| corrupt(error.to_string()))
+            })?,
+    };
     object.metadata_mut().resource_version = kv.mod_revision.to_string();
     Ok(Stored {
         object,
         revision: kv.mod_revision,
     })
+}
+
+/// The object, if it is of the kind that its key says; the key has the version as well.
+fn decode_as_named(kv: &KeyValue) -> Option<Object> {
+    fn typed<T: Resource>(value: &[u8]) -> Option<Object> {
+        let object = serde_json::from_slice::<T>(value).ok();
+        object.map(Resource::into_object)
+    }
+    let (kind, _) = named_by(&kv.key)?;
+    match kind {
+        Kind::Disk => typed::<Disk>(&kv.value),
+        Kind::Host => typed::<Host>(&kv.value),
+        Kind::Network => typed::<Network>(&kv.value),
+        Kind::SecurityGroup => typed::<SecurityGroup>(&kv.value),
+        Kind::Service => typed::<Service>(&kv.value),
+        Kind::VirtualMachine => typed::<VirtualMachine>(&kv.value),
+    }
+}
+
+/// The kind and name of the object at a key.
+fn named_by(key: &[u8]) -> Option<(Kind, &str)> {
+    let key = std::str::from_utf8(key).ok()?;
+    let (plural, name) = key.strip_prefix(&objects_prefix())?.split_once('/')?;
+    let kind = Kind::ALL.into_iter().find(|kind| kind.plural() == plural)?;
+    Some((kind, name))
 }
 
 fn decode_typed<T: Resource>(kv: &KeyValue) -> Result<Stored<T>> {

@@ -46,11 +46,11 @@ impl Objects for ObjectsService {
         request: Request<ApplyRequest>,
     ) -> Result<Response<ApplyResponse>, Status> {
         let request = request.into_inner();
-        if request.documents.len() > manifest::OBJECT_LIMIT {
+        if request.documents.len() > manifest::STEP_LIMIT {
             let error = ApiError::TooLarge {
                 what: "the number of objects",
                 size: request.documents.len(),
-                limit: manifest::OBJECT_LIMIT,
+                limit: manifest::STEP_LIMIT,
             };
             return Err(status(AgentError::Manifest(error)));
         }

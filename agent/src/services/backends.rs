@@ -2,10 +2,10 @@
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
-use keelson_api::{Kind, MacAddress, Object, Phase, Service, ServiceProtocol, VirtualMachine};
+use keelson_api::{MacAddress, Service, ServiceProtocol};
 use keelson_ebpf::{Protocol, ServiceBackend};
 
-use crate::objects::World;
+use crate::view::{KnownGuest, View};
 
 /// A guest's interface that a service is for.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -25,30 +25,25 @@ pub struct Candidate {
 }
 
 /// The interfaces that a service is for: the first one in its network of each guest that it selects.
-pub fn candidates(service: &Service, world: &World) -> Vec<Candidate> {
-    let guests = world.of_kind(Kind::VirtualMachine);
-    let guests = guests.filter_map(|stored| match &stored.object {
-        Object::VirtualMachine(guest) => Some(guest),
-        _ => None,
-    });
-    guests
-        .filter(|guest| service.spec.selects(guest))
-        .filter_map(|guest| candidate(guest, &service.spec.network))
+pub fn candidates(service: &Service, view: &View) -> Vec<Candidate> {
+    let spec = &service.spec;
+    view.guests_in(&spec.network)
+        .filter(|(name, guest)| spec.selects(name, &guest.labels))
+        .filter_map(|(name, guest)| candidate(name, guest, &spec.network))
         .take(keelson_ebpf::MAX_BACKENDS)
         .collect()
 }
 
-fn candidate(guest: &VirtualMachine, network: &str) -> Option<Candidate> {
-    let mut interfaces = guest.spec.interfaces.iter();
+fn candidate(name: &str, guest: &KnownGuest, network: &str) -> Option<Candidate> {
+    let mut interfaces = guest.interfaces.iter();
     let interface = interfaces.find(|interface| interface.network == network)?;
-    let runs = guest.status.phase == Phase::Running;
     Some(Candidate {
-        guest: guest.metadata.name.clone(),
+        guest: name.into(),
         interface: interface.name.clone(),
         address: interface.address,
         address_v6: interface.address_v6,
         mac: interface.mac?,
-        runs: runs && guest.metadata.deletion_timestamp.is_none(),
+        runs: guest.runs,
     })
 }
 

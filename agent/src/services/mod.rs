@@ -5,3 +5,6 @@ mod probe;
 mod reconciler;
 
 pub use reconciler::Services;
+
+#[cfg(test)]
+pub use backends::candidates;

@@ -6,15 +6,11 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use jiff::Timestamp;
-use keelson_api::{
-    BackendStatus, ConditionStatus, Health, Kind, Network, NetworkSpec, Object, Service,
-    set_condition,
-};
+use keelson_api::{BackendStatus, ConditionStatus, Health, NetworkSpec, Service, set_condition};
 use tokio::sync::Notify;
 
 use super::backends::{Candidate, candidates, ports};
 use super::probe::{Finding, Probe, Target};
-use crate::objects::World;
 use crate::{Agent, AgentError, error::Result};
 
 /// How long it waits before it tries again what failed.
@@ -68,19 +64,12 @@ impl Keeper {
     }
 
     async fn reconcile(&mut self) -> Result<()> {
-        let world = self.agent.objects.world().await?;
         let mut services = Vec::new();
         let mut networks = BTreeMap::new();
-        for stored in world.of_kind(Kind::Service) {
-            let Object::Service(service) = &stored.object else {
-                continue;
-            };
-            let network = world.get::<Network>(&service.spec.network);
-            if let Some(Object::Network(network)) = network {
-                let backends = self.backends(service, &network.spec, &world);
-                services.push((service, backends));
-                networks.insert(network.metadata.name, network.spec);
-            }
+        for (service, network, candidates) in self.look() {
+            let backends = self.backends(&service, &network, candidates);
+            networks.insert(service.spec.network.clone(), network);
+            services.push((service, backends));
         }
         let known: Vec<_> = services
             .iter()
@@ -93,15 +82,27 @@ impl Keeper {
         self.probes.retain(|key, _| known.contains(key));
         let done = self.put_in_force(&services, networks).await;
         for (service, backends) in services {
-            self.report(service, backends, &done).await?;
+            self.report(&service, backends, &done).await?;
         }
         done
+    }
+
+    /// Every service whose network is there, with the guests that it is for.
+    fn look(&self) -> Vec<(Service, NetworkSpec, Vec<Candidate>)> {
+        let view = self.agent.view.read();
+        let services = view.services().values();
+        let found = services.filter_map(|service| {
+            let network = view.networks().get(&service.spec.network)?;
+            let candidates = candidates(service, &view);
+            Some((service.clone(), network.spec.clone(), candidates))
+        });
+        found.collect()
     }
 
     /// Bridges first, so that an address that is answered for is one that works.
     async fn put_in_force(
         &self,
-        services: &[(&Service, Backends)],
+        services: &[(Service, Backends)],
         networks: BTreeMap<String, NetworkSpec>,
     ) -> Result<()> {
         let network = &self.agent.network;
@@ -126,8 +127,12 @@ impl Keeper {
     }
 
     /// The guests of a service; begins to check those that are new, and ends to check others.
-    fn backends(&mut self, service: &Service, network: &NetworkSpec, world: &World) -> Backends {
-        let candidates = candidates(service, world);
+    fn backends(
+        &mut self,
+        service: &Service,
+        network: &NetworkSpec,
+        candidates: Vec<Candidate>,
+    ) -> Backends {
         let found = candidates.into_iter().map(|candidate| {
             let key = (service.metadata.name.clone(), candidate.guest.clone());
             if !candidate.runs {
@@ -220,6 +225,11 @@ impl Keeper {
             let conditions = &mut service.status.conditions;
             set_condition(conditions, "Ready", status, reason, &message);
         };
+        let mut reported = service.clone();
+        update(&mut reported);
+        if reported == *service {
+            return Ok(());
+        }
         let name = &service.metadata.name;
         match self.agent.objects.update(name, update).await {
             Err(AgentError::NotFound { .. }) => Ok(()),

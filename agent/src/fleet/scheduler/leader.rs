@@ -209,16 +209,17 @@ impl<'a> Leader<'a> {
         if matches!(decision, Decision::Place { .. }) {
             self.unsettled.remove(name);
         }
-        match decision.event() {
-            Some((true, reason, message)) => {
+        if let Some((expected, reason, message)) = decision.event() {
+            // Other guests wait for their places meanwhile.
+            let (events, name) = (events.clone(), name.to_owned());
+            tokio::spawn(async move {
                 let kind = Kind::VirtualMachine;
-                events.normal(kind, name, reason, message).await;
-            }
-            Some((false, reason, message)) => {
-                let kind = Kind::VirtualMachine;
-                events.warning(kind, name, reason, message).await;
-            }
-            None => {}
+                if expected {
+                    events.normal(kind, &name, reason, message).await;
+                } else {
+                    events.warning(kind, &name, reason, message).await;
+                }
+            });
         }
         Ok(())
     }

@@ -27,6 +27,8 @@ pub struct View {
 #[derive(Clone, Debug, Default)]
 struct Load {
     guests: BTreeSet<String>,
+    /// Those of them that want to be apart from others: few.
+    apart: BTreeSet<String>,
     used: Resources,
 }
 
@@ -82,6 +84,9 @@ impl View {
         if let Some(host) = load_of(&guest) {
             let load = self.loads.entry(host.into()).or_default();
             load.guests.insert(name.clone());
+            if !guest.spec.anti_affinity.is_empty() {
+                load.apart.insert(name.clone());
+            }
             load.used = load.used.plus(Resources::of_guest(&guest.spec));
         }
         self.guests.insert(name, (guest, revision));
@@ -94,6 +99,7 @@ impl View {
         };
         if let Some(load) = load_of(&guest).and_then(|host| self.loads.get_mut(host)) {
             load.guests.remove(name);
+            load.apart.remove(name);
             load.used = load.used.minus(Resources::of_guest(&guest.spec));
         }
     }
@@ -304,9 +310,15 @@ impl View {
 
     /// Whether one of two guests wants to be apart from the other, which is on the host.
     fn has_opponent(&self, guest: &VirtualMachine, host: &str) -> bool {
-        let others = self
-            .guests_on(host)
-            .filter(|name| **name != guest.metadata.name);
+        let Some(load) = self.loads.get(host) else {
+            return false;
+        };
+        let others = if guest.spec.anti_affinity.is_empty() {
+            &load.apart
+        } else {
+            &load.guests
+        };
+        let others = others.iter().filter(|name| **name != guest.metadata.name);
         let mut others = others.filter_map(|name| self.guests.get(name));
         let against = |one: &VirtualMachine, other: &VirtualMachine| {
             let labels = &one.spec.anti_affinity;

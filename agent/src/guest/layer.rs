@@ -1,0 +1,176 @@
+//! What runs guests on a host: processes, or in measurements of whole fleets a simulation.
+
+use std::fmt;
+use std::time::Duration;
+
+use async_trait::async_trait;
+
+use super::actor::GuestExit;
+use super::plan::{Plan, RunningPlan};
+use super::runtime::{Problem, Runtime};
+use crate::config::Config;
+use crate::fleet::LeaseCheck;
+use crate::{Agent, error::Result};
+
+/// What runs guests on a host.
+pub trait GuestLayer: fmt::Debug + Send + Sync {
+    /// The guest `name`, of which nothing is known yet.
+    fn guest(&self, agent: &Agent, name: &str) -> Box<dyn GuestRuntime>;
+
+    /// The guests that were started and not torn down since, by whichever agent of this host.
+    fn known_guests(&self, config: &Config) -> Vec<String>;
+}
+
+/// One guest on a host, as its actor drives it.
+#[async_trait]
+pub trait GuestRuntime: fmt::Debug + Send + Sync {
+    /// Finds what an earlier agent started; whether the guest runs.
+    async fn adopt(&mut self) -> Result<bool>;
+
+    /// Sets up everything that the plan names and starts the guest.
+    async fn start(&mut self, plan: &Plan, restarts: u32, lease: Option<LeaseCheck>) -> Result<()>;
+
+    /// Makes what can change while the guest runs as the plan has it; what is wrong with it.
+    async fn maintain(&mut self, plan: &Plan) -> Result<Option<Problem>>;
+
+    /// Whether something of a guest that runs well may have changed without anybody being told.
+    async fn has_changed(&self, was_paused: bool) -> bool;
+
+    /// How the guest ended, if it did since this was last asked.
+    async fn take_exit(&mut self) -> Option<GuestExit>;
+
+    /// Waits until one of the guest's processes ends; for ever where there is none.
+    async fn something_ended(&self);
+
+    /// Presses the guest's power button.
+    async fn press_power_button(&self) -> Result<()>;
+
+    /// Ends the guest at once.
+    async fn kill(&self);
+
+    /// Removes all that there is of the guest on this host, once it has ended.
+    async fn tear_down(&mut self, interfaces: &[String]) -> Result<()>;
+
+    /// Removes the guest's logs and snapshots.
+    fn remove_kept(&self) -> Result<()>;
+
+    /// Whether the guest stands still.
+    async fn is_paused(&self) -> bool;
+
+    /// Whether the guest runs, or stands still.
+    fn is_running(&self) -> bool;
+
+    /// How long it has run.
+    fn running_for(&self) -> Option<Duration>;
+
+    /// Its process.
+    fn process_id(&self) -> Option<u32>;
+
+    /// What it was started with.
+    fn running(&self) -> Option<&RunningPlan>;
+
+    /// Whether it is killed when the host's lease is about to end.
+    fn is_leased(&self) -> bool;
+
+    /// Whether it may run as far as the host's lease goes.
+    fn may_run(&self) -> bool;
+
+    /// From now on it is killed when the host's lease is about to end.
+    fn put_on_lease(&mut self, lease: LeaseCheck) -> Result<()>;
+
+    /// From now on it goes on without the lease.
+    fn take_off_lease(&mut self) -> Result<()>;
+}
+
+/// Guests that are processes of this host.
+#[derive(Debug)]
+pub struct GuestProcesses;
+
+impl GuestLayer for GuestProcesses {
+    fn guest(&self, agent: &Agent, name: &str) -> Box<dyn GuestRuntime> {
+        Box::new(Runtime::new(agent, name))
+    }
+
+    fn known_guests(&self, config: &Config) -> Vec<String> {
+        Runtime::known_guests(config)
+    }
+}
+
+#[async_trait]
+impl GuestRuntime for Runtime {
+    async fn adopt(&mut self) -> Result<bool> {
+        self.adopt().await
+    }
+
+    async fn start(&mut self, plan: &Plan, restarts: u32, lease: Option<LeaseCheck>) -> Result<()> {
+        self.start(plan, restarts, lease).await
+    }
+
+    async fn maintain(&mut self, plan: &Plan) -> Result<Option<Problem>> {
+        self.maintain(plan).await
+    }
+
+    async fn has_changed(&self, was_paused: bool) -> bool {
+        self.has_changed(was_paused).await
+    }
+
+    async fn take_exit(&mut self) -> Option<GuestExit> {
+        self.take_exit().await
+    }
+
+    async fn something_ended(&self) {
+        self.something_ended().await;
+    }
+
+    async fn press_power_button(&self) -> Result<()> {
+        self.press_power_button().await
+    }
+
+    async fn kill(&self) {
+        self.kill().await;
+    }
+
+    async fn tear_down(&mut self, interfaces: &[String]) -> Result<()> {
+        self.tear_down(interfaces).await
+    }
+
+    fn remove_kept(&self) -> Result<()> {
+        self.remove_kept()
+    }
+
+    async fn is_paused(&self) -> bool {
+        self.is_paused().await
+    }
+
+    fn is_running(&self) -> bool {
+        self.is_running()
+    }
+
+    fn running_for(&self) -> Option<Duration> {
+        self.running_for()
+    }
+
+    fn process_id(&self) -> Option<u32> {
+        self.process_id()
+    }
+
+    fn running(&self) -> Option<&RunningPlan> {
+        self.running()
+    }
+
+    fn is_leased(&self) -> bool {
+        self.is_leased()
+    }
+
+    fn may_run(&self) -> bool {
+        self.may_run()
+    }
+
+    fn put_on_lease(&mut self, lease: LeaseCheck) -> Result<()> {
+        self.put_on_lease(lease)
+    }
+
+    fn take_off_lease(&mut self) -> Result<()> {
+        self.take_off_lease()
+    }
+}

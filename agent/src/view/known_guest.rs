@@ -1,0 +1,72 @@
+//! What a host keeps in mind of a guest, its own or another host's.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use keelson_api::{Interface, Kind, Phase, VirtualMachine};
+
+use crate::guest::{Memberships, memberships_of};
+
+/// What a host keeps in mind of a guest, its own or another host's.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct KnownGuest {
+    /// Its labels, by which services select it.
+    pub labels: BTreeMap<String, String>,
+    /// Its interfaces.
+    pub interfaces: Vec<Interface>,
+    /// Whether it runs, and is to go on.
+    pub runs: bool,
+    /// What it refers to, if it is a guest of this host.
+    references: BTreeSet<(Kind, String)>,
+}
+
+impl KnownGuest {
+    /// What is kept of a guest; more of one that is here.
+    pub fn new(guest: &VirtualMachine, is_here: bool) -> Self {
+        let runs = guest.status.phase == Phase::Running;
+        Self {
+            labels: guest.metadata.labels.clone(),
+            interfaces: guest.spec.interfaces.clone(),
+            runs: runs && guest.metadata.deletion_timestamp.is_none(),
+            references: if is_here {
+                references(guest)
+            } else {
+                BTreeSet::new()
+            },
+        }
+    }
+
+    /// The objects that it refers to, if it is a guest of this host.
+    pub fn references(&self) -> &BTreeSet<(Kind, String)> {
+        &self.references
+    }
+
+    /// The networks that it has interfaces in.
+    pub fn networks(&self) -> impl Iterator<Item = &str> {
+        let interfaces = self.interfaces.iter();
+        interfaces.map(|interface| interface.network.as_str())
+    }
+
+    /// Which of its addresses are in which groups.
+    pub fn memberships(&self) -> Memberships {
+        memberships_of(&self.interfaces)
+    }
+
+    /// What makes a difference to services.
+    pub fn as_backend(&self) -> (&BTreeMap<String, String>, &[Interface], bool) {
+        (&self.labels, &self.interfaces, self.runs)
+    }
+}
+
+fn references(guest: &VirtualMachine) -> BTreeSet<(Kind, String)> {
+    let mut references = BTreeSet::new();
+    for attachment in &guest.spec.disks {
+        references.insert((Kind::Disk, attachment.disk.clone()));
+    }
+    for interface in &guest.spec.interfaces {
+        references.insert((Kind::Network, interface.network.clone()));
+        for group in &interface.security_groups {
+            references.insert((Kind::SecurityGroup, group.clone()));
+        }
+    }
+    references
+}

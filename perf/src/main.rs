@@ -1,5 +1,6 @@
 //! `perf`: benchmarks of Keelson beside its peers, in the same run.
 
+mod agent;
 mod blk;
 mod command;
 mod machine;
@@ -29,6 +30,8 @@ enum Area {
     Net(net::Options),
     /// The VMM beside QEMU.
     Vm(vm::Options),
+    /// The agent: guests applied, idle, failing over, and fleets of many hosts.
+    Agent(agent::Options),
 }
 
 fn main() -> anyhow::Result<()> {
@@ -37,5 +40,6 @@ fn main() -> anyhow::Result<()> {
         Area::Blk(options) => blk::run(&options),
         Area::Net(options) => net::run(&options),
         Area::Vm(options) => vm::run(&options),
+        Area::Agent(options) => agent::run(&options),
     }
 }

@@ -1,7 +1,7 @@
 //! `perf state`: keelson-state beside etcd.
 
 mod load;
-mod server;
+pub mod server;
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -36,7 +36,7 @@ pub struct Options {
 type Plan = Vec<(Work, usize, usize)>;
 
 pub fn run(options: &Options) -> anyhow::Result<()> {
-    let programs = programs(options)?;
+    let programs = programs(options.keelson_state.as_ref(), options.etcd.as_ref())?;
     let common = &options.common;
     let mut plan = if common.quick { quick() } else { full() };
     plan.retain(|(work, clients, members)| common.wants(&label(*work, *clients, *members)));
@@ -253,17 +253,19 @@ fn add_goals(report: &mut Report, plan: &Plan) {
     }
 }
 
-fn programs(options: &Options) -> anyhow::Result<Programs> {
+/// The servers to measure: those that were given, else ours beside this program and the etcd of
+/// `setup/etcd`.
+pub fn programs(
+    keelson_state: Option<&PathBuf>,
+    etcd: Option<&PathBuf>,
+) -> anyhow::Result<Programs> {
     let cache = std::env::var_os("KEELSON_CACHE").map_or_else(
         || PathBuf::from(std::env::var_os("HOME").unwrap_or_default()).join(".cache/keelson"),
         PathBuf::from,
     );
     let programs = Programs {
-        keelson: own_program(options.keelson_state.as_ref(), "keelson-state")?,
-        etcd: options
-            .etcd
-            .clone()
-            .unwrap_or_else(|| cache.join("etcd/etcd")),
+        keelson: own_program(keelson_state, "keelson-state")?,
+        etcd: etcd.cloned().unwrap_or_else(|| cache.join("etcd/etcd")),
     };
     anyhow::ensure!(
         programs.etcd.exists(),

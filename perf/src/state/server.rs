@@ -110,6 +110,11 @@ impl Cluster {
         Ok(cluster)
     }
 
+    /// The members' addresses for clients.
+    pub fn urls(&self) -> &[String] {
+        &self.urls
+    }
+
     /// Connections to the leader, which does the work that is compared.
     pub async fn connect(&self, count: usize) -> anyhow::Result<Vec<Channel>> {
         let mut channels = Vec::new();

@@ -237,9 +237,10 @@ fn a_restarted_agent_keeps_its_host_and_its_guests() {
 #[test]
 fn a_host_name_belongs_to_one_agent() {
     let (namespaces, _cluster, urls) = cluster(1);
-    let mut fleet = Fleet::start(namespaces, 1, "cluster", &urls);
+    let mut fleet = Fleet::start_with_leases(namespaces, 1, "cluster", &urls, 14);
     let other = Host::of_fleet(namespaces, &format!("cluster:{}", urls[0]));
-    other.configure(&settings("a", LEASE_SECONDS));
+    // It waits for the first one's lease, which is much longer than its own.
+    other.configure(&settings("a", 3));
     let words = ["host name \"a\" is taken", "host_name"];
     other.refused_agent().refused(FAILED, &words);
     assert!(fleet.hosts[0].agent_lives());

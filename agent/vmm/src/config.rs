@@ -7,6 +7,8 @@
 mod cpu;
 mod devices;
 mod mac_address;
+#[cfg(test)]
+mod tests;
 
 use std::collections::HashSet;
 use std::fmt;

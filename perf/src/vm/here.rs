@@ -15,6 +15,7 @@ use crate::report::Sample;
 
 const POLL: Duration = Duration::from_micros(200);
 const PATIENCE: Duration = Duration::from_mins(1);
+const MEMORY_MIB: u64 = 256;
 
 /// Measures all of it, some rounds.
 pub fn measure(rounds: u32) -> anyhow::Result<Vec<Sample>> {
@@ -37,7 +38,7 @@ pub fn measure(rounds: u32) -> anyhow::Result<Vec<Sample>> {
 type Add<'a> = dyn FnMut(&str, &[(&'static str, f64)]) + 'a;
 
 fn builder(steps: &str) -> GuestBuilder {
-    GuestBuilder::new(steps).set("/memory/size_mib", 256)
+    GuestBuilder::new(steps).set("/memory/size_mib", MEMORY_MIB)
 }
 
 fn boot(add: &mut Add<'_>) -> anyhow::Result<()> {
@@ -60,10 +61,7 @@ fn boot(add: &mut Add<'_>) -> anyhow::Result<()> {
     line(&guest, "payload: hang ok")?;
     add(
         "booted",
-        &[(
-            "memory_mib",
-            overhead_mib(guest.process_id(), "keelson-guest-memory")?,
-        )],
+        &[("memory_mib", overhead_mib(guest.process_id())?)],
     );
     client.kill()?;
     guest.wait();
@@ -108,7 +106,7 @@ fn snapshots(add: &mut Add<'_>) -> anyhow::Result<()> {
     line(&clone, "payload: wait-generation ok")?;
     let runs = ms(begun);
     line(&clone, "payload: hang ok")?;
-    let memory = overhead_mib(clone.process_id(), "/full/memory")?;
+    let memory = overhead_mib(clone.process_id())?;
     add("clone of 256 MiB", &[("ms", runs), ("memory_mib", memory)]);
     anyhow::ensure!(
         connect(&clone)?.status()?.state == GuestState::Running,
@@ -185,23 +183,21 @@ fn cpu_ms(process: u32) -> anyhow::Result<f64> {
     Ok(sum)
 }
 
-/// Resident memory of all mappings but those of `guest_memory` (proc_pid_smaps), in MiB.
-fn overhead_mib(process: u32, guest_memory: &str) -> anyhow::Result<f64> {
+/// Resident memory of all mappings but the guest's (proc_pid_smaps), which is known by its size, in MiB.
+fn overhead_mib(process: u32) -> anyhow::Result<f64> {
     let path = format!("/proc/{process}/smaps");
     let smaps = fs::read_to_string(Path::new(&path)).with_context(|| format!("read {path}"))?;
-    let (mut kib, mut is_guest) = (0.0, false);
+    let kib = |value: &str| value.trim().trim_end_matches(" kB").parse::<u64>();
+    let (mut resident, mut is_guest) = (0, false);
     for line in smaps.lines() {
-        if let Some(rss) = line.strip_prefix("Rss:") {
-            if !is_guest {
-                kib += rss.trim().trim_end_matches(" kB").parse::<f64>()?;
-            }
-        } else if line
-            .split_whitespace()
-            .next()
-            .is_some_and(|word| word.contains('-'))
+        if let Some(size) = line.strip_prefix("Size:") {
+            is_guest = kib(size)? == MEMORY_MIB << 10;
+        } else if let Some(rss) = line.strip_prefix("Rss:")
+            && !is_guest
         {
-            is_guest = line.contains(guest_memory);
+            resident += kib(rss)?;
         }
     }
-    Ok(kib / 1024.0)
+    let resident = u32::try_from(resident).context("more than any VMM has")?;
+    Ok(f64::from(resident) / 1024.0)
 }

@@ -1,6 +1,8 @@
 //! What can't be run is refused with one sentence and the right exit code.
 
 use std::fs;
+use std::io::{Read, Write};
+use std::os::unix::net::UnixListener;
 
 use keelson_vmm_tests::{Backend, Ended, GuestBuilder, Image, Namespaces, payload};
 use serde_json::{Value, json};
@@ -107,9 +109,10 @@ fn a_truncated_elf_is_refused() {
 #[test]
 fn a_corrupt_elf_is_refused() {
     // Offsets of the ELF header and of the first program header: (what, offset, bytes).
-    let cases: [(&str, usize, &[u8]); 7] = [
+    let cases: [(&str, usize, &[u8]); 8] = [
         ("class", 4, &[1]),
         ("byte-order", 5, &[2]),
+        ("another-architecture", 18, &[183, 0]), // EM_AARCH64
         ("program-headers-beyond-the-end", 32, &[0xff; 8]),
         (
             "segment-beyond-the-file",
@@ -150,6 +153,19 @@ fn a_truncated_bzimage_is_refused() {
     for length in [0x1ff, 0x206, 0x264, 0x400] {
         boot_file("truncated-bzimage", &image[..length])
             .assert_refused(KERNEL, &["truncated-bzimage"]);
+    }
+}
+
+/// A bzImage whose header is that of a 32-bit kernel, or of one before the 64-bit entry point.
+#[test]
+fn a_bzimage_without_a_64_bit_entry_is_refused() {
+    for (name, protocol, flags) in [("32-bit", 0x020f_u16, 0_u16), ("old", 0x020b, 1)] {
+        let mut image = vec![0; 0x1000];
+        image[0x1fe..0x200].copy_from_slice(&[0x55, 0xaa]);
+        image[0x202..0x206].copy_from_slice(b"HdrS");
+        image[0x206..0x208].copy_from_slice(&protocol.to_le_bytes());
+        image[0x236..0x238].copy_from_slice(&flags.to_le_bytes());
+        boot_file(name, &image).assert_refused(KERNEL, &[name, "64-bit"]);
     }
 }
 
@@ -211,6 +227,49 @@ fn a_disk_without_a_backend_is_refused() {
         .set("/disks", disks)
         .run()
         .assert_refused(DEVICE, &["nobody.sock"]);
+}
+
+#[test]
+fn a_backend_that_goes_away_answers_nonsense_or_nothing_is_refused() {
+    // A header's flags: version 1, and that it is a reply (vhost-user, Message header).
+    const REPLY: u32 = 1 | 1 << 2;
+    let all_features = |request: &[u8]| {
+        let size = 8_u32.to_le_bytes();
+        let header = [&request[..4], &REPLY.to_le_bytes(), &size].concat();
+        Some([header, vec![0xff; 8]].concat())
+    };
+    let garbage = |_: &[u8]| Some((0..4096_u32).map(|n| (n * 167 % 251) as u8).collect());
+    let huge = |request: &[u8]| {
+        let header = [&request[..4], &REPLY.to_le_bytes(), &[0xff; 4]].concat();
+        Some(header)
+    };
+    refused_backend("gone.sock", |_| None);
+    refused_backend("garbage.sock", garbage);
+    refused_backend("huge.sock", huge);
+    // It offers all that there is, and a number of queues and a configuration that are none.
+    refused_backend("everything.sock", all_features);
+    refused_backend("silent.sock", |_| Some(Vec::new()));
+}
+
+/// A guest whose disk's backend answers each message so, or closes its connection, is refused.
+fn refused_backend(name: &str, answer: impl Fn(&[u8]) -> Option<Vec<u8>> + Send + 'static) {
+    let builder = GuestBuilder::new("hello");
+    let socket = builder.directory().join(name);
+    let listener = UnixListener::bind(&socket).expect("a socket");
+    // It ends with the VMM, or stays in `accept` until the test's process ends.
+    std::thread::spawn(move || {
+        for stream in listener.incoming() {
+            let mut stream = stream.expect("the VMM connects");
+            let mut message = [0; 4096];
+            while let Ok(12..) = stream.read(&mut message)
+                && let Some(bytes) = answer(&message)
+                && stream.write_all(&bytes).is_ok()
+            {}
+        }
+    });
+    let disks = json!([{"id": "a", "socket": socket, "read_only": true}]);
+    let ended = builder.set("/disks", disks).run();
+    ended.assert_refused(DEVICE, &[name]);
 }
 
 #[test]

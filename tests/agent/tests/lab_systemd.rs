@@ -1,5 +1,5 @@
 //! The agent as a service of a real systemd, on a lab host: `Type=notify`, guests in scopes of their
-//! own that outlive it, restarts, and the watchdog.
+//! own that outlive it, restarts, and the watchdog; and limits where cgroup v2 is there without systemd.
 
 #![allow(clippy::unwrap_used)] // A test ends where its steps, functions here, fail.
 
@@ -33,6 +33,13 @@ const TARGETS: &[&str] = &[
     "timers",
     "umount",
 ];
+/// `spec.limits` of a guest, one after the other, and what its control group's `cpu.max` and `memory.max`
+/// are then.
+const LIMITS: [(&str, &str); 3] = [
+    ("{cpu: 500m, memory: 128Mi}", "50000 100000 134217728"),
+    ("{cpu: 1250m}", "125000 100000 max"),
+    ("{}", "max 100000 max"),
+];
 /// Shorter than the unit's own, so that the test is.
 const WATCHDOG: &str = "[Service]\nWatchdogSec=4s\n";
 
@@ -63,6 +70,17 @@ exit 1
 #[test]
 fn guests_outlive_a_service_that_is_stopped_killed_or_hangs() {
     let lab = boot();
+    run(
+        &lab,
+        "mkdir -p /var/log /var/lib; keelsond >/tmp/systemd.log 2>&1 </dev/null &",
+    );
+    run(
+        &lab,
+        "for i in $(seq 180); do keelson get vm && exit; sleep 1; done; exit 1",
+    );
+    limits_are_kept(&lab);
+    run(&lab, "killall keelsond; rm -rf /var/lib/keelson");
+
     run(&lab, START);
     wait_until("systemd", || {
         let state = shell(&lab, "beside systemctl is-system-running");
@@ -102,6 +120,26 @@ fn guests_outlive_a_service_that_is_stopped_killed_or_hangs() {
     );
     assert_eq!(scopes.trim(), "");
     lab.shut_down().unwrap();
+}
+
+/// Without systemd, a guest's limits are those of its control group of cgroup v2, and change under it.
+fn limits_are_kept(lab: &Lab) {
+    let mut guest = String::new();
+    for (index, (limits, kept)) in LIMITS.iter().enumerate() {
+        run(lab, &format!("keelson apply -f /lab/limits-{index}.yaml"));
+        if index == 0 {
+            run(lab, "keelson wait vm limited --for phase=Running");
+            let all = machine(lab);
+            all.lines().next().unwrap().clone_into(&mut guest);
+        }
+        let group = format!("/sys/fs/cgroup$(cut -d: -f3 /proc/{guest}/cgroup)");
+        let script = format!("cd {group} && echo $(cat cpu.max memory.max)");
+        wait_until(&format!("limits {limits}"), || {
+            (shell(lab, &script).trim() == *kept).then_some(())
+        });
+    }
+    run(lab, "keelson delete vm limited");
+    assert_eq!(machine(lab), "");
 }
 
 /// The process id of the guest's keelson-vmm.
@@ -169,6 +207,12 @@ fn boot() -> Lab {
         .image("/lab/payload".as_ref())
         .manifest();
     written("guest", &guest, "/lab/guest.yaml");
+    for (index, (limits, _)) in LIMITS.iter().enumerate() {
+        let guest = Guest::new("limited", "hang").image("/lab/payload".as_ref());
+        let guest = guest.field(&format!("limits: {limits}")).manifest();
+        let name = format!("limits-{index}.yaml");
+        written(&name, &guest, &format!("/lab/{name}"));
+    }
     let beside = written("beside", BESIDE, "/usr/bin/beside");
     let executable = std::os::unix::fs::PermissionsExt::from_mode(0o755);
     fs::set_permissions(&beside, executable).unwrap();

@@ -8,13 +8,13 @@ use std::time::Duration;
 
 use anyhow::Context as _;
 use keelson_ebpf::{
-    Datapath, DatapathConfig, Direction, InterfacePolicy, IpPrefix, MacAddress, Protocol,
-    count_run_costs,
+    Datapath, DatapathConfig, Direction, InterfacePolicy, IpPrefix, MacAddress, Protocol, Service,
+    ServiceBackend, count_run_costs,
 };
 use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 
 use super::frames::{self, End};
-use super::load;
+use super::load::{self, Target};
 use super::nftables;
 
 /// The guest that opens flows.
@@ -27,6 +27,12 @@ pub const CLIENT: End = End {
 pub const SERVER: End = End {
     mac: [2, 0, 0, 0, 0, 2],
     address: Ipv4Addr::new(10, 99, 0, 2),
+    port: 0,
+};
+/// The address of the service in front of it.
+pub const SERVICE: End = End {
+    mac: keelson_ebpf::SERVICE_MAC,
+    address: Ipv4Addr::new(10, 99, 0, 80),
     port: 0,
 };
 /// The port of all load.
@@ -131,6 +137,25 @@ impl Hosts {
         })
     }
 
+    /// What the kernel counts for the program of a direction, and those that go on with the packet, under
+    /// the load of packets.
+    pub fn counted_cost(
+        &mut self,
+        direction: Direction,
+        target: Target,
+        duration: Duration,
+    ) -> anyhow::Result<f64> {
+        let before = self.datapath()?.run_cost(direction)?;
+        let counting = count_run_costs()?;
+        load::packets(self, duration, target)?;
+        drop(counting);
+        let after = self.datapath()?.run_cost(direction)?;
+        #[allow(clippy::cast_precision_loss)] // far below 2^52
+        let counted_ns = after.time.saturating_sub(before.time).as_nanos() as f64
+            / (after.runs - before.runs).max(1) as f64;
+        Ok(counted_ns)
+    }
+
     /// What the program of a direction takes for a packet of an established flow, by itself and
     /// under load.
     pub fn program_cost(
@@ -139,15 +164,8 @@ impl Hosts {
         runs: u32,
         duration: Duration,
     ) -> anyhow::Result<BTreeMap<&'static str, f64>> {
-        let before = self.datapath()?.run_cost(direction)?;
-        let counting = count_run_costs()?;
-        load::packets(self, duration)?;
-        drop(counting);
-        let after = self.datapath()?.run_cost(direction)?;
-        #[allow(clippy::cast_precision_loss)] // far below 2^52
-        let counted_ns = after.time.saturating_sub(before.time).as_nanos() as f64
-            / (after.runs - before.runs).max(1) as f64;
-        let (from, to) = load::flow(0);
+        let counted_ns = self.counted_cost(direction, Target::Server, duration)?;
+        let (from, to) = load::flow(Target::Server, 0);
         let (device, frame) = match direction {
             Direction::FromGuest => ("hc", frames::udp(from, to)),
             Direction::ToGuest => ("hs", frames::udp(from, to)),
@@ -254,6 +272,17 @@ fn attach(rules: &[Rule]) -> anyhow::Result<Datapath> {
     }
     datapath.attach(&policy("hc", CLIENT, vec![everything]))?;
     datapath.attach(&policy("hs", SERVER, ingress))?;
+    datapath.set_services(&[Service {
+        network: NETWORK,
+        address: SERVICE.address.into(),
+        protocol: Protocol::Udp,
+        port: PORT,
+        backends: vec![ServiceBackend {
+            address: SERVER.address.into(),
+            port: PORT,
+            mac: MacAddress(SERVER.mac),
+        }],
+    }])?;
     Ok(datapath)
 }
 

@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use super::frames::{self, End};
-use super::hosts::{CLIENT, Hosts, PORT, SERVER};
+use super::hosts::{CLIENT, Hosts, PORT, SERVER, SERVICE};
 use super::nftables;
 use super::packet_socket::PacketSocket;
 use crate::process::thread_processor_time;
@@ -25,6 +25,8 @@ pub type Figures = BTreeMap<&'static str, f64>;
 pub enum Work {
     /// Small packets, one way, of established flows.
     Packets,
+    /// The same to a service, whose one backend is the server.
+    ServicePackets,
     /// One TCP stream.
     Throughput,
     /// One byte there and one back, on one TCP connection.
@@ -35,8 +37,9 @@ pub enum Work {
 
 impl Work {
     /// All of them.
-    pub const ALL: [Self; 4] = [
+    pub const ALL: [Self; 5] = [
         Self::Packets,
+        Self::ServicePackets,
         Self::Throughput,
         Self::Requests,
         Self::Connections,
@@ -46,6 +49,7 @@ impl Work {
     pub const fn name(self) -> &'static str {
         match self {
             Self::Packets => "packets",
+            Self::ServicePackets => "packets to a service",
             Self::Throughput => "stream",
             Self::Requests => "requests",
             Self::Connections => "connections",
@@ -55,7 +59,8 @@ impl Work {
     /// Does it for `duration`.
     pub fn run(self, hosts: &mut Hosts, duration: Duration) -> anyhow::Result<Figures> {
         match self {
-            Self::Packets => packets(hosts, duration),
+            Self::Packets => packets(hosts, duration, Target::Server),
+            Self::ServicePackets => packets(hosts, duration, Target::Service),
             Self::Throughput => with_server(hosts, swallow, |address| stream(address, duration)),
             Self::Requests => with_server(hosts, echo, |address| requests(address, duration)),
             Self::Connections => with_server(hosts, echo, |address| connections(address, duration)),
@@ -63,28 +68,40 @@ impl Work {
     }
 }
 
-/// The ends of a flow of the packet load, from the client to the server.
-pub fn flow(index: u16) -> (End, End) {
+/// Whom the packet load is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Target {
+    /// The server itself.
+    Server,
+    /// The service in front of it.
+    Service,
+}
+
+/// The ends of a flow of the packet load, from the client to the target, which the server answers.
+pub fn flow(target: Target, index: u16) -> (End, End) {
+    let (first, to) = match target {
+        Target::Server => (20_000, SERVER),
+        Target::Service => (30_000, SERVICE),
+    };
     let from = End {
-        port: 20_000 + index,
+        port: first + index,
         ..CLIENT
     };
-    (
-        from,
-        End {
-            port: PORT,
-            ..SERVER
-        },
-    )
+    (from, End { port: PORT, ..to })
 }
 
 /// Sends small packets as fast as one thread can.
-pub fn packets(hosts: &Hosts, duration: Duration) -> anyhow::Result<Figures> {
+pub fn packets(hosts: &Hosts, duration: Duration, target: Target) -> anyhow::Result<Figures> {
     let there: Vec<_> = (0..FLOWS)
-        .map(|index| frames::udp(flow(index).0, flow(index).1))
+        .map(|index| flow(target, index))
+        .map(|(from, to)| frames::udp(from, to))
         .collect();
+    let server = End {
+        port: PORT,
+        ..SERVER
+    };
     let back: Vec<_> = (0..FLOWS)
-        .map(|index| frames::udp(flow(index).1, flow(index).0))
+        .map(|index| frames::udp(server, flow(target, index).0))
         .collect();
     // Both sides have sent: the flows are established. What arrives is for nobody.
     hosts.in_guest("server", || ignore_datagrams("s0"))?;

@@ -333,7 +333,7 @@ fn queue_pairs_go_on_with_their_guest() {
     let namespaces = Namespaces::enter();
     namespaces.tap_of_several_queues("payload0", "10.77.0.1/24");
     let place = folder();
-    let pairs = "net-pairs:address=10.77.0.2,target=10.77.0.1,pairs=3,rounds=400";
+    let pairs = "net-pairs:address=10.77.0.2,target=10.77.0.1,pairs=3,rounds=150";
     let guest = GuestBuilder::new(pairs).set("/vcpus", 3).interface(
         "eth0",
         "payload0",

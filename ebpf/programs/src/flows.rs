@@ -51,11 +51,8 @@ pub fn judge(
     transport: &Transport,
     translated: bool,
 ) -> Result<bool, DropReason> {
-    let (Some(established), Some(opening)) =
-        (FLOWS.get(policy.slot), OPENING_FLOWS.get(policy.slot))
-    else {
-        return Err(DropReason::NoPolicy);
-    };
+    let slot = policy.slot;
+    let established = FLOWS.get(slot).ok_or(DropReason::NoPolicy)?;
     let is_error = transport.is_icmp_error();
     let mut key = FlowKey {
         peer: ends.peer,
@@ -73,7 +70,7 @@ pub fn judge(
     // SAFETY: the helper has no preconditions.
     let now = unsafe { bpf_ktime_get_coarse_ns() };
     if has_key {
-        let found = find(established, opening, &key, now);
+        let found = find(established, slot, &key, now);
         if let Some((flow, is_opening)) = found {
             // SAFETY: map values stay readable and writable while the program runs. Two CPUs may
             // race on one flow: each field is one aligned word, and either order is a state that the
@@ -95,13 +92,15 @@ pub fn judge(
                         events::report_if_observed(packet, direction, happening::CLOSED, 0);
                     }
                     if answered && is_opening {
-                        promote(established, opening, &key, flow);
+                        promote(established, slot, &key, flow);
                     }
                     return Ok(is_translated);
                 }
             } else {
                 let _ = established.remove(&key);
-                let _ = opening.remove(&key);
+                if let Some(opening) = OPENING_FLOWS.get(slot) {
+                    let _ = opening.remove(&key);
+                }
             }
         }
     }
@@ -121,6 +120,7 @@ pub fn judge(
             finished: 0,
             translated: translated.into(),
         };
+        let opening = OPENING_FLOWS.get(slot).ok_or(DropReason::NoPolicy)?;
         // Without memory for it the answer is dropped, which is the safe outcome.
         let _ = opening.insert(&key, flow, 0);
         let _ = established.remove(&key);
@@ -133,8 +133,7 @@ pub fn judge(
 /// the backend itself.
 #[inline(always)]
 pub fn is_used_directly(scope: Scope, answers: &TranslationKey, now: u64) -> bool {
-    let (Some(established), Some(opening)) = (FLOWS.get(scope.slot), OPENING_FLOWS.get(scope.slot))
-    else {
+    let Some(established) = FLOWS.get(scope.slot) else {
         return false;
     };
     let key = FlowKey {
@@ -145,7 +144,7 @@ pub fn is_used_directly(scope: Scope, answers: &TranslationKey, now: u64) -> boo
         local: scope.local,
         reserved: [0; 2],
     };
-    let Some((flow, _)) = find(established, opening, &key, now) else {
+    let Some((flow, _)) = find(established, scope.slot, &key, now) else {
         return false;
     };
     // SAFETY: see `judge`.
@@ -219,15 +218,10 @@ fn echo_asker(direction: Direction, asks: bool) -> u16 {
 
 /// A living flow, and whether it waits for its first answer.
 #[inline(always)]
-fn find(
-    established: &Flows,
-    opening: &Flows,
-    key: &FlowKey,
-    now: u64,
-) -> Option<(*mut FlowState, bool)> {
+fn find(established: &Flows, slot: u32, key: &FlowKey, now: u64) -> Option<(*mut FlowState, bool)> {
     let (flow, is_opening) = match established.get_ptr_mut(key) {
         Some(flow) => (flow, false),
-        None => (opening.get_ptr_mut(key)?, true),
+        None => (OPENING_FLOWS.get(slot)?.get_ptr_mut(key)?, true),
     };
     // SAFETY: see `judge`.
     let state = unsafe { &*flow };
@@ -244,7 +238,8 @@ fn is_alive(flow: &FlowState, ip_protocol: u8, now: u64) -> bool {
         (protocol::ICMP | protocol::ICMPV6, _) => timeout::ICMP_ECHO,
         _ => timeout::DATAGRAM,
     };
-    now.wrapping_sub(flow.last_seen_ns) < limit
+    // Another CPU may have seen it at a later time than this one's.
+    now < flow.last_seen_ns.wrapping_add(limit)
 }
 
 /// Whether the flow may still be; one that an earlier policy let be is judged by the present one. One
@@ -308,17 +303,19 @@ fn advance(flow: &mut FlowState, direction: Direction, transport: &Transport, no
             };
         }
     }
-    if now.wrapping_sub(flow.last_seen_ns) > REFRESH_NS {
+    if now > flow.last_seen_ns.wrapping_add(REFRESH_NS) {
         flow.last_seen_ns = now;
     }
     answered
 }
 
 #[inline(always)]
-fn promote(established: &Flows, opening: &Flows, key: &FlowKey, flow: &FlowState) {
+fn promote(established: &Flows, slot: u32, key: &FlowKey, flow: &FlowState) {
     let state = *flow;
     // Without memory for it the flow stays where it is.
-    if established.insert(key, state, 0).is_ok() {
+    if established.insert(key, state, 0).is_ok()
+        && let Some(opening) = OPENING_FLOWS.get(slot)
+    {
         let _ = opening.remove(key);
     }
 }

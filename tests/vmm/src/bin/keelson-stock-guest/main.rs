@@ -21,14 +21,7 @@ const HOST: &str = "10.79.0.1";
 const GUEST: &str = "10.79.0.2";
 /// Bytes that go there and back.
 const ECHOED: usize = 2 << 20;
-const STEPS: [&str; 6] = [
-    "disk",
-    "network",
-    "clones",
-    "devices",
-    "processors",
-    "hotplug",
-];
+const STEPS: [&str; 5] = ["disk", "clones", "devices", "processors", "hotplug"];
 
 fn main() {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
@@ -132,7 +125,8 @@ impl Stock<'_> {
         let place = tempfile::TempDir::new().expect("there is a place for temporary files");
         let interface = || {
             let builder = self.builder(2, 128);
-            builder.interface("eth0", "stock0", "52:54:00:00:00:09")
+            let vhost = json!({"vhost": "auto"});
+            builder.interface_with("eth0", "stock0", "52:54:00:00:00:09", &vhost)
         };
         let mut guest = interface().start();
         guest.wait_for_line("keelson-guest: ready");

@@ -13,6 +13,8 @@ fn stock_guests_do_what_they_should() {
 }
 
 #[test]
+#[ignore = "under emulation on a busy machine four vCPUs take longer to boot than a step may; on a quiet one, \
+            run it with --run-ignored only"]
 fn a_stock_guest_takes_devices_while_it_runs_and_is_cloned_with_them() {
     take(&["hotplug"]);
 }

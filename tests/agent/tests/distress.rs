@@ -17,7 +17,7 @@ fn a_guest_that_ends_again_and_again_is_started_ever_more_seldom() {
         Guest::new("good", "hang").manifest()
     );
     host.apply(&manifest).done();
-    host.wait_for_console("good", "payload: hang ok");
+    host.wait_for_phase("good", "Running");
     let good = host.object("vm", "good")["status"]["processId"].clone();
     // It is started again after 1, 2, 4 and then 8 s.
     let status = host.wait_for_status("loops", "its fourth end", |status| {
@@ -41,7 +41,7 @@ fn a_guest_that_ends_again_and_again_is_started_ever_more_seldom() {
 fn a_thousand_objects_at_once_are_applied_and_harm_nobody() {
     let mut host = Host::new();
     host.apply(&Guest::new("good", "hang").manifest()).done();
-    host.wait_for_console("good", "payload: hang ok");
+    host.wait_for_phase("good", "Running");
     let good = host.object("vm", "good")["status"]["processId"].clone();
     let mut manifest = String::new();
     for at in 0..500 {

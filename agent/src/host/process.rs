@@ -158,9 +158,14 @@ impl ProcessHandle {
         let record: ProcessRecord = serde_json::from_slice(&text)
             .map_err(|error| AgentError::io(format!("read {}", path.display()))(error.into()))?;
         let last_line = last_line(&record.log);
-        Ok(Some(Self::open(record)?.ok_or(Exit {
-            code: None,
-            last_line,
+        let unit = record.unit.clone();
+        Ok(Some(Self::open(record)?.ok_or_else(|| {
+            // It ended while no agent was there to see it, so nobody has removed its group.
+            GroupKeeper::detect().remove(&unit);
+            Exit {
+                code: None,
+                last_line,
+            }
         })))
     }
 

@@ -7,6 +7,7 @@
 //! next one finds them by the records in its run directory.
 
 pub mod config;
+mod connection;
 mod error;
 mod events;
 mod failpoint;
@@ -20,6 +21,7 @@ mod server;
 mod services;
 mod view;
 
+pub use connection::connect;
 pub use error::AgentError;
 pub use failpoint::arm_failpoints;
 pub use guest::SimulatedGuests;

@@ -1,5 +1,6 @@
 //! Everything that a guest needs, with all references resolved.
 
+use jiff::Timestamp;
 use keelson_api::{
     Devices, Disk, DiskSpec, HugepageSize, KernelSource, MemorySize, Network, ResourceLimits,
     SecurityGroup, VirtualMachine,
@@ -64,6 +65,19 @@ pub struct RunningPlan {
     /// What of the host its virtual machine may use, which can change while it runs.
     #[serde(default)]
     pub limits: ResourceLimits,
+}
+
+impl RunningPlan {
+    /// What a guest that starts now is started with.
+    pub fn begin(plan: &Plan, restarts: u32) -> Self {
+        Self {
+            generation: plan.generation,
+            hardware: plan.hardware.clone(),
+            started_at_unix_ms: Timestamp::now().as_millisecond(),
+            restarts,
+            limits: plan.limits,
+        }
+    }
 }
 
 impl Plan {

@@ -174,13 +174,7 @@ impl Runtime {
         };
         let machine = self.start_machine(&programs, plan, &origin).await?;
         self.snapshots.forget_restore()?;
-        let running = RunningPlan {
-            generation: plan.generation,
-            hardware: plan.hardware.clone(),
-            started_at_unix_ms: Timestamp::now().as_millisecond(),
-            restarts,
-            limits: plan.limits,
-        };
+        let running = RunningPlan::begin(plan, restarts);
         failpoint(&self.name, "machine-ready");
         write_atomically(&self.paths.plan(), &running)?;
         failpoint(&self.name, "start-plan-written");

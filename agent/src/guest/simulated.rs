@@ -85,13 +85,7 @@ impl GuestRuntime for SimulatedRuntime {
 
     async fn start(&mut self, plan: &Plan, restarts: u32, lease: Option<LeaseCheck>) -> Result<()> {
         tokio::time::sleep(self.host.start_time).await;
-        let running = RunningPlan {
-            generation: plan.generation,
-            hardware: plan.hardware.clone(),
-            started_at_unix_ms: Timestamp::now().as_millisecond(),
-            restarts,
-            limits: plan.limits,
-        };
+        let running = RunningPlan::begin(plan, restarts);
         self.running = Some(running.clone());
         self.lease = lease;
         self.host.guests.lock().insert(self.name.clone(), running);

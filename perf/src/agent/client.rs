@@ -1,19 +1,16 @@
 //! A client of an agent.
 
 use std::collections::BTreeSet;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
-use hyper_util::rt::TokioIo;
 use keelson_api::proto::objects_client::ObjectsClient;
 use keelson_api::proto::virtual_machines_client::VirtualMachinesClient;
 use keelson_api::proto::watch_event::Type;
 use keelson_api::proto::{ApplyRequest, DeleteRequest, ListRequest, StopRequest, WatchRequest};
 use serde_json::{Value, json};
-use tokio::net::UnixStream;
-use tonic::transport::{Channel, Endpoint};
-use tower::service_fn;
+use tonic::transport::Channel;
 
 /// As many objects as go into one transaction of a state store, and some room.
 const BATCH: usize = 100;
@@ -29,12 +26,7 @@ pub struct Client {
 impl Client {
     /// A client of the agent that listens at `socket`, connected with the first request.
     pub fn new(socket: &Path) -> Self {
-        let socket: PathBuf = socket.into();
-        let endpoint = Endpoint::from_static("http://keelsond");
-        let channel = endpoint.connect_with_connector_lazy(service_fn(move |_| {
-            let socket = socket.clone();
-            async move { UnixStream::connect(socket).await.map(TokioIo::new) }
-        }));
+        let channel = keelson_agent::connect(socket);
         Self {
             objects: ObjectsClient::new(channel.clone()).max_decoding_message_size(MESSAGE_LIMIT),
             guests: VirtualMachinesClient::new(channel),

@@ -1,9 +1,8 @@
 //! The connection to the agent.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use anyhow::Context;
-use hyper_util::rt::TokioIo;
 use keelson_api::proto::disks_client::DisksClient;
 use keelson_api::proto::events_client::EventsClient;
 use keelson_api::proto::host_client::HostClient;
@@ -11,9 +10,7 @@ use keelson_api::proto::objects_client::ObjectsClient;
 use keelson_api::proto::virtual_machines_client::VirtualMachinesClient;
 use keelson_api::proto::{self, GetRequest, ListRequest};
 use keelson_api::{Kind, Object};
-use tokio::net::UnixStream;
-use tonic::transport::{Channel, Endpoint};
-use tower::service_fn;
+use tonic::transport::Channel;
 
 use crate::failure::Failure;
 
@@ -33,13 +30,7 @@ pub struct Client {
 impl Client {
     /// A client of the agent at `socket`, connected with the first request.
     pub fn connect(socket: &Path) -> Self {
-        let socket: PathBuf = socket.into();
-        // The authority is never resolved: the connector knows the socket.
-        let endpoint = Endpoint::from_static("http://keelsond");
-        let channel = endpoint.connect_with_connector_lazy(service_fn(move |_| {
-            let socket = socket.clone();
-            async move { UnixStream::connect(socket).await.map(TokioIo::new) }
-        }));
+        let channel = keelson_agent::connect(socket);
         Self {
             objects: ObjectsClient::new(channel.clone()).max_decoding_message_size(MESSAGE_LIMIT),
             guests: VirtualMachinesClient::new(channel.clone()),

@@ -16,7 +16,7 @@ use crate::flows::{self, Ends};
 use crate::frame::{self, Head, Payload};
 use crate::ip::{self, Ip};
 use crate::services::{self, Scope};
-use crate::{Passed, fragments, stations, translate, transport};
+use crate::{Passed, fragments, stations, transport};
 
 /// Translates a packet whose sender's Ethernet address was checked, and goes on with `decide`.
 #[inline(always)]
@@ -37,17 +37,7 @@ pub fn translate(packet: &TcContext, policy: &PolicyEntry) -> Result<Passed, Dro
     work.source_port = u16::from_be_bytes([a, b]);
     work.destination_port = u16::from_be_bytes([c, d]);
     work.flags = found.translation.flags.into();
-    if found.is_error {
-        translate::error(
-            packet,
-            &ip,
-            found.translation.source,
-            found.translation,
-            false,
-        )?;
-    } else {
-        translate::packet(packet, &ip, found.translation)?;
-    }
+    found.translate(packet, &ip, found.translation.source)?;
     let source = if is_hairpin { SERVICE_MAC } else { policy.mac };
     let addresses = [found.translation.mac, source];
     if packet.store(0, &addresses, 0).is_err() {
@@ -151,17 +141,13 @@ pub fn rewrite_answer(
     ip: &Ip,
     found: &services::Found<'_>,
 ) -> Result<(), DropReason> {
-    if found.is_error {
-        // A router on the way reports in its own name.
-        let source = if ip::same(ip.source, found.source) {
-            found.translation.source
-        } else {
-            ip.source
-        };
-        translate::error(packet, ip, source, found.translation, false)?;
+    // A router on the way reports in its own name.
+    let reporter = if found.is_error && !ip::same(ip.source, found.source) {
+        ip.source
     } else {
-        translate::packet(packet, ip, found.translation)?;
-    }
+        found.translation.source
+    };
+    found.translate(packet, ip, reporter)?;
     packet
         .store(EthHdr::LEN - 8, &SERVICE_MAC, 0)
         .map_err(|_| DropReason::Malformed)

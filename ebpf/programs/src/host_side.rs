@@ -10,7 +10,7 @@ use keelson_ebpf_common::{DropReason, GatewayEntry, SERVICE_MAC};
 use crate::frame::{self, Payload};
 use crate::ip::{self, Ip, protocol};
 use crate::services::{self, Scope};
-use crate::{Passed, from_client, neighbour_discovery, stations, translate};
+use crate::{Passed, from_client, neighbour_discovery, stations};
 
 /// Translates what goes to a service, and answers for where that is.
 #[inline(always)]
@@ -53,17 +53,7 @@ pub fn from_host(packet: &TcContext, gateway: &GatewayEntry) -> Result<Passed, D
         local: 0,
     };
     let found = services::forward(packet, &ip, scope, services::workspace()?)?;
-    if found.is_error {
-        translate::error(
-            packet,
-            &ip,
-            found.translation.source,
-            found.translation,
-            false,
-        )?;
-    } else {
-        translate::packet(packet, &ip, found.translation)?;
-    }
+    found.translate(packet, &ip, found.translation.source)?;
     if packet.store(0, &found.translation.mac, 0).is_err() {
         return Err(DropReason::Malformed);
     }

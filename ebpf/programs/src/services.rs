@@ -18,6 +18,7 @@ use keelson_ebpf_common::{
 use crate::flows;
 use crate::ip::{self, Ip, protocol};
 use crate::maps::{SERVICES, STAGES, TRANSLATIONS, Translations, WORKSPACE};
+use crate::translate;
 use crate::transport::{self, Transport};
 
 /// As with flows: how long `last_seen_ns` may lag.
@@ -44,6 +45,23 @@ pub struct Found<'a> {
     pub is_error: bool,
     /// The address whose packets are translated: who reports an error may be another.
     pub source: Address,
+}
+
+impl Found<'_> {
+    /// Translates the packet; of an error, who reports it becomes `reporter`.
+    #[inline(always)]
+    pub fn translate(
+        &self,
+        packet: &TcContext,
+        ip: &Ip,
+        reporter: Address,
+    ) -> Result<(), DropReason> {
+        if self.is_error {
+            translate::error(packet, ip, reporter, self.translation, false)
+        } else {
+            translate::packet(packet, ip, self.translation)
+        }
+    }
 }
 
 /// Goes on with another program of `STAGES`; comes back only if it isn't there.

@@ -8,7 +8,6 @@
 //! A flow moves to `FLOWS` with its first answer. TCP may be picked up in the middle, as after a flow
 //! was evicted; what only closes opens nothing.
 
-use aya_ebpf::helpers::generated::bpf_ktime_get_coarse_ns;
 use aya_ebpf::programs::TcContext;
 use keelson_ebpf_common::{
     Address, Direction, DropReason, FlowKey, FlowState, PolicyEntry, TranslationKey, happening,
@@ -19,7 +18,7 @@ use crate::ip::{self, Ip, protocol};
 use crate::maps::{FLOWS, Flows, OPENING_FLOWS};
 use crate::services::Scope;
 use crate::transport::{self, Transport, icmp_type, icmpv6_type};
-use crate::{counters, events, rules};
+use crate::{clock, counters, events, rules};
 
 /// How long `last_seen_ns` may lag: writing it for every packet would move its cache line between
 /// CPUs.
@@ -67,8 +66,7 @@ pub fn judge(
     } else {
         set_own_key(&mut key, direction, transport)
     };
-    // SAFETY: the helper has no preconditions.
-    let now = unsafe { bpf_ktime_get_coarse_ns() };
+    let now = clock::now();
     if has_key {
         let found = find(established, slot, &key, now);
         if let Some((flow, is_opening)) = found {

@@ -3,11 +3,11 @@
 //! Only a first fragment has ports, so it alone is judged by the rules; the others pass if they come
 //! after it, in time. One that would rewrite a part of the first is refused (RFC 3128, RFC 5722).
 
-use aya_ebpf::helpers::generated::bpf_ktime_get_coarse_ns;
 use keelson_ebpf_common::{
     Direction, DropReason, FragmentKey, FragmentState, PolicyEntry, timeout,
 };
 
+use crate::clock;
 use crate::flows::Ends;
 use crate::ip::Ip;
 use crate::maps::FRAGMENTS;
@@ -38,8 +38,7 @@ pub fn follow(
     // SAFETY: reads aligned numbers; an entry that was evicted meanwhile gives others, which at
     // worst let a fragment pass that can't be reassembled.
     let first = unsafe { fragments.get(key(ends, ip, direction)) };
-    // SAFETY: the helper has no preconditions.
-    let now = unsafe { bpf_ktime_get_coarse_ns() };
+    let now = clock::now();
     match first {
         Some(first)
             if now.wrapping_sub(first.first_seen_ns) < timeout::FRAGMENTS
@@ -61,8 +60,7 @@ pub fn note(policy: &PolicyEntry, ends: &Ends, ip: &Ip, direction: Direction, tr
         return;
     };
     let state = FragmentState {
-        // SAFETY: the helper has no preconditions.
-        first_seen_ns: unsafe { bpf_ktime_get_coarse_ns() },
+        first_seen_ns: clock::now(),
         first_end: ip.fragment_length,
         translated: translated.into(),
     };

@@ -16,6 +16,7 @@
 
 mod atomic;
 mod capture;
+mod clock;
 mod counters;
 mod events;
 mod flows;

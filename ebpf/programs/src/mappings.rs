@@ -1,7 +1,6 @@
 //! Which external port a guest's port has, and whose an external port is (maps `NAT_POOLS`, `NAT_PORTS`,
 //! `NAT_MAPPINGS`, `NAT_FORWARDS`, `NAT_CLAIMS`); see `keelson_ebpf_common::nat` for how they go together.
 
-use aya_ebpf::helpers::generated::bpf_ktime_get_coarse_ns;
 use aya_ebpf::programs::TcContext;
 use keelson_ebpf_common::{
     Direction, DropReason, ForwardKey, Mapping, MappingKey, NO_POOL, NatClaim, NatGuest, NatPool,
@@ -10,8 +9,8 @@ use keelson_ebpf_common::{
 
 use crate::atomic::compare_exchange;
 use crate::maps::{Mappings, NAT_CLAIMS, NAT_FORWARDS, NAT_MAPPINGS, NAT_POOLS, NAT_PORTS};
-use crate::services;
 use crate::transport::Transport;
+use crate::{clock, services};
 
 /// As with flows: how long `last_seen_ns` may lag.
 const REFRESH_NS: u64 = 1_000_000_000;
@@ -49,12 +48,6 @@ pub struct Use<'a> {
     pub has_data: bool,
 }
 
-#[inline(always)]
-pub fn now() -> u64 {
-    // SAFETY: the helper has no preconditions.
-    unsafe { bpf_ktime_get_coarse_ns() }
-}
-
 /// The pool at a place, if it is of this uplink.
 #[inline(always)]
 pub fn pool_of(index: u32, ifindex: u32) -> Option<&'static NatPool> {
@@ -83,7 +76,7 @@ pub fn external<'a>(
     let mappings = NAT_MAPPINGS
         .get(guest.slot)
         .ok_or(DropReason::PortsExhausted)?;
-    let now = now();
+    let now = clock::now();
     let index = guest.pool;
     if let Some(mapping) = held(mappings, guest, key, now) {
         // SAFETY: map values stay readable and writable while the program runs; each field is one aligned
@@ -130,7 +123,7 @@ pub fn claim(packet: &TcContext) -> Option<Refused> {
 fn give_port(guest: &NatGuest, key: &MappingKey) -> Option<()> {
     let pool = NAT_POOLS.get(guest.pool)?;
     let mappings = NAT_MAPPINGS.get(guest.slot)?;
-    let now = now();
+    let now = clock::now();
     let mapping = Mapping {
         last_seen_ns: now,
         port: find_port(guest, pool, key, now)?,
@@ -154,7 +147,7 @@ pub fn known_external<'a>(
     }
     let pool = pool_of(guest.pool, ifindex)?;
     let mappings = NAT_MAPPINGS.get(guest.slot)?;
-    let mapping = held(mappings, guest, key, now())?;
+    let mapping = held(mappings, guest, key, clock::now())?;
     Some(External {
         pool,
         index: guest.pool,
@@ -186,10 +179,11 @@ fn forwarded<'a>(guest: &NatGuest, ifindex: u32, key: &MappingKey) -> Option<Ext
 /// Whose an external port is; the mapping of what is no forward is used.
 #[inline(always)]
 pub fn internal(index: u32, protocol: u8, local: u8, port: u16, used: Use<'_>) -> Option<Internal> {
-    let (owner, mapping) = find_internal(index, protocol, local, port)?;
+    let now = clock::now();
+    let (owner, mapping) = find_internal(index, protocol, local, port, now)?;
     if let Some(mapping) = mapping {
         // SAFETY: see `external`.
-        advance(unsafe { &mut *mapping }, used, now());
+        advance(unsafe { &mut *mapping }, used, now);
     }
     Some(owner)
 }
@@ -197,7 +191,7 @@ pub fn internal(index: u32, protocol: u8, local: u8, port: u16, used: Use<'_>) -
 /// As [`internal`], but nothing is used.
 #[inline(always)]
 pub fn known_internal(index: u32, protocol: u8, local: u8, port: u16) -> Option<Internal> {
-    find_internal(index, protocol, local, port).map(|(owner, _)| owner)
+    find_internal(index, protocol, local, port, clock::now()).map(|(owner, _)| owner)
 }
 
 #[inline(always)]
@@ -206,6 +200,7 @@ fn find_internal(
     protocol: u8,
     local: u8,
     port: u16,
+    now: u64,
 ) -> Option<(Internal, Option<*mut Mapping>)> {
     let ports = NAT_PORTS.get(index)?;
     let owner = ports.get_ptr(port_index(protocol, port))?;
@@ -221,7 +216,7 @@ fn find_internal(
     if owner.is_forward {
         return Some((internal, None));
     }
-    let mapping = mapping_of(owner, index, protocol, local, port, now())?;
+    let mapping = mapping_of(owner, index, protocol, local, port, now)?;
     Some((internal, Some(mapping)))
 }
 

@@ -8,13 +8,13 @@
 
 use core::hint::black_box;
 
-use aya_ebpf::helpers::generated::bpf_ktime_get_coarse_ns;
 use aya_ebpf::programs::TcContext;
 use keelson_ebpf_common::{
     Address, BACKENDS, Backend, DropReason, NO_BACKEND, ServiceEntry, ServiceKey, TABLE_PLACES,
     Translation, TranslationKey, Workspace, flow_hash, timeout, translation, way,
 };
 
+use crate::clock;
 use crate::flows;
 use crate::ip::{self, Ip, protocol};
 use crate::maps::{SERVICES, STAGES, TRANSLATIONS, Translations, WORKSPACE};
@@ -89,7 +89,7 @@ pub fn forward<'a>(
     work: &mut Workspace,
 ) -> Result<Found<'a>, DropReason> {
     let translations = TRANSLATIONS.get(scope.slot).ok_or(DropReason::NoService)?;
-    let now = now();
+    let now = clock::now();
     if ip.fragment_offset != 0 {
         work.key = fragment_key(ip, way::FORWARD);
         let translation = find(translations, &work.key, now).ok_or(DropReason::Fragment)?;
@@ -126,7 +126,7 @@ pub fn reverse<'a>(
     work: &mut Workspace,
 ) -> Option<Found<'a>> {
     let translations = TRANSLATIONS.get(slot)?;
-    let now = now();
+    let now = clock::now();
     if ip.fragment_offset != 0 {
         work.key = fragment_key(ip, way::REVERSE);
         let translation = find(translations, &work.key, now)?;
@@ -154,12 +154,6 @@ fn found(translation: &Translation, is_error: bool, source: Address) -> Found<'_
         is_error,
         source,
     }
-}
-
-#[inline(always)]
-fn now() -> u64 {
-    // SAFETY: the helper has no preconditions.
-    unsafe { bpf_ktime_get_coarse_ns() }
 }
 
 #[inline(always)]
@@ -255,7 +249,7 @@ fn note_fragment(
     if ip.more_fragments {
         work.answers = fragment_key(ip, way);
         work.becomes = *translation;
-        work.becomes.last_seen_ns = now();
+        work.becomes.last_seen_ns = clock::now();
         // Without memory for it the other fragments are dropped.
         let _ = translations.insert(&work.answers, &work.becomes, 0);
     }

@@ -17,7 +17,7 @@ use crate::ip::{self, Ip, protocol};
 use crate::mappings::{self, Refused, Use};
 use crate::maps::{NAT_ADDRESSES, NAT_FRAGMENTS, NAT_GUESTS, NAT_SLOTS};
 use crate::transport::{self, Transport};
-use crate::{services, translate};
+use crate::{clock, services, translate};
 
 /// A packet that is translated.
 pub struct Translated {
@@ -231,7 +231,7 @@ fn to_guest(packet: &TcContext, pool: u32, ip: &Ip) -> Option<Translated> {
         // SAFETY: reads aligned numbers; an entry that was evicted meanwhile gives another datagram's
         // guest, which can't put it together.
         let first = unsafe { NAT_FRAGMENTS.get(key) }?;
-        if mappings::now().wrapping_sub(first.first_seen_ns) >= timeout::FRAGMENTS {
+        if clock::now().wrapping_sub(first.first_seen_ns) >= timeout::FRAGMENTS {
             return None;
         }
         let work = services::workspace().ok()?;
@@ -335,7 +335,7 @@ fn fragment_key(ip: &Ip, pool: u32) -> NatFragmentKey {
 #[inline(always)]
 fn note_fragment(ip: &Ip, pool: u32, slot: u32) {
     let first = NatFragment {
-        first_seen_ns: mappings::now(),
+        first_seen_ns: clock::now(),
         slot,
         reserved: 0,
     };

@@ -61,7 +61,9 @@ pub trait GuestRuntime: fmt::Debug + Send + Sync {
     fn is_running(&self) -> bool;
 
     /// How long it has run.
-    fn running_for(&self) -> Option<Duration>;
+    fn running_for(&self) -> Option<Duration> {
+        self.running().and_then(RunningPlan::running_for)
+    }
 
     /// Its process.
     fn process_id(&self) -> Option<u32>;
@@ -93,84 +95,5 @@ impl GuestLayer for GuestProcesses {
 
     fn known_guests(&self, config: &Config) -> Vec<String> {
         Runtime::known_guests(config)
-    }
-}
-
-#[async_trait]
-impl GuestRuntime for Runtime {
-    async fn adopt(&mut self) -> Result<bool> {
-        self.adopt().await
-    }
-
-    async fn start(&mut self, plan: &Plan, restarts: u32, lease: Option<LeaseCheck>) -> Result<()> {
-        self.start(plan, restarts, lease).await
-    }
-
-    async fn maintain(&mut self, plan: &Plan) -> Result<Option<Problem>> {
-        self.maintain(plan).await
-    }
-
-    async fn has_changed(&self, was_paused: bool) -> bool {
-        self.has_changed(was_paused).await
-    }
-
-    async fn take_exit(&mut self) -> Option<GuestExit> {
-        self.take_exit().await
-    }
-
-    async fn something_ended(&self) {
-        self.something_ended().await;
-    }
-
-    async fn press_power_button(&self) -> Result<()> {
-        self.press_power_button().await
-    }
-
-    async fn kill(&self) {
-        self.kill().await;
-    }
-
-    async fn tear_down(&mut self, interfaces: &[String]) -> Result<()> {
-        self.tear_down(interfaces).await
-    }
-
-    fn remove_kept(&self) -> Result<()> {
-        self.remove_kept()
-    }
-
-    async fn is_paused(&self) -> bool {
-        self.is_paused().await
-    }
-
-    fn is_running(&self) -> bool {
-        self.is_running()
-    }
-
-    fn running_for(&self) -> Option<Duration> {
-        self.running_for()
-    }
-
-    fn process_id(&self) -> Option<u32> {
-        self.process_id()
-    }
-
-    fn running(&self) -> Option<&RunningPlan> {
-        self.running()
-    }
-
-    fn is_leased(&self) -> bool {
-        self.is_leased()
-    }
-
-    fn may_run(&self) -> bool {
-        self.may_run()
-    }
-
-    fn put_on_lease(&mut self, lease: LeaseCheck) -> Result<()> {
-        self.put_on_lease(lease)
-    }
-
-    fn take_off_lease(&mut self) -> Result<()> {
-        self.take_off_lease()
     }
 }

@@ -1,5 +1,7 @@
 //! Everything that a guest needs, with all references resolved.
 
+use std::time::Duration;
+
 use jiff::Timestamp;
 use keelson_api::{
     Devices, Disk, DiskSpec, HugepageSize, KernelSource, MemorySize, Network, ResourceLimits,
@@ -77,6 +79,13 @@ impl RunningPlan {
             restarts,
             limits: plan.limits,
         }
+    }
+
+    /// How long ago that was; `None` if the clock was set back behind it.
+    pub fn running_for(&self) -> Option<Duration> {
+        u64::try_from(Timestamp::now().as_millisecond() - self.started_at_unix_ms)
+            .ok()
+            .map(Duration::from_millis)
     }
 }
 

@@ -5,14 +5,15 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use async_trait::async_trait;
 use futures::FutureExt;
-use jiff::Timestamp;
 use keelson_api::DiskSpec;
 use keelson_vmm::api::{ExitStatus, GuestState};
 use tokio::task::JoinHandle;
 
 use super::actor::{GuestExit, first_ended};
 use super::jail::JailUser;
+use super::layer::GuestRuntime;
 use super::machine::Origin;
 use super::plan::{Plan, RunningPlan};
 use super::snapshots::GuestSnapshots;
@@ -78,8 +79,20 @@ impl Runtime {
         }
     }
 
+    /// The guests that were started and not torn down since.
+    pub fn known_guests(config: &Config) -> Vec<String> {
+        let folder: PathBuf = GuestPaths::all_guests(config);
+        let entries = fs::read_dir(folder).into_iter().flatten().flatten();
+        entries
+            .filter_map(|entry| entry.file_name().into_string().ok())
+            .collect()
+    }
+}
+
+#[async_trait]
+impl GuestRuntime for Runtime {
     /// Finds what an earlier agent started; whether the guest runs.
-    pub async fn adopt(&mut self) -> Result<bool> {
+    async fn adopt(&mut self) -> Result<bool> {
         if !self.paths.exist() {
             return Ok(false);
         }
@@ -125,12 +138,7 @@ impl Runtime {
     /// # Errors
     /// What could not be set up, and why. What was set up until then stays, for
     /// [`Self::tear_down`].
-    pub async fn start(
-        &mut self,
-        plan: &Plan,
-        restarts: u32,
-        lease: Option<LeaseCheck>,
-    ) -> Result<()> {
+    async fn start(&mut self, plan: &Plan, restarts: u32, lease: Option<LeaseCheck>) -> Result<()> {
         self.tear_down(&[]).await?;
         self.paths.create()?;
         self.lease = lease;
@@ -183,6 +191,185 @@ impl Runtime {
         Ok(())
     }
 
+    /// Puts changed rules in force and replaces disk backends that ended. Returns what is wrong
+    /// with a guest that goes on running.
+    async fn maintain(&mut self, plan: &Plan) -> Result<Option<Problem>> {
+        if self.ports != plan.ports {
+            for port in &plan.ports {
+                self.agent.network.ensure_port(port).await?;
+            }
+            self.ports.clone_from(&plan.ports);
+        }
+        let problem = self.keep_backends().await?;
+        // Those that were replaced are asked as well.
+        self.adjust_disks(plan).await?;
+        self.adjust_limits(plan)?;
+        Ok(problem)
+    }
+
+    /// Whether something of a guest that runs well has changed of which nobody is told: an image that
+    /// another file took the place of, a pause that could not be written down, a lease that has ended.
+    async fn has_changed(&self, was_paused: bool) -> bool {
+        let disks = self.running.iter();
+        for (disk, spec) in disks.flat_map(|running| &running.hardware.disks) {
+            if self.has_vanished(disk, spec).await {
+                return true;
+            }
+        }
+        !self.may_run() || self.is_paused().await != was_paused
+    }
+
+    /// How the guest ended, if it did since this was last asked.
+    async fn take_exit(&mut self) -> Option<GuestExit> {
+        if let Some(exit) = self.ended_unseen.take() {
+            return Some(self.fenced(exit));
+        }
+        let exit = self.machine.as_ref()?.process.has_ended()?;
+        let machine = self.machine.take()?;
+        if let Some(follower) = self.follower.take() {
+            // It ends with the socket.
+            let _ = tokio::time::timeout(LAST_WORDS_LIMIT, follower).await;
+        }
+        machine.process.reap();
+        Some(self.fenced(GuestExit::new(self.last_words(), &exit)))
+    }
+
+    /// Waits until one of the guest's processes ends.
+    async fn something_ended(&self) {
+        let machine = self.machine.iter().map(|machine| &machine.process);
+        let waits = machine
+            .chain(self.disks.values())
+            .map(|process| process.ended().map(drop).boxed())
+            .collect();
+        first_ended(waits).await;
+    }
+
+    /// Presses the guest's power button; one that stands still goes on for that. A guest that was
+    /// paused by a snapshot after which it is to be shut off takes no further step.
+    async fn press_power_button(&self) -> Result<()> {
+        let Some(machine) = &self.machine else {
+            return Ok(());
+        };
+        if self.is_paused().await {
+            if self.snapshots.disks_as_of().is_some() {
+                machine.process.kill().await;
+                return Ok(());
+            }
+            machine.resume().await?;
+        }
+        machine.press_power_button().await
+    }
+
+    /// Ends the guest at once. What belongs to it is left to [`Self::tear_down`].
+    async fn kill(&self) {
+        if let Some(machine) = &self.machine {
+            machine.process.kill().await;
+        }
+    }
+
+    /// Ends the disks' backends, once the machine has ended, and removes devices and records.
+    async fn tear_down(&mut self, interfaces: &[String]) -> Result<()> {
+        if let Some(machine) = self.machine.take() {
+            machine.process.ended().await;
+            machine.process.reap();
+        }
+        for record in self.paths.disk_records() {
+            if let Some(Ok(process)) = ProcessHandle::find(&record)? {
+                process.terminate().await;
+                process.reap();
+            }
+        }
+        failpoint(&self.name, "teardown-disks-ended");
+        self.disks.clear();
+        self.lease = None;
+        let mut interfaces: Vec<_> = interfaces.to_vec();
+        if let Some(running) = self.running.take() {
+            interfaces.extend(
+                running
+                    .hardware
+                    .interfaces
+                    .into_iter()
+                    .map(|(name, ..)| name),
+            );
+        }
+        interfaces.extend(self.ports.drain(..).map(|port| port.interface));
+        interfaces.sort();
+        interfaces.dedup();
+        if self.paths.exist() {
+            for interface in &interfaces {
+                self.agent
+                    .network
+                    .remove_port(&self.name, interface)
+                    .await?;
+                failpoint(&self.name, "teardown-port-gone");
+            }
+        }
+        self.paths.remove()?;
+        failpoint(&self.name, "teardown-folder-gone");
+        Ok(())
+    }
+
+    /// Removes the guest's logs and snapshots.
+    fn remove_kept(&self) -> Result<()> {
+        self.snapshots.remove_all()?;
+        self.paths.remove_logs()
+    }
+
+    /// Whether the guest stands still.
+    async fn is_paused(&self) -> bool {
+        match &self.machine {
+            Some(machine) => machine
+                .status()
+                .await
+                .is_ok_and(|status| status.state == GuestState::Paused),
+            None => false,
+        }
+    }
+
+    /// Whether the guest's keelson-vmm runs.
+    fn is_running(&self) -> bool {
+        self.machine.is_some()
+    }
+
+    /// The process id of the guest's keelson-vmm.
+    fn process_id(&self) -> Option<u32> {
+        self.machine
+            .as_ref()
+            .map(|machine| machine.process.process_id())
+    }
+
+    /// What the guest was started with.
+    fn running(&self) -> Option<&RunningPlan> {
+        self.running.as_ref()
+    }
+
+    /// Whether the guest is killed when the host's lease is about to end.
+    fn is_leased(&self) -> bool {
+        self.lease.is_some()
+    }
+
+    /// Whether it may run as far as the host's lease goes.
+    fn may_run(&self) -> bool {
+        self.lease.as_ref().is_none_or(LeaseCheck::holds)
+    }
+
+    /// From now on the guest is killed when the host's lease is about to end. There must be a guard.
+    fn put_on_lease(&mut self, lease: LeaseCheck) -> Result<()> {
+        self.mark_leased()?;
+        self.lease = Some(lease);
+        Ok(())
+    }
+
+    /// From now on it goes on without the lease, which its object must say already.
+    fn take_off_lease(&mut self) -> Result<()> {
+        let path = self.paths.lease();
+        fs::remove_file(&path).map_err(AgentError::io(format!("remove {}", path.display())))?;
+        self.lease = None;
+        Ok(())
+    }
+}
+
+impl Runtime {
     /// Starts the virtual machine. From here on the disks may change, unless it never came so far.
     async fn start_machine(
         &self,
@@ -199,34 +386,6 @@ impl Runtime {
             self.snapshots.keep_disks(&snapshot)?;
         }
         started
-    }
-
-    /// Puts changed rules in force and replaces disk backends that ended. Returns what is wrong
-    /// with a guest that goes on running.
-    pub async fn maintain(&mut self, plan: &Plan) -> Result<Option<Problem>> {
-        if self.ports != plan.ports {
-            for port in &plan.ports {
-                self.agent.network.ensure_port(port).await?;
-            }
-            self.ports.clone_from(&plan.ports);
-        }
-        let problem = self.keep_backends().await?;
-        // Those that were replaced are asked as well.
-        self.adjust_disks(plan).await?;
-        self.adjust_limits(plan)?;
-        Ok(problem)
-    }
-
-    /// Whether something of a guest that runs well has changed of which nobody is told: an image that
-    /// another file took the place of, a pause that could not be written down, a lease that has ended.
-    pub async fn has_changed(&self, was_paused: bool) -> bool {
-        let disks = self.running.iter();
-        for (disk, spec) in disks.flat_map(|running| &running.hardware.disks) {
-            if self.has_vanished(disk, spec).await {
-                return true;
-            }
-        }
-        !self.may_run() || self.is_paused().await != was_paused
     }
 
     async fn keep_backends(&mut self) -> Result<Option<Problem>> {
@@ -336,108 +495,9 @@ impl Runtime {
         ))
     }
 
-    /// Whether the guest is killed when the host's lease is about to end.
-    pub fn is_leased(&self) -> bool {
-        self.lease.is_some()
-    }
-
-    /// Whether it may run as far as the host's lease goes.
-    pub fn may_run(&self) -> bool {
-        self.lease.as_ref().is_none_or(LeaseCheck::holds)
-    }
-
-    /// From now on the guest is killed when the host's lease is about to end. There must be a guard.
-    pub fn put_on_lease(&mut self, lease: LeaseCheck) -> Result<()> {
-        self.mark_leased()?;
-        self.lease = Some(lease);
-        Ok(())
-    }
-
-    /// From now on it goes on without the lease, which its object must say already.
-    pub fn take_off_lease(&mut self) -> Result<()> {
-        let path = self.paths.lease();
-        fs::remove_file(&path).map_err(AgentError::io(format!("remove {}", path.display())))?;
-        self.lease = None;
-        Ok(())
-    }
-
     fn mark_leased(&self) -> Result<()> {
         let path = self.paths.lease();
         fs::write(&path, "").map_err(AgentError::io(format!("write {}", path.display())))
-    }
-
-    /// Whether the guest's keelson-vmm runs.
-    pub fn is_running(&self) -> bool {
-        self.machine.is_some()
-    }
-
-    /// The process id of the guest's keelson-vmm.
-    pub fn process_id(&self) -> Option<u32> {
-        self.machine
-            .as_ref()
-            .map(|machine| machine.process.process_id())
-    }
-
-    /// What the guest was started with.
-    pub fn running(&self) -> Option<&RunningPlan> {
-        self.running.as_ref()
-    }
-
-    /// How long the guest has run.
-    pub fn running_for(&self) -> Option<Duration> {
-        let started = self.running.as_ref()?.started_at_unix_ms;
-        u64::try_from(Timestamp::now().as_millisecond() - started)
-            .ok()
-            .map(Duration::from_millis)
-    }
-
-    /// Whether the guest stands still.
-    pub async fn is_paused(&self) -> bool {
-        match &self.machine {
-            Some(machine) => machine
-                .status()
-                .await
-                .is_ok_and(|status| status.state == GuestState::Paused),
-            None => false,
-        }
-    }
-
-    /// Presses the guest's power button; one that stands still goes on for that. A guest that was
-    /// paused by a snapshot after which it is to be shut off takes no further step.
-    pub async fn press_power_button(&self) -> Result<()> {
-        let Some(machine) = &self.machine else {
-            return Ok(());
-        };
-        if self.is_paused().await {
-            if self.snapshots.disks_as_of().is_some() {
-                machine.process.kill().await;
-                return Ok(());
-            }
-            machine.resume().await?;
-        }
-        machine.press_power_button().await
-    }
-
-    /// Ends the guest at once. What belongs to it is left to [`Self::tear_down`].
-    pub async fn kill(&self) {
-        if let Some(machine) = &self.machine {
-            machine.process.kill().await;
-        }
-    }
-
-    /// How the guest ended, if it did since this was last asked.
-    pub async fn take_exit(&mut self) -> Option<GuestExit> {
-        if let Some(exit) = self.ended_unseen.take() {
-            return Some(self.fenced(exit));
-        }
-        let exit = self.machine.as_ref()?.process.has_ended()?;
-        let machine = self.machine.take()?;
-        if let Some(follower) = self.follower.take() {
-            // It ends with the socket.
-            let _ = tokio::time::timeout(LAST_WORDS_LIMIT, follower).await;
-        }
-        machine.process.reap();
-        Some(self.fenced(GuestExit::new(self.last_words(), &exit)))
     }
 
     /// What to say of a guest that the guard killed.
@@ -453,73 +513,6 @@ impl Runtime {
             },
             Err(_) => exit,
         }
-    }
-
-    /// Waits until one of the guest's processes ends.
-    pub async fn something_ended(&self) {
-        let machine = self.machine.iter().map(|machine| &machine.process);
-        let waits = machine
-            .chain(self.disks.values())
-            .map(|process| process.ended().map(drop).boxed())
-            .collect();
-        first_ended(waits).await;
-    }
-
-    /// Ends the disks' backends, once the machine has ended, and removes devices and records.
-    pub async fn tear_down(&mut self, interfaces: &[String]) -> Result<()> {
-        if let Some(machine) = self.machine.take() {
-            machine.process.ended().await;
-            machine.process.reap();
-        }
-        for record in self.paths.disk_records() {
-            if let Some(Ok(process)) = ProcessHandle::find(&record)? {
-                process.terminate().await;
-                process.reap();
-            }
-        }
-        failpoint(&self.name, "teardown-disks-ended");
-        self.disks.clear();
-        self.lease = None;
-        let mut interfaces: Vec<_> = interfaces.to_vec();
-        if let Some(running) = self.running.take() {
-            interfaces.extend(
-                running
-                    .hardware
-                    .interfaces
-                    .into_iter()
-                    .map(|(name, ..)| name),
-            );
-        }
-        interfaces.extend(self.ports.drain(..).map(|port| port.interface));
-        interfaces.sort();
-        interfaces.dedup();
-        if self.paths.exist() {
-            for interface in &interfaces {
-                self.agent
-                    .network
-                    .remove_port(&self.name, interface)
-                    .await?;
-                failpoint(&self.name, "teardown-port-gone");
-            }
-        }
-        self.paths.remove()?;
-        failpoint(&self.name, "teardown-folder-gone");
-        Ok(())
-    }
-
-    /// Removes the guest's logs and snapshots.
-    pub fn remove_kept(&self) -> Result<()> {
-        self.snapshots.remove_all()?;
-        self.paths.remove_logs()
-    }
-
-    /// The guests that were started and not torn down since.
-    pub fn known_guests(config: &Config) -> Vec<String> {
-        let folder: PathBuf = GuestPaths::all_guests(config);
-        let entries = fs::read_dir(folder).into_iter().flatten().flatten();
-        entries
-            .filter_map(|entry| entry.file_name().into_string().ok())
-            .collect()
     }
 
     fn follow(&mut self, machine: Machine) {

@@ -5,7 +5,6 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use async_trait::async_trait;
-use jiff::Timestamp;
 use parking_lot::Mutex;
 use tokio::sync::Notify;
 
@@ -144,12 +143,6 @@ impl GuestRuntime for SimulatedRuntime {
 
     fn is_running(&self) -> bool {
         self.running.is_some()
-    }
-
-    fn running_for(&self) -> Option<Duration> {
-        let started = self.running.as_ref()?.started_at_unix_ms;
-        let elapsed = Timestamp::now().as_millisecond() - started;
-        u64::try_from(elapsed).ok().map(Duration::from_millis)
     }
 
     fn process_id(&self) -> Option<u32> {

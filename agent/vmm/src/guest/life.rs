@@ -1,7 +1,7 @@
 //! The thread that owns the guest: waits for what happens to it or is asked of it, and boots it again.
 
+use std::sync::Arc;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender};
-use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
 use super::hotplug::Removal;
@@ -261,25 +261,18 @@ pub(super) fn control_sender(messages: &Sender<Message>) -> ControlSender {
 }
 
 pub(super) fn reporters(messages: &Sender<Message>, shared: &Arc<SharedState>) -> Reporters {
-    let distressed = Mutex::new(messages.clone());
-    let ejected = Mutex::new(messages.clone());
-    let messages = Mutex::new(messages.clone());
+    let (distressed, ejected, ended) = (messages.clone(), messages.clone(), messages.clone());
     let shared = Arc::clone(shared);
+    // Sending fails only while the process ends.
     Reporters {
         distress: Arc::new(move |distress| {
-            let messages = distressed.lock().unwrap_or_else(PoisonError::into_inner);
-            // Fails only while the process ends.
-            let _ = messages.send(Message::Distress(distress));
+            let _ = distressed.send(Message::Distress(distress));
         }),
         ejected: Arc::new(move |slot| {
-            let messages = ejected.lock().unwrap_or_else(PoisonError::into_inner);
-            // Fails only while the process ends.
-            let _ = messages.send(Message::Ejected(slot));
+            let _ = ejected.send(Message::Ejected(slot));
         }),
         end: Arc::new(move |end| {
-            let messages = messages.lock().unwrap_or_else(PoisonError::into_inner);
-            // Fails only while the process ends.
-            let _ = messages.send(Message::Vcpu(end));
+            let _ = ended.send(Message::Vcpu(end));
         }),
         disk: Arc::new(move |event| {
             shared.emit(match event {

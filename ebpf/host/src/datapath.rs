@@ -273,7 +273,7 @@ impl Datapath {
             let target = target(&policy.name, ifindex, &entry);
             hook::ensure(&mut datapath.object, &datapath.root, target)?;
             stations::add(&mut datapath.object, ifindex, &entry)?;
-            datapath.settle_nat()
+            datapath.settle_nat(ifindex, &entry)
         };
         if let Err(error) = attach(self) {
             if let Err(second) = self.forget(ifindex, &entry) {
@@ -312,7 +312,7 @@ impl Datapath {
             .remove_others(&mut self.object, old.slot, Some(policy))?;
         self.remove_tables(old)?;
         if (old.ipv4, old.ipv6, old.network) != (entry.ipv4, entry.ipv6, entry.network) {
-            self.settle_nat()?;
+            self.settle_nat(ifindex, &entry)?;
         }
         Ok(attached(ifindex, &entry))
     }

@@ -3,7 +3,8 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use keelson_ebpf_common::{
-    ForwardKey, ForwardedPort, MappingKey, PortOwner, local, map_name, nat_protocol, port_index,
+    ForwardKey, ForwardedPort, MappingKey, PolicyEntry, PortOwner, local, map_name, nat_protocol,
+    port_index,
 };
 
 use super::pools::Pools;
@@ -59,17 +60,9 @@ impl Datapath {
         }
         for (key, forwarded) in &wanted {
             if held.get(key) != Some(forwarded) {
-                self.object
-                    .nat_forwards
-                    .insert(key, forwarded, 0)
-                    .map_err(DatapathError::map("write", map_name::NAT_FORWARDS))?;
+                self.write_forward(*key, *forwarded)?;
             }
-            let owner = PortOwner {
-                slot: key.slot,
-                port: key.port.port,
-                is_forward: true,
-            };
-            self.write_owner(place(*key, *forwarded), owner.word())?;
+            self.write_owner(place(*key, *forwarded), owner_word(*key))?;
         }
         for (key, forwarded) in held {
             if !wanted.contains_key(&key) {
@@ -78,6 +71,31 @@ impl Datapath {
                 }
                 self.remove_forward(key)?;
             }
+        }
+        Ok(())
+    }
+
+    /// Makes these the forwards to one interface, whatever the others are.
+    pub(super) fn settle_forwards_to(
+        &mut self,
+        wanted: &Nat,
+        pools: &Pools,
+        entry: &PolicyEntry,
+    ) -> Result<(), DatapathError> {
+        let name = interface::from_bytes(&entry.name);
+        let forwards = wanted.forwards.iter();
+        for forward in forwards.filter(|forward| forward.interface == name) {
+            let key = forward_key(forward, entry);
+            let Some(forwarded) = forwarded(forward, entry, pools) else {
+                // Its interface has no address of that version any more.
+                if let Ok(held) = self.object.nat_forwards.get(&key, 0) {
+                    self.write_owner(place(key, held), 0)?;
+                    self.remove_forward(key)?;
+                }
+                continue;
+            };
+            self.write_forward(key, forwarded)?;
+            self.write_owner(place(key, forwarded), owner_word(key))?;
         }
         Ok(())
     }
@@ -109,29 +127,8 @@ impl Datapath {
             .collect();
         let forwards = wanted.forwards.iter().filter_map(|forward| {
             let entry = by_name.get(&forward.interface)?;
-            let pool = *pools.get(&forward.external_address())?;
-            guests::has_version(entry, forward.address).then_some(())?;
-            let key = ForwardKey {
-                slot: entry.slot,
-                port: MappingKey {
-                    port: forward.guest_port,
-                    protocol: match forward.protocol {
-                        Protocol::Tcp => nat_protocol::TCP,
-                        _ => nat_protocol::UDP,
-                    },
-                    local: if forward.address.is_ipv4() {
-                        local::IPV4
-                    } else {
-                        local::IPV6
-                    },
-                },
-            };
-            let forwarded = ForwardedPort {
-                pool,
-                port: forward.port,
-                reserved: 0,
-            };
-            Some((key, forwarded))
+            let forwarded = forwarded(forward, entry, pools)?;
+            Some((forward_key(forward, entry), forwarded))
         });
         Ok(forwards.collect())
     }
@@ -142,6 +139,17 @@ impl Datapath {
             .iter()
             .collect::<Result<_, _>>()
             .map_err(DatapathError::map("read", map_name::NAT_FORWARDS))
+    }
+
+    fn write_forward(
+        &mut self,
+        key: ForwardKey,
+        forwarded: ForwardedPort,
+    ) -> Result<(), DatapathError> {
+        self.object
+            .nat_forwards
+            .insert(key, forwarded, 0)
+            .map_err(DatapathError::map("write", map_name::NAT_FORWARDS))
     }
 
     fn remove_forward(&mut self, key: ForwardKey) -> Result<(), DatapathError> {
@@ -166,4 +174,42 @@ type Place = (u32, u32);
 fn place(key: ForwardKey, forwarded: ForwardedPort) -> Place {
     let index = port_index(key.port.protocol, forwarded.port);
     (forwarded.pool, index)
+}
+
+/// The port that a forward leads to.
+fn forward_key(forward: &PortForward, entry: &PolicyEntry) -> ForwardKey {
+    ForwardKey {
+        slot: entry.slot,
+        port: MappingKey {
+            port: forward.guest_port,
+            protocol: match forward.protocol {
+                Protocol::Tcp => nat_protocol::TCP,
+                _ => nat_protocol::UDP,
+            },
+            local: if forward.address.is_ipv4() {
+                local::IPV4
+            } else {
+                local::IPV6
+            },
+        },
+    }
+}
+
+/// The port that leads there, if its address and the interface's are there.
+fn forwarded(forward: &PortForward, entry: &PolicyEntry, pools: &Pools) -> Option<ForwardedPort> {
+    let pool = *pools.get(&forward.external_address())?;
+    guests::has_version(entry, forward.address).then_some(ForwardedPort {
+        pool,
+        port: forward.port,
+        reserved: 0,
+    })
+}
+
+fn owner_word(key: ForwardKey) -> u64 {
+    let owner = PortOwner {
+        slot: key.slot,
+        port: key.port.port,
+        is_forward: true,
+    };
+    owner.word()
 }

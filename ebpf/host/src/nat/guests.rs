@@ -25,21 +25,10 @@ impl Datapath {
         let mut guests = BTreeMap::new();
         for (ifindex, entry) in entries(&self.object)? {
             let own = wanted.guests_of(ifindex, &entry, pools);
-            if own.is_empty() {
-                continue;
+            if !own.is_empty() {
+                self.prepare_nat_slot(wanted, &entry)?;
+                guests.extend(own);
             }
-            let addresses = NatSlot {
-                ipv4: ipv4_of(&entry),
-                ipv6: entry.ipv6,
-            };
-            self.object
-                .nat_slots
-                .set(entry.slot, addresses, 0)
-                .map_err(DatapathError::map("write", map_name::NAT_SLOTS))?;
-            let limit = wanted.networks.get(&entry.network);
-            let limit = limit.map_or(1, |nat| nat.max_mappings);
-            slots::ensure_mappings(&mut self.object, entry.slot, limit)?;
-            guests.extend(own);
         }
         for (address, guest) in held(&self.object)? {
             if guests.get(&address) == Some(&guest) {
@@ -49,12 +38,57 @@ impl Datapath {
             }
         }
         for (address, guest) in guests {
-            self.object
-                .nat_guests
-                .insert(address, guest, 0)
-                .map_err(DatapathError::map("write", map_name::NAT_GUESTS))?;
+            self.write_nat_guest(address, guest)?;
         }
         Ok(())
+    }
+
+    /// The same of one interface, whatever the others are.
+    pub(super) fn settle_nat_guest(
+        &mut self,
+        wanted: &Nat,
+        pools: &Pools,
+        ifindex: u32,
+        entry: &PolicyEntry,
+    ) -> Result<(), DatapathError> {
+        let own = wanted.guests_of(ifindex, entry, pools);
+        let before = self.object.nat_slots.get(&entry.slot, 0);
+        let before = before.map_err(DatapathError::map("read", map_name::NAT_SLOTS))?;
+        if !own.is_empty() {
+            self.prepare_nat_slot(wanted, entry)?;
+        }
+        for address in [before.ipv4, before.ipv6] {
+            let is_kept = own.iter().any(|(kept, _)| *kept == address);
+            let held = self.object.nat_guests.get(&address, 0).ok();
+            if !is_kept && held.is_some_and(|held: NatGuest| held.slot == entry.slot) {
+                remove(&mut self.object, &address)?;
+            }
+        }
+        for (address, guest) in own {
+            self.write_nat_guest(address, guest)?;
+        }
+        Ok(())
+    }
+
+    fn prepare_nat_slot(&mut self, wanted: &Nat, entry: &PolicyEntry) -> Result<(), DatapathError> {
+        let addresses = NatSlot {
+            ipv4: ipv4_of(entry),
+            ipv6: entry.ipv6,
+        };
+        self.object
+            .nat_slots
+            .set(entry.slot, addresses, 0)
+            .map_err(DatapathError::map("write", map_name::NAT_SLOTS))?;
+        let limit = wanted.networks.get(&entry.network);
+        let limit = limit.map_or(1, |nat| nat.max_mappings);
+        slots::ensure_mappings(&mut self.object, entry.slot, limit)
+    }
+
+    fn write_nat_guest(&mut self, address: Address, guest: NatGuest) -> Result<(), DatapathError> {
+        self.object
+            .nat_guests
+            .insert(address, guest, 0)
+            .map_err(DatapathError::map("write", map_name::NAT_GUESTS))
     }
 
     /// Takes an interface's slot out of everything. Before the slot is another's.

@@ -14,7 +14,7 @@ use std::fmt;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::ops::RangeInclusive;
 
-use keelson_ebpf_common::NAT_POOLS;
+use keelson_ebpf_common::{NAT_POOLS, PolicyEntry};
 
 pub use statistics::ExternalUse;
 
@@ -112,17 +112,32 @@ impl Datapath {
             .collect())
     }
 
-    /// After an interface was attached or changed: as [`Self::set_nat`], as far as guests are concerned.
-    pub(crate) fn settle_nat(&mut self) -> Result<(), DatapathError> {
-        let Some(wanted) = self.nat.clone() else {
+    /// After an interface was attached or changed: as [`Self::set_nat`], as far as that one is concerned.
+    pub(crate) fn settle_nat(
+        &mut self,
+        ifindex: u32,
+        entry: &PolicyEntry,
+    ) -> Result<(), DatapathError> {
+        let Some(wanted) = self.nat.take() else {
             return Ok(());
         };
+        let settled = self.settle_nat_of(&wanted, ifindex, entry);
+        self.nat = Some(wanted);
+        settled
+    }
+
+    fn settle_nat_of(
+        &mut self,
+        wanted: &Nat,
+        ifindex: u32,
+        entry: &PolicyEntry,
+    ) -> Result<(), DatapathError> {
         if wanted.addresses.is_empty() {
             return Ok(());
         }
-        let pools = self.known_pools(&wanted)?;
-        self.settle_nat_guests(&wanted, &pools)?;
-        self.settle_forwards(&wanted, &pools)
+        let pools = self.known_pools(wanted)?;
+        self.settle_nat_guest(wanted, &pools, ifindex, entry)?;
+        self.settle_forwards_to(wanted, &pools, entry)
     }
 }
 

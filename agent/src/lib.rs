@@ -19,6 +19,7 @@ mod objects;
 mod reconciler;
 mod server;
 mod services;
+mod uplinks;
 mod view;
 
 pub use connection::connect;

@@ -29,12 +29,14 @@ pub mod manifest;
 mod metadata;
 mod network;
 mod object;
+mod port_forward;
 mod rate_limit;
 mod resource_limits;
 mod rule;
 mod security_group;
 mod service;
 mod units;
+mod uplink;
 mod virtual_machine;
 
 pub use cloud_init::{CloudInit, CloudInitUser};
@@ -47,6 +49,7 @@ pub use host::{Host, HostResources, HostSpec, HostStatus};
 pub use metadata::{Condition, ConditionStatus, ObjectMeta, set_condition, validate_name};
 pub use network::{Network, NetworkSpec, NetworkStatus};
 pub use object::{Kind, Object, Resource};
+pub use port_forward::{PortForward, PortForwardSpec, PortForwardStatus};
 pub use rate_limit::{InterfaceLimits, RateLimit};
 pub use resource_limits::{CpuAmount, ResourceLimits};
 pub use rule::{IcmpType, PortRange, Protocol};
@@ -58,6 +61,7 @@ pub use service::{
     ServiceStatus,
 };
 pub use units::{BitRate, MacAddress, MemorySize, TimeLimit};
+pub use uplink::{SourceNat, Uplink};
 pub use virtual_machine::{
     DiskAttachment, Failover, HugepageSize, Interface, InterfaceStatus, KernelSource, Phase,
     Placement, PlacementState, PowerState, RestartPolicy, VirtualMachine, VirtualMachineSpec,

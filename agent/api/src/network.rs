@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 use crate::guest_configuration::{self, Dns, Route};
 use crate::metadata::{Condition, ObjectMeta};
 use crate::units::TimeLimit;
-use crate::{FieldError, MacAddress};
+use crate::{FieldError, MacAddress, Uplink};
 
 /// The smallest MTU an IPv4 host must accept (RFC 791), and the largest that Ethernet devices take.
 const MTU_RANGE: std::ops::RangeInclusive<u16> = 576..=9000;
@@ -86,6 +86,9 @@ pub struct NetworkSpec {
     /// that a kernel needs no DHCPv6 client. Otherwise the lowest free ones are allocated.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub slaac: bool,
+    /// How guests reach what is outside; without it the host routes what they send, as it is.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub uplink: Option<Uplink>,
 }
 
 fn default_mtu() -> u16 {
@@ -127,6 +130,7 @@ impl Default for NetworkSpec {
             lease_time: default_lease_time(),
             router_advertisements: true,
             slaac: false,
+            uplink: None,
         }
     }
 }
@@ -295,6 +299,9 @@ impl NetworkSpec {
         self.validate_v4(errors);
         self.validate_v6(errors);
         guest_configuration::validate(self, errors);
+        if let Some(uplink) = &self.uplink {
+            uplink.validate(errors);
+        }
         if !MTU_RANGE.contains(&self.mtu) {
             errors.push(FieldError::new(
                 "spec.mtu",
@@ -311,6 +318,7 @@ pub struct NetworkStatus {
     /// The host's bridge device.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub device: Option<String>,
-    /// `Ready`: the bridge is up with the gateway's address.
+    /// `Ready`: the bridge is up with the gateway's address; where there is an uplink, `UplinkReady`: guests
+    /// reach what is outside by it.
     pub conditions: Vec<Condition>,
 }

@@ -8,8 +8,8 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use crate::{
-    API_VERSION, ApiError, Disk, FieldError, Host, Network, ObjectMeta, SecurityGroup, Service,
-    VirtualMachine,
+    API_VERSION, ApiError, Disk, FieldError, Host, Network, ObjectMeta, PortForward, SecurityGroup,
+    Service, VirtualMachine,
 };
 
 /// The longest path that the kernel takes (`PATH_MAX`).
@@ -24,6 +24,8 @@ pub enum Kind {
     Disk,
     /// [`Network`]
     Network,
+    /// [`PortForward`]
+    PortForward,
     /// [`SecurityGroup`]
     SecurityGroup,
     /// [`Service`]
@@ -34,13 +36,14 @@ pub enum Kind {
 
 impl Kind {
     /// Every kind, in the order in which the objects of one manifest depend on each other.
-    pub const ALL: [Self; 6] = [
+    pub const ALL: [Self; 7] = [
         Self::Host,
         Self::Disk,
         Self::Network,
         Self::SecurityGroup,
         Self::Service,
         Self::VirtualMachine,
+        Self::PortForward,
     ];
 
     /// The name in manifests.
@@ -49,6 +52,7 @@ impl Kind {
             Self::Host => "Host",
             Self::Disk => "Disk",
             Self::Network => "Network",
+            Self::PortForward => "PortForward",
             Self::SecurityGroup => "SecurityGroup",
             Self::Service => "Service",
             Self::VirtualMachine => "VirtualMachine",
@@ -61,6 +65,7 @@ impl Kind {
             Self::Host => "hosts",
             Self::Disk => "disks",
             Self::Network => "networks",
+            Self::PortForward => "portforwards",
             Self::SecurityGroup => "securitygroups",
             Self::Service => "services",
             Self::VirtualMachine => "virtualmachines",
@@ -73,6 +78,7 @@ impl Kind {
             Self::Host => "host",
             Self::Disk => "disk",
             Self::Network => "net",
+            Self::PortForward => "pf",
             Self::SecurityGroup => "sg",
             Self::Service => "svc",
             Self::VirtualMachine => "vm",
@@ -224,7 +230,15 @@ macro_rules! resources {
     };
 }
 
-resources!(Host, Disk, Network, SecurityGroup, Service, VirtualMachine);
+resources!(
+    Host,
+    Disk,
+    Network,
+    PortForward,
+    SecurityGroup,
+    Service,
+    VirtualMachine
+);
 
 fn typed<T: Resource>(document: &Value) -> Result<T, ApiError> {
     serde_path_to_error::deserialize(document).map_err(|error| {

@@ -168,7 +168,8 @@ pub fn errno(error: &rtnetlink::Error) -> Option<i32> {
     }
 }
 
-fn name_of(link: LinkMessage) -> Option<String> {
+/// The name of the device that a message is about.
+pub fn name_of(link: LinkMessage) -> Option<String> {
     link.attributes
         .into_iter()
         .find_map(|attribute| match attribute {

@@ -9,15 +9,19 @@ mod launch;
 mod link;
 mod network;
 mod packet_events;
+mod ports;
 mod process;
 mod rules;
 mod tap;
+mod uplink;
 mod usage;
 
 pub use inventory::{Inventory, check_abilities};
 pub use network::{GuestPort, HostNetwork, network_number};
+pub use ports::HostPorts;
 pub use process::{
     Exit, LaunchRequest, ProcessHandle, kill_recorded, recorded_process, write_atomically,
 };
 pub use rules::{ResolvedRule, Rules};
+pub use uplink::{UplinkDevice, Watched, follow_devices, route_ipv4, route_ipv6};
 pub use usage::Usage;

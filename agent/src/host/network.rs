@@ -29,8 +29,8 @@ const TAP_PREFIX: &str = "ktap-";
 /// The host's side of guests' networks.
 #[derive(Clone)]
 pub struct HostNetwork {
-    links: Links,
-    datapath: SharedDatapath,
+    pub(super) links: Links,
+    pub(super) datapath: SharedDatapath,
     packets: PacketEvents,
     captures: Captures,
     configurations: GuestConfigurations,

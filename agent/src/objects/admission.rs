@@ -6,16 +6,16 @@ use std::collections::BTreeSet;
 use jiff::Timestamp;
 use keelson_api::{
     Disk, DiskStatus, Host, HostStatus, Kind, Network, NetworkStatus, Object, Phase,
-    PlacementState, PowerState, SecurityGroup, SecurityGroupStatus, Service, ServiceStatus,
-    VirtualMachine, VirtualMachineStatus,
+    PlacementState, PortForwardStatus, PowerState, SecurityGroup, SecurityGroupStatus, Service,
+    ServiceStatus, VirtualMachine, VirtualMachineStatus,
 };
 use serde_json::Value;
 
 use super::allocation::{Allocation, holder};
-use super::checks;
 use super::store::{ObjectStore, World};
+use super::{checks, uplink_checks};
 use crate::fleet::Fleet;
-use crate::host::Inventory;
+use crate::host::{HostPorts, Inventory};
 use crate::{AgentError, error::Result};
 
 /// How often admission is tried against others' admissions.
@@ -187,7 +187,15 @@ impl Admission<'_> {
                     }
                 }
                 Object::Host(_) => {}
-                Object::Network(network) => checks::network(network, &after, &mut report),
+                Object::Network(network) => {
+                    checks::network(network, &after, &mut report);
+                    let ports = self.ports_of_this_host();
+                    uplink_checks::network(network, &after, ports, &mut report);
+                }
+                Object::PortForward(forward) => {
+                    let ports = self.ports_of_this_host();
+                    uplink_checks::port_forward(forward, &after, ports, &mut report);
+                }
                 Object::SecurityGroup(group) => {
                     checks::security_group(group, &after, &mut report);
                 }
@@ -255,6 +263,11 @@ impl Admission<'_> {
 }
 
 impl Admission<'_> {
+    /// Which ports this host uses itself, where it is the one that the objects are for.
+    fn ports_of_this_host(&self) -> Option<fn() -> Result<HostPorts>> {
+        self.fleet.is_exclusive().then_some(HostPorts::read)
+    }
+
     /// Whether what is on the host `host` can be looked at here.
     fn is_here(&self, host: Option<&str>) -> bool {
         self.fleet.is_exclusive() || host == Some(self.fleet.host())
@@ -403,6 +416,7 @@ fn clear_status(object: &mut Object) {
         Object::Host(host) => host.status = HostStatus::default(),
         Object::Disk(disk) => disk.status = DiskStatus::default(),
         Object::Network(network) => network.status = NetworkStatus::default(),
+        Object::PortForward(forward) => forward.status = PortForwardStatus::default(),
         Object::SecurityGroup(group) => group.status = SecurityGroupStatus::default(),
         Object::Service(service) => service.status = ServiceStatus::default(),
         Object::VirtualMachine(guest) => guest.status = VirtualMachineStatus::default(),
@@ -568,11 +582,12 @@ fn references(object: &Object) -> impl Iterator<Item = (Kind, &str)> {
         });
         disks.chain(interfaces)
     });
-    let service = match object {
+    let in_network = match object {
         Object::Service(service) => Some((Kind::Network, service.spec.network.as_str())),
+        Object::PortForward(forward) => Some((Kind::Network, forward.spec.network.as_str())),
         _ => None,
     };
-    guests.chain(groups).chain(service)
+    guests.chain(groups).chain(in_network)
 }
 
 /// Sets the desired power state of a guest.

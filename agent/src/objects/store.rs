@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use futures::{Stream, StreamExt};
 use keelson_api::{
-    API_VERSION, Disk, Host, Kind, Network, Object, Resource, SecurityGroup, Service,
+    API_VERSION, Disk, Host, Kind, Network, Object, PortForward, Resource, SecurityGroup, Service,
     VirtualMachine,
 };
 use keelson_controlplane::{
@@ -418,6 +418,7 @@ fn decode_as_named(kv: &KeyValue) -> Option<Object> {
         Kind::Disk => typed::<Disk>(&kv.value),
         Kind::Host => typed::<Host>(&kv.value),
         Kind::Network => typed::<Network>(&kv.value),
+        Kind::PortForward => typed::<PortForward>(&kv.value),
         Kind::SecurityGroup => typed::<SecurityGroup>(&kv.value),
         Kind::Service => typed::<Service>(&kv.value),
         Kind::VirtualMachine => typed::<VirtualMachine>(&kv.value),

@@ -15,6 +15,7 @@ use self::reports::Reports;
 use crate::guest::{GuestActor, GuestMailbox};
 use crate::objects::{Change, World};
 use crate::services::Services;
+use crate::uplinks::Uplinks;
 use crate::view::{Affected, View};
 use crate::{Agent, error::Result};
 
@@ -29,6 +30,7 @@ pub struct Reconciler {
     agent: Agent,
     guests: BTreeMap<String, GuestMailbox>,
     services: Services,
+    uplinks: Uplinks,
     reports: Reports,
     beats: Arc<AtomicU64>,
 }
@@ -38,6 +40,7 @@ impl Reconciler {
     pub fn new(agent: Agent) -> Self {
         Self {
             services: Services::start(agent.clone()),
+            uplinks: Uplinks::start(agent.clone()),
             reports: Reports::new(&agent),
             agent,
             guests: BTreeMap::new(),
@@ -97,6 +100,7 @@ impl Reconciler {
         self.reports.begin().await?;
         self.remove_stray_ports(&world).await?;
         self.services.wake();
+        self.uplinks.wake();
         let here = world.of_kind(Kind::VirtualMachine);
         let here = here.filter(|stored| self.is_here(&stored.object));
         let mut names: BTreeSet<_> = here
@@ -122,12 +126,13 @@ impl Reconciler {
                 };
                 affected.guests.extend(found.guests);
                 affected.services |= found.services;
+                affected.uplinks |= found.uplinks;
             }
         }
         for change in &changes {
             let name = change.name();
             match change.kind() {
-                Kind::Service => {}
+                Kind::PortForward | Kind::Service => {}
                 Kind::VirtualMachine => {
                     if self.concerns_this_host(change) {
                         self.wake_guest(name);
@@ -144,6 +149,9 @@ impl Reconciler {
         }
         if affected.services {
             self.services.wake();
+        }
+        if affected.uplinks {
+            self.uplinks.wake();
         }
         Ok(())
     }

@@ -5,12 +5,11 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use keelson_api::{
-    ConditionStatus, Disk, DiskSpec, Kind, Network, NetworkSpec, Resource, SecurityGroup,
-    set_condition,
+    ConditionStatus, Disk, DiskSpec, Kind, Network, NetworkSpec, SecurityGroup, set_condition,
 };
 use tokio::time::Instant;
 
-use crate::{Agent, AgentError, error::Result};
+use crate::{Agent, error::Result};
 
 /// How long after a failure on this host (a bridge that can't be made, an image that is missing) it is
 /// tried again.
@@ -58,7 +57,7 @@ impl Reports {
             Kind::Network => self.network(name).await,
             Kind::Disk => self.disk(name).await,
             Kind::SecurityGroup => self.group(name).await,
-            Kind::Host | Kind::Service | Kind::VirtualMachine => Ok(()),
+            Kind::Host | Kind::PortForward | Kind::Service | Kind::VirtualMachine => Ok(()),
         }
     }
 
@@ -158,7 +157,11 @@ impl Reports {
                 set_condition(conditions, "Ready", status, reason, &message);
             }
         };
-        self.say(&network, observe).await
+        self.agent
+            .objects
+            .observe(&network, observe)
+            .await
+            .map(drop)
     }
 
     async fn remove_bridges(&self) -> Result<()> {
@@ -187,7 +190,7 @@ impl Reports {
             let conditions = &mut disk.status.conditions;
             set_condition(conditions, "Ready", status, reason, &message);
         };
-        self.say(&disk, observe).await
+        self.agent.objects.observe(&disk, observe).await.map(drop)
     }
 
     async fn group(&self, name: &str) -> Result<()> {
@@ -201,25 +204,7 @@ impl Reports {
             let status = ConditionStatus::True;
             set_condition(conditions, "Ready", status, "Accepted", message);
         };
-        self.say(&group, observe).await
-    }
-
-    /// Writes what is observed into an object's status; asks the store for nothing where that is there.
-    async fn say<T: Resource + Clone + PartialEq>(
-        &self,
-        known: &T,
-        observe: impl Fn(&mut T) + Send + Sync,
-    ) -> Result<()> {
-        let mut after = known.clone();
-        observe(&mut after);
-        if after == *known {
-            return Ok(());
-        }
-        let name = known.metadata().name.clone();
-        match self.agent.objects.update(&name, observe).await {
-            Ok(_) | Err(AgentError::NotFound { .. }) => Ok(()),
-            Err(error) => Err(error),
-        }
+        self.agent.objects.observe(&group, observe).await.map(drop)
     }
 }
 

@@ -40,6 +40,11 @@ impl KnownGuest {
         &self.references
     }
 
+    /// Whether it is a guest of this host; of one without interfaces and disks nobody asks.
+    pub fn is_here(&self) -> bool {
+        !self.references.is_empty()
+    }
+
     /// The networks that it has interfaces in.
     pub fn networks(&self) -> impl Iterator<Item = &str> {
         let interfaces = self.interfaces.iter();

@@ -14,7 +14,9 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 use std::sync::Arc;
 
-use keelson_api::{Disk, Kind, Network, Object, SecurityGroup, Service, VirtualMachine};
+use keelson_api::{
+    Disk, Kind, Network, Object, PortForward, SecurityGroup, Service, VirtualMachine,
+};
 use parking_lot::{RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 pub use known_guest::KnownGuest;
@@ -43,6 +45,7 @@ pub struct View {
     networks: BTreeMap<String, Network>,
     groups: BTreeMap<String, SecurityGroup>,
     services: BTreeMap<String, Service>,
+    forwards: BTreeMap<String, PortForward>,
     guests: BTreeMap<String, KnownGuest>,
     /// Guests of this host, by each object that they refer to.
     users: Relations<(Kind, String)>,
@@ -52,6 +55,8 @@ pub struct View {
     naming: Relations<String>,
     /// Services, by network.
     serving: Relations<String>,
+    /// Forwards, by the guests that they lead to.
+    forwarding: Relations<String>,
     /// The addresses in each group, and in how many interfaces each stands.
     members: BTreeMap<String, BTreeMap<IpAddr, usize>>,
 }
@@ -63,6 +68,8 @@ pub struct Affected {
     pub guests: BTreeSet<String>,
     /// The services.
     pub services: bool,
+    /// Source NAT and forwarded ports.
+    pub uplinks: bool,
 }
 
 impl View {
@@ -75,6 +82,7 @@ impl View {
             Object::Network(network) => self.set_network(network),
             Object::SecurityGroup(group) => self.set_group(group),
             Object::Service(service) => self.set_service(service),
+            Object::PortForward(forward) => self.set_forward(forward),
             Object::Host(_) => Affected::default(),
         }
     }
@@ -91,9 +99,10 @@ impl View {
                 self.affected_users(kind, name)
             }
             Kind::Network => {
-                self.networks.remove(name);
+                let before = self.networks.remove(name);
                 Affected {
                     services: self.serving.has(name),
+                    uplinks: before.is_some_and(|before| before.spec.uplink.is_some()),
                     ..self.affected_users(kind, name)
                 }
             }
@@ -109,6 +118,15 @@ impl View {
                 }
                 Affected {
                     services: true,
+                    ..Affected::default()
+                }
+            }
+            Kind::PortForward => {
+                if let Some(before) = self.forwards.remove(name) {
+                    self.forwarding.remove(name, [before.spec.guest]);
+                }
+                Affected {
+                    uplinks: true,
                     ..Affected::default()
                 }
             }
@@ -134,6 +152,16 @@ impl View {
     /// All services, by name.
     pub fn services(&self) -> &BTreeMap<String, Service> {
         &self.services
+    }
+
+    /// All forwards of ports, by name.
+    pub fn forwards(&self) -> &BTreeMap<String, PortForward> {
+        &self.forwards
+    }
+
+    /// What is known of a guest, of any host.
+    pub fn guest(&self, name: &str) -> Option<&KnownGuest> {
+        self.guests.get(name)
     }
 
     /// The guests that have an interface in a network, by name.
@@ -179,6 +207,9 @@ impl View {
         }
         let networks = [before, now].into_iter().flatten();
         let mut networks = networks.flat_map(KnownGuest::networks);
+        let changed_as_backend =
+            before.map(KnownGuest::as_backend) != now.map(KnownGuest::as_backend);
+        let moved = before.map(KnownGuest::is_here) != now.map(KnownGuest::is_here);
         let affected = Affected {
             guests: changed
                 .iter()
@@ -186,8 +217,8 @@ impl View {
                 .flat_map(|group| self.users.of(&(Kind::SecurityGroup, group.clone())))
                 .cloned()
                 .collect(),
-            services: networks.any(|network| self.serving.has(network))
-                && before.map(KnownGuest::as_backend) != now.map(KnownGuest::as_backend),
+            services: changed_as_backend && networks.any(|network| self.serving.has(network)),
+            uplinks: (changed_as_backend || moved) && self.forwarding.has(name),
         };
         if let Some(before) = before {
             self.users.remove(name, before.references().iter().cloned());
@@ -236,11 +267,13 @@ impl View {
         let name = network.metadata.name.clone();
         let spec = network.spec.clone();
         let before = self.networks.insert(name.clone(), network);
-        if before.is_some_and(|before| before.spec == spec) {
+        if before.as_ref().is_some_and(|before| before.spec == spec) {
             return Affected::default();
         }
+        let had_uplink = before.is_some_and(|before| before.spec.uplink.is_some());
         Affected {
             services: self.serving.has(&name),
+            uplinks: had_uplink || spec.uplink.is_some(),
             ..self.affected_users(Kind::Network, &name)
         }
     }
@@ -276,10 +309,27 @@ impl View {
         }
     }
 
+    fn set_forward(&mut self, forward: PortForward) -> Affected {
+        let name = forward.metadata.name.clone();
+        let spec = forward.spec.clone();
+        let before = self.forwards.insert(name.clone(), forward);
+        if before.as_ref().is_some_and(|before| before.spec == spec) {
+            return Affected::default();
+        }
+        if let Some(before) = before {
+            self.forwarding.remove(&name, [before.spec.guest]);
+        }
+        self.forwarding.add(&name, [spec.guest]);
+        Affected {
+            uplinks: true,
+            ..Affected::default()
+        }
+    }
+
     fn affected_users(&self, kind: Kind, name: &str) -> Affected {
         Affected {
             guests: self.users.of(&(kind, name.to_owned())).cloned().collect(),
-            services: false,
+            ..Affected::default()
         }
     }
 }

@@ -7,7 +7,7 @@ use keelson_api::{Kind, Object};
 use proptest::prelude::*;
 use serde_json::{Value, json};
 
-use super::View;
+use super::{Affected, View};
 
 /// Few names, so that they meet.
 const NAMES: [&str; 3] = ["a", "b", "c"];
@@ -55,13 +55,14 @@ fn guest() -> impl Strategy<Value = Object> {
 
 fn step() -> impl Strategy<Value = Step> {
     let none = json!({});
-    let network = (name(), 1000..1003_u16).prop_map({
+    let network = (name(), 1000..1003_u16, any::<bool>()).prop_map({
         let none = none.clone();
-        move |(name, mtu)| {
+        move |(name, mtu, has_uplink)| {
+            let uplink = has_uplink.then(|| json!({"device": "eth0"}));
             object(
                 "Network",
                 name,
-                &json!({"subnet": "10.0.0.0/24", "mtu": mtu}),
+                &json!({"subnet": "10.0.0.0/24", "mtu": mtu, "uplink": uplink}),
                 &none,
             )
         }
@@ -80,6 +81,13 @@ fn step() -> impl Strategy<Value = Step> {
             object("SecurityGroup", name, &json!({"ingress": rules}), &none)
         }
     });
+    let forward = (name(), name(), name()).prop_map({
+        let none = none.clone();
+        move |(name, network, guest)| {
+            let spec = json!({"network": network, "guest": guest, "ports": 80});
+            object("PortForward", name, &spec, &none)
+        }
+    });
     let service = (name(), name()).prop_map(move |(name, network)| {
         let spec = json!({"network": network, "selector": {"here": "1"}, "address": "10.0.0.9",
             "ports": [{"port": 80, "protocol": "tcp"}]});
@@ -91,8 +99,10 @@ fn step() -> impl Strategy<Value = Step> {
         Kind::Disk,
         Kind::SecurityGroup,
         Kind::Service,
+        Kind::PortForward,
     ];
-    let set = prop_oneof![4 => guest(), 1 => network, 1 => disk, 2 => group, 1 => service];
+    let set =
+        prop_oneof![4 => guest(), 1 => network, 1 => disk, 2 => group, 1 => service, 2 => forward];
     prop_oneof![
         4 => set.prop_map(|object| Step::Set(Box::new(object))),
         1 => (prop::sample::select(kinds.to_vec()), name())
@@ -164,6 +174,21 @@ fn backends(view: &View) -> String {
     found.collect()
 }
 
+/// What uplinks and forwards are made of.
+fn uplinks(view: &View) -> String {
+    let networks = view
+        .networks()
+        .values()
+        .filter(|network| network.spec.uplink.is_some());
+    let networks: Vec<_> = networks.map(|network| &network.spec).collect();
+    let forwards = view.forwards().values().map(|forward| {
+        let guest = view.guest(&forward.spec.guest);
+        let guest = guest.map(|guest| (guest.is_here(), guest.runs, &guest.interfaces));
+        format!("{:?} {guest:?}", forward.spec)
+    });
+    format!("{networks:?} {:?}", forwards.collect::<Vec<_>>())
+}
+
 proptest! {
     #[test]
     fn a_change_reaches_those_that_depend_on_it(steps in prop::collection::vec(step(), 1..60)) {
@@ -172,6 +197,7 @@ proptest! {
         for step in steps {
             let before: Vec<_> = NAMES.iter().map(|name| inputs(&objects, name)).collect();
             let backends_before = backends(&view);
+            let uplinks_before = uplinks(&view);
             let (affected, changed) = match step {
                 Step::Set(object) => {
                     let key = (object.kind(), object.metadata().name.clone());
@@ -196,6 +222,7 @@ proptest! {
                 prop_assert_eq!(found, members(&objects, name));
             }
             prop_assert!(affected.services || backends(&view) == backends_before, "{changed:?}");
+            prop_assert!(affected.uplinks || uplinks(&view) == uplinks_before, "{changed:?}");
         }
     }
 }
@@ -212,5 +239,5 @@ fn what_an_agent_observes_of_an_object_concerns_nobody() {
     };
     network.status.device = Some("kbr-a".into());
     let affected = view.set(Object::Network(network), true);
-    assert!(affected.guests.is_empty() && !affected.services);
+    assert_eq!(affected, Affected::default());
 }

@@ -3,6 +3,7 @@
 use std::ffi::OsStr;
 use std::fs::{self, File};
 use std::io::Write;
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
@@ -440,6 +441,16 @@ impl Host {
             let log = self.keelson(&["logs", guest]).output;
             log.contains(text).then_some(())
         });
+    }
+
+    /// Types a line on a guest's console.
+    ///
+    /// # Panics
+    /// If the guest doesn't run.
+    pub fn type_line(&self, guest: &str, line: &str) {
+        let console = self.path(&format!("run/vms/{guest}/console.sock"));
+        let mut console = UnixStream::connect(console).expect("the guest has a console");
+        writeln!(console, "{line}").expect("it takes a line");
     }
 
     /// Sends a signal to the guest's keelson-vmm; its process id.

@@ -1,8 +1,6 @@
 //! Guests paused, snapshotted and restored by the client, in their jails.
 
 use std::fs;
-use std::io::Write;
-use std::os::unix::net::UnixStream;
 
 use keelson_agent_tests::{Guest, Host, disk};
 use serde_json::Value;
@@ -12,12 +10,6 @@ const MIB: usize = 1 << 20;
 const IN_THE_WAY: i32 = 5;
 const WRONG: i32 = 4;
 const NOT_FOUND: i32 = 3;
-
-fn type_line(host: &Host, name: &str, line: &str) {
-    let console = host.path(&format!("run/vms/{name}/console.sock"));
-    let mut console = UnixStream::connect(console).expect("the guest has a console");
-    writeln!(console, "{line}").expect("it takes a line");
-}
 
 fn json(text: &str) -> Value {
     serde_json::from_str(text).expect("the client prints JSON")
@@ -61,7 +53,7 @@ fn a_guest_without_disks_goes_back_as_often_as_one_likes() {
         taken["memoryBytes"].as_u64().is_some_and(|bytes| bytes > 0),
         "{taken}"
     );
-    type_line(&host, "web", "next");
+    host.type_line("web", "next");
     host.wait_for_console("web", "payload: remember round=1");
     host.keelson(&["snapshot", "take", "web", "two", "--differential"])
         .done();
@@ -84,7 +76,7 @@ fn a_guest_without_disks_goes_back_as_often_as_one_likes() {
     for (snapshot, rounds) in [("one", 0), ("two", 1), ("one", 0)] {
         host.keelson(&["stop", "web", "--force"]).done();
         host.keelson(&["restore", "web", snapshot]).done();
-        type_line(&host, "web", "done");
+        host.type_line("web", "done");
         host.wait_for_phase("web", "Stopped");
         let log = fs::read_to_string(host.path("log/web/console.log")).expect("a log");
         let ended = log
@@ -132,7 +124,7 @@ fn a_guest_with_disks_goes_on_from_where_it_was_shut_off_and_only_once() {
         .done();
     assert!(host.processes("keelson-vmm").is_empty());
     host.keelson(&["restore", "web", "one"]).done();
-    type_line(&host, "web", "done");
+    host.type_line("web", "done");
     host.wait_for_phase("web", "Stopped");
     host.wait_for_console("web", "payload: done passed=3 failed=0");
     host.keelson(&["restore", "web", "one"])

@@ -15,7 +15,7 @@ use crate::wait;
 /// Delete objects, and what belongs to them.
 #[derive(Args)]
 pub struct Delete {
-    /// vm, disk, net, sg, svc or host; long names and plurals do as well.
+    /// vm, disk, net, pf, sg, svc or host; long names and plurals do as well.
     #[arg(required_unless_present = "filename", requires = "names")]
     kind: Option<Kind>,
     /// The objects' names.
@@ -35,10 +35,10 @@ impl Delete {
     /// Runs the command.
     pub async fn run(self, client: &mut Client) -> Result<(), Failure> {
         let mut targets = self.targets()?;
-        // Guests refer to all the rest, services to networks.
+        // Guests refer to all the rest, services and forwards to networks.
         targets.sort_by_key(|(kind, _)| match kind {
             Kind::VirtualMachine => 0,
-            Kind::Service => 1,
+            Kind::Service | Kind::PortForward => 1,
             _ => 2,
         });
         for (kind, name) in targets {

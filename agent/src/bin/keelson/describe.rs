@@ -15,7 +15,7 @@ const EVENTS_SHOWN: usize = 20;
 /// Show one object with its conditions and events.
 #[derive(Args)]
 pub struct Describe {
-    /// vm, disk, net, sg, svc or host; long names and plurals do as well.
+    /// vm, disk, net, pf, sg, svc or host; long names and plurals do as well.
     kind: Kind,
     /// The object's name.
     name: String,
@@ -107,6 +107,7 @@ fn conditions(object: &Object) -> &[Condition] {
         Object::Host(host) => &host.status.conditions,
         Object::Disk(disk) => &disk.status.conditions,
         Object::Network(network) => &network.status.conditions,
+        Object::PortForward(forward) => &forward.status.conditions,
         Object::SecurityGroup(group) => &group.status.conditions,
         Object::Service(service) => &service.status.conditions,
         Object::VirtualMachine(guest) => &guest.status.conditions,

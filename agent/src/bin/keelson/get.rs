@@ -13,7 +13,7 @@ use crate::output::{Format, line, print_objects};
 /// List objects, or show one.
 #[derive(Args)]
 pub struct Get {
-    /// vm, disk, net, sg, svc or host; long names and plurals do as well.
+    /// vm, disk, net, pf, sg, svc or host; long names and plurals do as well.
     kind: Kind,
     /// Only the object of this name.
     name: Option<String>,

@@ -122,6 +122,15 @@ fn print_table(objects: &[Object]) -> Result<(), Failure> {
         ]),
         Some(Object::Disk(_)) => table(["NAME", "PATH", "MODE", "READY", "AGE"]),
         Some(Object::Network(_)) => table(["NAME", "SUBNET", "GATEWAY", "DEVICE", "READY", "AGE"]),
+        Some(Object::PortForward(_)) => table([
+            "NAME",
+            "NETWORK",
+            "PORTS",
+            "ADDRESSES",
+            "TARGET",
+            "READY",
+            "AGE",
+        ]),
         Some(Object::SecurityGroup(_)) => table(["NAME", "INGRESS", "EGRESS", "AGE"]),
         Some(Object::Service(_)) => table([
             "NAME",
@@ -193,6 +202,24 @@ fn row(object: &Object) -> Vec<String> {
             readiness(&network.status.conditions),
             created,
         ],
+        Object::PortForward(forward) => {
+            let spec = &forward.spec;
+            let addresses = forward.status.addresses.iter();
+            let addresses: Vec<_> = addresses.map(|at| at.ip().to_string()).collect();
+            vec![
+                name,
+                spec.network.clone(),
+                format!("{}/{}", spec.ports, spec.protocol),
+                if addresses.is_empty() {
+                    "-".into()
+                } else {
+                    addresses.join(",")
+                },
+                format!("{}:{}", spec.guest, spec.targets()),
+                readiness(&forward.status.conditions),
+                created,
+            ]
+        }
         Object::SecurityGroup(group) => {
             let egress = group.spec.egress.as_ref();
             vec![

@@ -16,7 +16,7 @@ use crate::output::line;
 /// Wait until an object is in a condition.
 #[derive(Args)]
 pub struct Wait {
-    /// vm, disk, net, sg, svc or host; long names and plurals do as well.
+    /// vm, disk, net, pf, sg, svc or host; long names and plurals do as well.
     kind: Kind,
     /// The object's name.
     name: String,

@@ -72,7 +72,10 @@ impl<'a> Leader<'a> {
             Object::Host(host) => self.view.set_host(host),
             Object::Disk(disk) => self.view.set_disk(&disk.metadata.name, disk.spec),
             Object::VirtualMachine(guest) => self.view.set_guest(guest, revision),
-            Object::Network(_) | Object::SecurityGroup(_) | Object::Service(_) => {}
+            Object::Network(_)
+            | Object::PortForward(_)
+            | Object::SecurityGroup(_)
+            | Object::Service(_) => {}
         }
     }
 
@@ -104,7 +107,7 @@ impl<'a> Leader<'a> {
                         }
                     }
                     Kind::Host | Kind::Disk => self.settle_unsettled().await?,
-                    Kind::Network | Kind::SecurityGroup | Kind::Service => {}
+                    Kind::Network | Kind::PortForward | Kind::SecurityGroup | Kind::Service => {}
                 }
             }
             Change::Gone(Kind::VirtualMachine, name) => {

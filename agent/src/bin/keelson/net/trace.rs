@@ -148,7 +148,7 @@ impl Objects {
                     Object::SecurityGroup(group) => objects.groups.push(group),
                     Object::Network(network) => objects.networks.push(network),
                     Object::Service(service) => objects.services.push(service),
-                    Object::Host(_) | Object::Disk(_) => {}
+                    Object::Host(_) | Object::Disk(_) | Object::PortForward(_) => {}
                 }
             }
         }

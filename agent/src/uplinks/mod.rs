@@ -1,0 +1,6 @@
+//! Uplinks: how guests reach what is outside, and which ports of the host lead to them.
+
+mod keeper;
+mod plan;
+
+pub use keeper::Uplinks;

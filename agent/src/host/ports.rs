@@ -37,6 +37,15 @@ impl HostPorts {
         })
     }
 
+    /// A host that uses only these for its own connections, and listens nowhere.
+    #[cfg(test)]
+    pub fn only_local(local: RangeInclusive<u16>) -> Self {
+        Self {
+            local,
+            listening: Vec::new(),
+        }
+    }
+
     /// Why ports of the host's addresses can't be guests', if so; of both protocols where none is given.
     pub fn refuse(&self, protocol: Option<ServiceProtocol>, ports: PortRange) -> Option<String> {
         self.refuse_local(ports).or_else(|| {
@@ -129,10 +138,7 @@ mod tests {
 
     #[test]
     fn the_kernels_own_range_is_refused() {
-        let ports = HostPorts {
-            local: 32_768..=60_999,
-            listening: Vec::new(),
-        };
+        let ports = HostPorts::only_local(32_768..=60_999);
         for range in ["32768", "60999", "1-65535", "30000-40000"] {
             let refused = ports.refuse(None, range.parse().expect("a range"));
             assert!(refused.expect("refused").contains("32768-60999"), "{range}");

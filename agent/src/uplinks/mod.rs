@@ -2,5 +2,7 @@
 
 mod keeper;
 mod plan;
+#[cfg(test)]
+mod tests;
 
 pub use keeper::Uplinks;

@@ -13,9 +13,11 @@ use std::os::unix::process::ExitStatusExt;
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
-use keelson_ebpf::{Datapath, DatapathConfig, HookChoice, InterfacePolicy, Protocol};
+use keelson_ebpf::{Datapath, DatapathConfig, HookChoice, InterfacePolicy, PortForward, Protocol};
 use keelson_ebpf_common::LAYOUT_VERSION;
 use network::frames;
+use network::machine::Machine;
+use network::uplink::{EXTERNAL, UPLINK, hide, nat};
 use network::{Guest, HOST_IP, Network, allow, host_socket};
 
 with_both_hooks!(a_change_of_rules);
@@ -34,6 +36,7 @@ enum Work {
     Attach,
     Detach,
     Open,
+    Forward,
 }
 
 impl Work {
@@ -42,6 +45,7 @@ impl Work {
             Self::Attach => "attach",
             Self::Detach => "detach",
             Self::Open => "open",
+            Self::Forward => "forward",
         }
     }
 }
@@ -75,7 +79,20 @@ fn child() {
     match work.as_str() {
         "attach" => drop(datapath.attach(&policy).expect("attached")),
         "detach" => drop(datapath.detach("tap1").expect("detached")),
+        "forward" => drop(datapath.set_nat(&[nat()], &[forward(8001)]).expect("valid")),
         _ => {}
+    }
+}
+
+/// A forward of a port of the uplink to the guest.
+fn forward(port: u16) -> PortForward {
+    PortForward {
+        uplink: UPLINK.into(),
+        address: EXTERNAL[0].parse().expect("valid"),
+        protocol: Protocol::Udp,
+        port,
+        interface: "tap1".into(),
+        guest_port: 6000,
     }
 }
 
@@ -300,4 +317,57 @@ fn an_upgrade() {
         assert_eq!(frames::seen(&scene.guest.receive()).data, b"flow");
     }
     drop(scene.converge(7000));
+}
+
+/// By which external ports a machine outside reaches the guest. Nobody runs meanwhile.
+fn reached_from_outside(scene: &Scene, outside: &Machine) -> Vec<u16> {
+    while scene.guest.receive_now().is_some() {}
+    outside.run(|| {
+        for port in [8000, 8001] {
+            // Whoever has another source port is another one.
+            let socket = UdpSocket::bind(("0.0.0.0", port - 3000)).expect("bound");
+            socket.send_to(b"?", (EXTERNAL[0], port)).expect("sent");
+        }
+    });
+    let mut reached = Vec::new();
+    while let Some(frame) = scene.guest.receive_now() {
+        let seen = frames::seen(&frame);
+        assert_eq!(seen.destination_port, 6000);
+        reached.push(seen.source_port + 3000);
+    }
+    reached
+}
+
+/// A guest's port gets another external one: cut short it has the old one, the new one or, for as long as no
+/// agent comes, none, but never both.
+#[test]
+fn a_change_of_forwards() {
+    let scene = Scene::new(HookChoice::Auto);
+    let outside = Machine::outside(9);
+    hide(&outside);
+    scene.guest.up();
+    let mut datapath = scene.converge(7001);
+    datapath.set_nat(&[nat()], &[forward(8000)]).expect("valid");
+    assert_eq!(reached_from_outside(&scene, &outside), [8000]);
+    drop(datapath);
+    for (call, number) in scene.steps(Work::Forward) {
+        let mut datapath = scene.network.open();
+        datapath.set_nat(&[nat()], &[forward(8000)]).expect("valid");
+        assert_eq!(reached_from_outside(&scene, &outside), [8000]);
+        drop(datapath);
+        let (killed, trace) = scene.run(Work::Forward, Some((call, number)));
+        let reached = reached_from_outside(&scene, &outside);
+        assert!(reached.len() <= 1, "{call} {number}: {reached:?}\n{trace}");
+        assert!(killed || reached == [8001], "{call} {number}");
+        let mut datapath = scene.network.open();
+        datapath.set_nat(&[nat()], &[forward(8001)]).expect("valid");
+        assert_eq!(
+            reached_from_outside(&scene, &outside),
+            [8001],
+            "{call} {number}"
+        );
+        datapath.set_nat(&[], &[]).expect("valid");
+        assert!(reached_from_outside(&scene, &outside).is_empty());
+        assert!(datapath.external_use().expect("read").is_empty());
+    }
 }

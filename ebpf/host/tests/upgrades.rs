@@ -4,18 +4,21 @@
 mod network;
 mod older;
 
-use std::net::UdpSocket;
+use std::net::{SocketAddr, TcpStream, UdpSocket};
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use keelson_ebpf::{Datapath, DatapathError, DropReason, HookChoice, InterfacePolicy, Protocol};
 use keelson_ebpf_common::LAYOUT_VERSION;
 use network::frames::{self, Ends};
+use network::machine::{connect, talk};
+use network::uplink::{EXTERNAL, INSIDE, SERVED, Scene, forwards, nat};
 use network::{Guest, HOST_IP, HOST_MAC, Network, allow, host_socket};
 
 with_both_hooks!(
     connections_go_on_and_nothing_is_open_meanwhile,
     a_captured_and_limited_interface_stays_so,
-    a_later_layout_is_refused
+    a_later_layout_is_refused,
+    what_guests_have_at_an_uplink_goes_on
 );
 
 fn to_host(guest: &Guest) -> Ends {
@@ -123,4 +126,35 @@ fn a_later_layout_is_refused(hook: HookChoice) {
             matches!(error, DatapathError::LayoutMismatch { found, .. } if found == layout);
         assert!(is_mismatch, "{error}");
     }
+}
+
+/// Connections to the outside and through a forward, while the programs of guests and of the uplink are replaced.
+fn what_guests_have_at_an_uplink_goes_on(hook: HookChoice) {
+    let Scene {
+        mut datapath,
+        guests,
+        outside,
+        network,
+    } = Scene::new(hook);
+    let wanted = forwards(&guests[1], 8000, INSIDE);
+    datapath.set_nat(&[nat()], &wanted).expect("valid");
+    let (ipv4, ipv6) = (outside.ipv4, outside.ipv6);
+    let to = [ipv4, ipv6].map(|address| SocketAddr::new(address, SERVED));
+    let mut streams: Vec<TcpStream> = guests[0].run(move || to.map(|to| connect(to).0)).into();
+    let to = EXTERNAL.map(|address| SocketAddr::new(address.parse().expect("valid"), 8000));
+    streams.extend(outside.run(move || to.map(|to| connect(to).0)));
+    let talk_all = |streams: &mut Vec<TcpStream>| {
+        for stream in streams {
+            talk(stream, 100_000).expect("the connection goes on");
+        }
+    };
+    talk_all(&mut streams);
+    drop(datapath);
+    older::make_older(&network.config);
+    talk_all(&mut streams);
+    let mut datapath = network.open();
+    talk_all(&mut streams);
+    datapath.set_nat(&[nat()], &wanted).expect("valid");
+    talk_all(&mut streams);
+    assert_eq!(older::layout(&network.config), LAYOUT_VERSION);
 }

@@ -2,6 +2,7 @@
 
 mod disks;
 mod host;
+mod uplinks;
 
 use std::io;
 use std::net::SocketAddr;
@@ -90,7 +91,9 @@ async fn page(agent: &Agent) -> Result<String> {
     let hook = agent.network.hook().await?;
     let host = HostFamilies::new().map_err(failed)?;
     host.set(agent, &world).await;
-    let page = families.encode(&hook, host.collect()).map_err(failed)?;
+    let mut more = host.collect();
+    more.extend(uplinks::collect(agent).await?);
+    let page = families.encode(&hook, more).map_err(failed)?;
     Ok(page + &disks::page(agent).await?)
 }
 

@@ -1,8 +1,12 @@
 //! What the agent's host is.
 
 use keelson_api::proto::host_server::Host;
-use keelson_api::proto::{InfoRequest, InfoResponse, Object, ScheduleRequest};
+use keelson_api::proto::{
+    ExternalAddress, InfoRequest, InfoResponse, Object, PacketCounter, ScheduleRequest,
+    UplinksRequest, UplinksResponse,
+};
 use keelson_api::{HostSpec, Kind, Resource};
+use keelson_ebpf::Tally;
 use tonic::{Request, Response, Status};
 
 use super::{status, to_proto};
@@ -33,6 +37,26 @@ impl Host for HostService {
             memory_bytes: inventory.memory_bytes,
             state: self.agent.objects.location().await.map_err(status)?,
             network_hook: self.agent.network.hook().await.map_err(status)?,
+        }))
+    }
+
+    async fn uplinks(
+        &self,
+        _: Request<UplinksRequest>,
+    ) -> Result<Response<UplinksResponse>, Status> {
+        let used = self.agent.network.external_use().await.map_err(status)?;
+        let counter = |tally: Tally| PacketCounter {
+            packets: tally.packets,
+            bytes: tally.bytes,
+        };
+        let addresses = used.into_iter().map(|used| ExternalAddress {
+            device: used.uplink,
+            address: used.address.to_string(),
+            to_uplink: Some(counter(used.to_uplink)),
+            from_uplink: Some(counter(used.from_uplink)),
+        });
+        Ok(Response::new(UplinksResponse {
+            addresses: addresses.collect(),
         }))
     }
 

@@ -35,6 +35,7 @@ impl Uplinks {
             agent,
             wake: Arc::clone(&wake),
             watched: Watched::default(),
+            follows: false,
             applied: None,
         };
         tokio::spawn(keeper.run());
@@ -61,20 +62,20 @@ struct Keeper {
     agent: Agent,
     wake: Arc<Notify>,
     watched: Watched,
+    /// Whether the devices are followed: from the first that somebody names on.
+    follows: bool,
     applied: Option<Applied>,
 }
 
 impl Keeper {
     async fn run(mut self) {
-        self.wake.notified().await;
-        tokio::spawn(follow(self.watched.clone(), Arc::clone(&self.wake)));
         loop {
+            self.wake.notified().await;
             while let Err(error) = self.reconcile().await {
                 tracing::warn!(%error, "uplinks can't be put in force; trying again");
                 self.applied = None;
                 tokio::time::sleep(RETRY).await;
             }
-            self.wake.notified().await;
         }
     }
 
@@ -84,6 +85,9 @@ impl Keeper {
         let names: BTreeSet<String> = with_uplink.map(|uplink| uplink.device.clone()).collect();
         // Before they are looked at, so that no change is missed.
         self.watched.lock().clone_from(&names);
+        if !names.is_empty() && !std::mem::replace(&mut self.follows, true) {
+            tokio::spawn(follow(self.watched.clone(), Arc::clone(&self.wake)));
+        }
         let surroundings = self.surroundings(&names).await?;
         let plan = Plan::new(&networks, &forwards, &surroundings);
         let done = self.put_in_force(&plan, &networks, surroundings).await;
@@ -162,6 +166,11 @@ impl Keeper {
             devices: surroundings.devices,
         };
         if self.applied.as_ref() == Some(&wanted) {
+            return Ok(());
+        }
+        let nothing = wanted.source_nat.is_empty() && wanted.forwards.is_empty();
+        if nothing && self.applied.is_none() && surroundings.in_use.is_empty() {
+            // Most hosts have no uplinks at all.
             return Ok(());
         }
         let routed = networks

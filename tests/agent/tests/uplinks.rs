@@ -7,7 +7,7 @@ use std::os::fd::AsFd;
 use std::thread;
 use std::time::Duration;
 
-use keelson_agent_tests::{Guest, Host, security_group};
+use keelson_agent_tests::{Guest, Host, metrics, security_group};
 use keelson_vmm_tests::wait_until;
 use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 use serde_json::Value;
@@ -18,10 +18,13 @@ const WRONG: i32 = 4;
 const MISSING: i32 = 5;
 /// Where the host is to the machine outside.
 const EXTERNAL: &str = "192.0.2.1";
+/// Where the agent serves metrics, in the host's own namespace.
+const METRICS: &str = "127.0.0.1:9753";
 
 /// A host with an uplink, whose agent does not run yet.
 fn host() -> Host {
     let host = Host::without_agent();
+    host.configure(&format!("metrics_listen = \"{METRICS}\"\n"));
     // Namespaces by name are this test's own.
     let mounted = std::process::Command::new("mount")
         .args(["-t", "tmpfs", "tmpfs", "/run"])
@@ -237,6 +240,43 @@ fn guests_reach_outside_and_are_reached_through_forwards() {
         table.contains("8080/tcp") && table.contains("web-5:8080"),
         "{table}"
     );
+
+    let counters = host.keelson(&["net", "counters", "-o", "json"]).done();
+    let counters: Value = serde_json::from_str(&counters).expect("the client prints JSON");
+    assert_eq!(counters[0]["device"], "up0", "{counters}");
+    for direction in ["toUplink", "fromUplink"] {
+        let packets = |at: usize| counters[at][direction]["packets"].as_u64().unwrap_or(0);
+        assert!(packets(0) + packets(1) > 2, "{direction}: {counters}");
+    }
+    let table = host.keelson(&["net", "counters"]).done();
+    assert!(
+        table.contains("to uplink") && table.contains(EXTERNAL),
+        "{table}"
+    );
+    let page = metrics(METRICS);
+    let line = "keelson_network_uplink_packets_total{address=\"192.0.2.1\",direction=\"to-uplink\",uplink=\"up0\"}";
+    let value = page.lines().find_map(|found| found.strip_prefix(line));
+    let value: f64 = value.expect(&page).trim().parse().expect("a number");
+    assert!(value > 1.0, "{page}");
+    let said = host
+        .keelson(&["net", "trace", "web-5", "192.0.2.2", "443"])
+        .done();
+    for line in [
+        "uplink: Network/lan by up0: translated to 192.0.2.1",
+        "passes",
+    ] {
+        assert!(said.contains(line), "{line:?} is said:\n{said}");
+    }
+    let said = host
+        .keelson(&["net", "trace", "192.0.2.2", EXTERNAL, "8080"])
+        .done();
+    for line in [
+        "uplink: PortForward/http 8080/tcp: leads to port 8080 of web-5/eth0",
+        "ingress of web-5/eth0: allowed by SecurityGroup/web spec.ingress[1]",
+        "passes",
+    ] {
+        assert!(said.contains(line), "{line:?} is said:\n{said}");
+    }
 
     let changed = forward("http", "ports: 8081-8082, targetPort: 8080, guest: web-6");
     host.apply(&changed).done();

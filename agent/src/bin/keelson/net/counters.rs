@@ -2,21 +2,23 @@
 
 use clap::Args;
 use keelson_api::BitRate;
-use keelson_api::proto::{CountersRequest, DirectionCounters, RateLimit};
+use keelson_api::proto::{
+    CountersRequest, DirectionCounters, PacketCounter, RateLimit, UplinksRequest,
+};
 use serde_json::{Value, json};
 
 use crate::client::Client;
 use crate::failure::Failure;
 use crate::output::{Format, print_lines, print_value, table};
 
-/// Packets and bytes by interface, direction and reason.
+/// Packets and bytes by interface, direction and reason; without a guest, what was translated at uplinks.
 ///
 /// Of each rule it shows the packets that it let open a flow, or that belong to none; what follows in
 /// a flow is in `passed` only. A direction that is limited shows its limit.
 #[derive(Args)]
 pub struct Counters {
-    /// The guest.
-    name: String,
+    /// The guest; the host's uplinks where not given.
+    name: Option<String>,
     /// How to print.
     #[arg(short, long, value_enum, default_value_t)]
     output: Format,
@@ -25,7 +27,10 @@ pub struct Counters {
 impl Counters {
     /// Runs the command.
     pub async fn run(self, client: &mut Client) -> Result<(), Failure> {
-        let request = CountersRequest { name: self.name };
+        let Some(name) = self.name else {
+            return uplinks(client, self.output).await;
+        };
+        let request = CountersRequest { name };
         let interfaces = client
             .guests
             .counters(request)
@@ -81,6 +86,43 @@ impl Counters {
         }
         print_lines(&rows)
     }
+}
+
+/// What was translated at each address of the host's uplinks. What was not is with the guests that sent it.
+async fn uplinks(client: &mut Client, output: Format) -> Result<(), Failure> {
+    let response = client.host.uplinks(UplinksRequest {}).await?.into_inner();
+    if matches!(output, Format::Json | Format::Yaml) {
+        let addresses = response.addresses.iter().map(|address| {
+            let count = |counter: Option<PacketCounter>| {
+                let counter = counter.unwrap_or_default();
+                json!({ "packets": counter.packets, "bytes": counter.bytes })
+            };
+            json!({
+                "device": address.device,
+                "address": address.address,
+                "toUplink": count(address.to_uplink),
+                "fromUplink": count(address.from_uplink),
+            })
+        });
+        return print_value(output, &addresses.collect::<Vec<_>>());
+    }
+    let mut rows = table(["UPLINK", "ADDRESS", "DIRECTION", "PACKETS", "BYTES"]);
+    for address in response.addresses {
+        for (direction, counter) in [
+            ("to uplink", address.to_uplink),
+            ("from uplink", address.from_uplink),
+        ] {
+            let counter = counter.unwrap_or_default();
+            rows.add_row([
+                address.device.clone(),
+                address.address.clone(),
+                direction.into(),
+                counter.packets.to_string(),
+                counter.bytes.to_string(),
+            ]);
+        }
+    }
+    print_lines(&rows)
 }
 
 /// A limit in the columns of what passed.

@@ -5,6 +5,7 @@ mod counters;
 mod packets;
 mod trace;
 mod trace_service;
+mod trace_uplink;
 
 use clap::Subcommand;
 
@@ -14,7 +15,7 @@ use crate::failure::Failure;
 /// Show what guests' networks do.
 #[derive(Subcommand)]
 pub enum Net {
-    /// Packets and bytes by interface, direction and reason.
+    /// Packets and bytes by interface, direction and reason; without a guest, those at uplinks.
     Counters(counters::Counters),
     /// A guest's flows; with --follow, those that begin and end.
     Flows(packets::Flows),

@@ -6,8 +6,8 @@ use std::net::IpAddr;
 use anyhow::anyhow;
 use clap::{Args, ValueEnum};
 use keelson_api::{
-    EgressRule, IngressRule, Interface, Kind, Network, Object, Protocol, RuleParts, SecurityGroup,
-    Service, VirtualMachine,
+    EgressRule, IngressRule, Interface, Kind, Network, Object, PortForward, Protocol, RuleParts,
+    SecurityGroup, Service, VirtualMachine,
 };
 
 use crate::client::Client;
@@ -15,6 +15,7 @@ use crate::failure::Failure;
 use crate::output::line;
 
 use super::trace_service::{self, ToService};
+use super::trace_uplink;
 
 /// Say which rule decides about a new connection, and why.
 ///
@@ -52,6 +53,7 @@ struct Objects {
     groups: Vec<SecurityGroup>,
     networks: Vec<Network>,
     services: Vec<Service>,
+    forwards: Vec<PortForward>,
 }
 
 /// One end: an address, and the interface that has it, if that is a guest's.
@@ -93,7 +95,7 @@ impl Trace {
             Some((service, address)) => {
                 objects.decide_service(&from, service, address, &question)?
             }
-            None => objects.decide(&from, &to, &question)?,
+            None => objects.decide_forwarded(&from, &to, &question)?,
         };
         if allowed {
             line("passes")
@@ -135,12 +137,14 @@ impl Objects {
             groups: Vec::new(),
             networks: Vec::new(),
             services: Vec::new(),
+            forwards: Vec::new(),
         };
         for kind in [
             Kind::VirtualMachine,
             Kind::SecurityGroup,
             Kind::Network,
             Kind::Service,
+            Kind::PortForward,
         ] {
             for object in client.list(kind).await? {
                 match object {
@@ -148,7 +152,8 @@ impl Objects {
                     Object::SecurityGroup(group) => objects.groups.push(group),
                     Object::Network(network) => objects.networks.push(network),
                     Object::Service(service) => objects.services.push(service),
-                    Object::Host(_) | Object::Disk(_) | Object::PortForward(_) => {}
+                    Object::PortForward(forward) => objects.forwards.push(forward),
+                    Object::Host(_) | Object::Disk(_) => {}
                 }
             }
         }
@@ -209,6 +214,39 @@ impl Objects {
             allowed &= self.decide(from, &backend, &question)?;
         }
         Ok(allowed)
+    }
+
+    /// Says what decides about a connection, where it leads by way of an uplink, and whether it passes.
+    fn decide_forwarded(
+        &self,
+        from: &End<'_>,
+        to: &End<'_>,
+        question: &Question,
+    ) -> Result<bool, Failure> {
+        let outside = from.interface.is_none() && to.interface.is_none();
+        let asked = (question.protocol, question.number);
+        let found = trace_uplink::find(&self.forwards, &self.guests, to.address, asked);
+        let Some(forwarded) = found.filter(|_| outside) else {
+            let sender = from.interface.filter(|_| to.interface.is_none());
+            let outward = sender.and_then(|(_, own)| trace_uplink::outward(&self.networks, own));
+            if let Some(outward) = outward {
+                line(&format!("uplink: {outward}"))?;
+            }
+            return self.decide(from, to, question);
+        };
+        line(&format!("uplink: {}", forwarded.description))?;
+        let ipv6 = forwarded.interface.address_v6.map(IpAddr::from);
+        let ipv4 = forwarded.interface.address.map(IpAddr::from);
+        let own = if to.address.is_ipv6() { ipv6 } else { ipv4 };
+        let target = End {
+            address: own.unwrap_or(to.address),
+            interface: Some((forwarded.guest, forwarded.interface)),
+        };
+        let question = Question {
+            protocol: question.protocol,
+            number: forwarded.port,
+        };
+        self.decide(from, &target, &question)
     }
 
     /// Says what decides about a connection between two ends, and whether it passes.

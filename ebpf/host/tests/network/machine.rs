@@ -26,14 +26,18 @@ pub struct Machine {
 
 /// Gives the host a bridge with addresses, to which machines are linked.
 pub fn bridge() {
-    for setting in ["all", "default"] {
-        let file = format!("/proc/sys/net/ipv6/conf/{setting}/disable_ipv6");
-        std::fs::write(file, "0").expect("the namespace has IPv6");
-    }
+    enable_ipv6();
     ip(&format!("link add {BRIDGE} type bridge"));
     ip(&format!("addr add 10.77.0.1/24 dev {BRIDGE}"));
     ip(&format!("addr add {HOST_IPV6}/64 dev {BRIDGE} nodad"));
     ip(&format!("link set {BRIDGE} up"));
+}
+
+fn enable_ipv6() {
+    for setting in ["all", "default"] {
+        let file = format!("/proc/sys/net/ipv6/conf/{setting}/disable_ipv6");
+        std::fs::write(file, "0").expect("the namespace has IPv6");
+    }
 }
 
 impl Machine {
@@ -47,6 +51,7 @@ impl Machine {
 
     /// A machine that the host routes for.
     pub fn outside(number: u8) -> Self {
+        enable_ipv6();
         let machine = Self::linked(number, 99, 24);
         machine.join_outside();
         for file in ["ipv4/ip_forward", "ipv6/conf/all/forwarding"] {

@@ -56,6 +56,11 @@ pub struct Config {
     pub host_reserved_memory: MemorySize,
     /// Virtual processors that guests may have for each of the host's.
     pub cpu_overcommit: u32,
+    /// The TCP address at which guests come in that move to this host while they run; if not given, the
+    /// host takes none. What comes is not encrypted.
+    pub migration_listen: Option<SocketAddr>,
+    /// The address at which other hosts reach it; `migration_listen` where not given.
+    pub migration_advertise: Option<SocketAddr>,
 }
 
 /// How eBPF programs are attached to a guest's TAP device.
@@ -89,6 +94,8 @@ impl Default for Config {
             host_lease_seconds: 10,
             host_reserved_memory: MemorySize::from_mib(512).unwrap_or_else(|| unreachable!()),
             cpu_overcommit: 16,
+            migration_listen: None,
+            migration_advertise: None,
         }
     }
 }
@@ -123,7 +130,20 @@ impl Config {
         if self.cpu_overcommit == 0 {
             return Err("cpu_overcommit is 0; give 1 or more".into());
         }
+        if let Some(address) = self.migration_address()
+            && (address.ip().is_unspecified() || address.port() == 0)
+        {
+            return Err(format!(
+                "other hosts can't reach {address}; give migration_advertise, with an address and a port"
+            ));
+        }
         Ok(())
+    }
+
+    /// Where other hosts send guests that move here, if this one takes any.
+    pub fn migration_address(&self) -> Option<SocketAddr> {
+        let listen = self.migration_listen?;
+        Some(self.migration_advertise.unwrap_or(listen))
     }
 
     /// The folder of `keelson-vmm` and `keelson-blk`.

@@ -15,6 +15,7 @@ pub mod fleet;
 mod guest;
 pub mod host;
 mod metrics;
+mod migration;
 mod objects;
 mod reconciler;
 mod server;
@@ -40,6 +41,7 @@ use crate::events::EventRecorder;
 use crate::fleet::Fleet;
 use crate::guest::{GuestLayer, GuestProcesses};
 use crate::host::{HostNetwork, Inventory};
+use crate::migration::Arrivals;
 use crate::objects::ObjectStore;
 use crate::view::SharedView;
 
@@ -53,6 +55,7 @@ pub struct Agent {
     events: EventRecorder,
     fleet: Fleet,
     guests: Arc<dyn GuestLayer>,
+    arrivals: Arrivals,
     /// What the reconciler knows of all objects.
     view: SharedView,
     /// Keeps other agents out of the run directory for as long as this one lives.
@@ -98,6 +101,7 @@ impl Agent {
         Ok(Self {
             fleet,
             guests,
+            arrivals: Arrivals::default(),
             view: SharedView::default(),
             run_directory: Arc::default(),
             config: Arc::new(config),
@@ -116,6 +120,7 @@ impl Agent {
     pub async fn join_fleet(&self) -> Result<()> {
         let lock = lock_run_directory(&self.config)?;
         self.run_directory.get_or_init(|| lock);
+        self.arrivals.listen(&self.config).await?;
         self.fleet.join(self).await
     }
 

@@ -85,6 +85,9 @@ pub struct HostStatus {
     /// What guests may have of it in sum.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub allocatable: Option<HostResources>,
+    /// Where guests come in that move to it while they run; nothing if it takes none.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub migration_address: Option<String>,
     /// `Ready`: its agent renews its lease.
     pub conditions: Vec<Condition>,
 }

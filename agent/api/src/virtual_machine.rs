@@ -11,6 +11,7 @@ use crate::FieldError;
 use crate::cloud_init::CloudInit;
 use crate::devices::Devices;
 use crate::metadata::{Condition, ObjectMeta, validate_name};
+use crate::migration::Migration;
 use crate::object::absolute_path;
 use crate::rate_limit::InterfaceLimits;
 use crate::resource_limits::ResourceLimits;
@@ -454,6 +455,9 @@ pub struct VirtualMachineStatus {
     /// Its interfaces as they are on the host.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub interfaces: Vec<InterfaceStatus>,
+    /// Its latest move to another host while it ran, if there was one.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub migration: Option<Migration>,
     /// `Ready`, and `RestartRequired` where the spec changed under a running guest.
     pub conditions: Vec<Condition>,
 }

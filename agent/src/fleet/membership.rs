@@ -17,6 +17,7 @@ use super::{Guard, Instant, LeaseTerms, keys, scheduler};
 use crate::config::Config;
 use crate::events::EventRecorder;
 use crate::host::Inventory;
+use crate::migration::transitions::is_expected_on;
 use crate::objects::ObjectStore;
 use crate::{Agent, AgentError, error::Result};
 
@@ -132,6 +133,11 @@ impl Fleet {
         self.inner.exclusive || is_placed_on(guest, &self.inner.host)
     }
 
+    /// Whether a guest is to come to this host while it runs, and is not placed here yet.
+    pub fn is_expected(&self, guest: &VirtualMachine) -> bool {
+        is_expected_on(guest, &self.inner.host)
+    }
+
     /// Whether this agent places the fleet's guests.
     pub fn is_scheduler(&self) -> bool {
         self.inner.scheduler.load(Ordering::Relaxed)
@@ -151,7 +157,7 @@ impl Fleet {
     }
 
     /// The store, for what is no object.
-    pub(super) fn store(&self) -> &Arc<dyn StateStore> {
+    pub fn store(&self) -> &Arc<dyn StateStore> {
         &self.inner.store
     }
 

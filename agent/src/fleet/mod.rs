@@ -22,5 +22,6 @@ mod simulation;
 
 pub use clock::{Instant, LeaseTerms};
 pub use guard::Guard;
+pub use keys::host as host_key;
 pub use membership::{Fleet, LeaseCheck};
-pub use scheduler::is_movable;
+pub use scheduler::{choose_destination, is_movable};

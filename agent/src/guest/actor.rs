@@ -1,5 +1,7 @@
 //! The task that keeps one guest as its object desires.
 
+mod migration;
+
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -11,6 +13,7 @@ use keelson_api::{
 use keelson_vmm::api::{ExitReason, ExitStatus};
 use tokio::time::Instant;
 
+use self::migration::Moving;
 use super::layer::GuestRuntime;
 use super::mailbox::{Bell, GuestMailbox};
 use super::plan::Plan;
@@ -44,6 +47,7 @@ pub struct GuestActor {
     /// Starts and runs in a row that failed early.
     failures: u32,
     not_before: Option<Instant>,
+    moving: Moving,
 }
 
 /// When to look again, unless something happens.
@@ -68,6 +72,7 @@ impl GuestActor {
             stopping_since: None,
             failures: 0,
             not_before: None,
+            moving: Moving::default(),
         };
         GuestMailbox::new(bell, tokio::spawn(actor.run()))
     }
@@ -140,7 +145,10 @@ impl GuestActor {
             Err(error) => return Err(error),
         };
         if !self.agent.fleet.is_here(&guest) {
-            return self.leave(&guest).await;
+            return match self.receive(&guest).await? {
+                Some(next) => Ok(next),
+                None => self.leave(&guest).await,
+            };
         }
         if let Some(exit) = self.runtime.take_exit().await {
             self.handle_end(&guest, exit).await?;
@@ -150,6 +158,9 @@ impl GuestActor {
             // As the guard does; what its backends lose meanwhile must not come back.
             self.runtime.kill().await;
             return Ok(Next::After(Duration::ZERO));
+        }
+        if let Some(next) = self.migrate(&guest).await? {
+            return Ok(next);
         }
         let deleting = guest.metadata.deletion_timestamp.is_some();
         let leaving = !deleting && self.is_leaving(&guest).await?;

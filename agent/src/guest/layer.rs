@@ -6,6 +6,7 @@ use std::time::Duration;
 use async_trait::async_trait;
 
 use super::actor::GuestExit;
+use super::movable::MovableRuntime;
 use super::plan::{Plan, RunningPlan};
 use super::runtime::{Problem, Runtime};
 use crate::config::Config;
@@ -79,6 +80,11 @@ pub trait GuestRuntime: fmt::Debug + Send + Sync {
 
     /// From now on it is killed when the host's lease is about to end.
     fn put_on_lease(&mut self, lease: LeaseCheck) -> Result<()>;
+
+    /// The same guest, as it moves to another host and comes from one; `None` if it can't.
+    fn as_movable(&mut self) -> Option<&mut dyn MovableRuntime> {
+        None
+    }
 
     /// From now on it goes on without the lease.
     fn take_off_lease(&mut self) -> Result<()>;

@@ -4,7 +4,8 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use keelson_vmm::api::{
-    Event, ExitStatus, GuestState, Request, Response, SnapshotRequest, SnapshotTaken, Status,
+    Event, ExitStatus, GuestState, MigrationStatus, Request, Response, SnapshotRequest,
+    SnapshotTaken, Status,
 };
 use keelson_vmm::client::{ClientError, VmmClient};
 use keelson_vmm::config::{
@@ -39,6 +40,8 @@ pub struct Origin {
     pub jail: Option<(JailUser, PathBuf)>,
     /// The snapshot that it goes on from, instead of booting.
     pub snapshot: Option<PathBuf>,
+    /// It waits for a guest of another host, instead of booting.
+    pub incoming: bool,
 }
 
 /// A guest's virtual machine.
@@ -78,6 +81,9 @@ impl Machine {
         if let Some(snapshot) = &origin.snapshot {
             arguments.push("--restore".into());
             arguments.push(snapshot.into());
+        }
+        if origin.incoming {
+            arguments.push("--incoming".into());
         }
         let request = LaunchRequest {
             program: programs.join("keelson-vmm"),
@@ -135,6 +141,21 @@ impl Machine {
     /// Lets a paused guest go on.
     pub async fn resume(&self) -> Result<()> {
         self.call(VmmClient::resume).await
+    }
+
+    /// How its guest's latest migration away from it gets on.
+    pub async fn migration(&self) -> Result<MigrationStatus> {
+        self.call(VmmClient::migration).await
+    }
+
+    /// Keeps a guest stopped that the other side has, until it is told to go on or ended.
+    pub async fn release_migration(&self) -> Result<()> {
+        self.call(VmmClient::release_migration).await
+    }
+
+    /// Lets a guest stay that is being migrated and was not released.
+    pub async fn cancel_migration(&self) -> Result<()> {
+        self.call(VmmClient::cancel_migration).await
     }
 
     /// Takes a snapshot; returns when it is on the disk.

@@ -39,13 +39,7 @@ impl GuestMailbox {
     /// one.
     #[must_use]
     pub fn wake(&self) -> bool {
-        let mut state = self.bell.state.lock();
-        if *state == State::Closed {
-            return false;
-        }
-        *state = State::Rang;
-        self.bell.notify.notify_one();
-        true
+        self.bell.ring()
     }
 
     /// Whether the actor's work is over.
@@ -61,6 +55,17 @@ impl Drop for GuestMailbox {
 }
 
 impl Bell {
+    /// Rings; `false` if the actor has ended.
+    pub fn ring(&self) -> bool {
+        let mut state = self.state.lock();
+        if *state == State::Closed {
+            return false;
+        }
+        *state = State::Rang;
+        self.notify.notify_one();
+        true
+    }
+
     /// Waits until it rings.
     pub async fn rang(&self) {
         self.notify.notified().await;

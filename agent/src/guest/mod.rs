@@ -9,6 +9,7 @@ mod jail;
 mod layer;
 mod machine;
 mod mailbox;
+mod movable;
 mod paths;
 mod plan;
 mod runtime;

@@ -1,5 +1,7 @@
 //! The processes and devices of one guest on this host.
 
+mod migration;
+
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -15,6 +17,7 @@ use super::actor::{GuestExit, first_ended};
 use super::jail::JailUser;
 use super::layer::GuestRuntime;
 use super::machine::Origin;
+use super::movable::MovableRuntime;
 use super::plan::{Plan, RunningPlan};
 use super::snapshots::GuestSnapshots;
 use super::{GuestPaths, Machine, disk_backend, disk_image};
@@ -179,6 +182,7 @@ impl GuestRuntime for Runtime {
         let origin = Origin {
             snapshot: restored.as_ref().map(|snapshot| snapshots.join(snapshot)),
             jail: jail.map(|user| (user, snapshots)),
+            incoming: false,
         };
         let machine = self.start_machine(&programs, plan, &origin).await?;
         self.snapshots.forget_restore()?;
@@ -358,6 +362,10 @@ impl GuestRuntime for Runtime {
         self.mark_leased()?;
         self.lease = Some(lease);
         Ok(())
+    }
+
+    fn as_movable(&mut self) -> Option<&mut dyn MovableRuntime> {
+        Some(self)
     }
 
     /// From now on it goes on without the lease, which its object must say already.

@@ -10,6 +10,7 @@ use super::layer::GuestRuntime;
 use super::plan::Plan;
 use super::runtime::Problem;
 use crate::fleet::{LeaseCheck, claim};
+use crate::migration::transitions;
 use crate::{Agent, AgentError, error::Result};
 
 /// Writes what is observed of a guest into its object's status.
@@ -328,6 +329,7 @@ fn restart_required(status: &mut VirtualMachineStatus, required: bool) {
 }
 
 fn not_running(status: &mut VirtualMachineStatus) {
+    transitions::fail(status, "the guest does not run any more");
     status.process_id = None;
     status.started_at = None;
     status.running_generation = None;

@@ -75,6 +75,9 @@ impl Inventory {
             kernel: self.kernel.clone(),
             capacity: Some(capacity),
             allocatable: Some(allocatable),
+            migration_address: config
+                .migration_address()
+                .map(|address| address.to_string()),
             conditions: Vec::new(),
         }
     }

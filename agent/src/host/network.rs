@@ -170,6 +170,21 @@ impl HostNetwork {
 
     /// Makes a guest's TAP device ready: the policy is in force before the device is up.
     pub async fn ensure_port(&self, port: &GuestPort) -> Result<()> {
+        let bridge = self.prepare_port(port).await?;
+        let device = port.device();
+        self.links
+            .bring_up(&device, port.network_spec.mtu, Some(bridge))
+            .await?;
+        let ifindex = self.links.require(&device).await?;
+        let router_mac = router_mac(&port.network);
+        self.configurations.set(ifindex, of_port(port, router_mac));
+        failpoint(&port.guest, "port-up");
+        Ok(())
+    }
+
+    /// Makes a guest's TAP device with its policy, and leaves it down: nothing reaches it, and it answers
+    /// nobody. The index of its bridge.
+    pub async fn prepare_port(&self, port: &GuestPort) -> Result<u32> {
         let device = port.device();
         let bridge = device_name(BRIDGE_PREFIX, &port.network);
         let router_mac = router_mac(&port.network);
@@ -185,13 +200,7 @@ impl HostNetwork {
             .await?;
         self.captures.resume(&device).await?;
         failpoint(&port.guest, "port-policy-attached");
-        self.links
-            .bring_up(&device, port.network_spec.mtu, Some(bridge))
-            .await?;
-        let ifindex = self.links.require(&device).await?;
-        self.configurations.set(ifindex, of_port(port, router_mac));
-        failpoint(&port.guest, "port-up");
-        Ok(())
+        Ok(bridge)
     }
 
     /// Removes the TAP device of a guest's interface, and then its policy.

@@ -102,7 +102,8 @@ impl Reconciler {
         self.services.wake();
         self.uplinks.wake();
         let here = world.of_kind(Kind::VirtualMachine);
-        let here = here.filter(|stored| self.is_here(&stored.object));
+        let here =
+            here.filter(|stored| self.is_here(&stored.object) || self.is_expected(&stored.object));
         let mut names: BTreeSet<_> = here
             .map(|stored| stored.object.metadata().name.clone())
             .collect();
@@ -179,10 +180,15 @@ impl Reconciler {
         }
     }
 
-    /// Whether a guest is placed here, or something of it is left here.
+    /// Whether a guest is to come here while it runs.
+    fn is_expected(&self, object: &Object) -> bool {
+        matches!(object, Object::VirtualMachine(guest) if self.agent.fleet.is_expected(guest))
+    }
+
+    /// Whether a guest is placed here or is to come here, or something of it is left here.
     fn concerns_this_host(&self, change: &Change) -> bool {
         let placed = match change {
-            Change::Set(object) => self.is_here(object),
+            Change::Set(object) => self.is_here(object) || self.is_expected(object),
             Change::Gone(..) => false,
         };
         let actor = self.guests.get(change.name());

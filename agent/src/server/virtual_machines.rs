@@ -7,14 +7,15 @@ use std::time::Duration;
 use futures::{Stream, StreamExt};
 use keelson_api::proto::virtual_machines_server::VirtualMachines;
 use keelson_api::proto::{
-    CaptureRequest, CapturedPacket, ConsoleInput, ConsoleOutput, CountersRequest, CountersResponse,
-    DeleteSnapshotRequest, DeleteSnapshotResponse, DirectionCounters, DropCounter, FlowsRequest,
-    FlowsResponse, InterfaceCounters, ListSnapshotsRequest, ListSnapshotsResponse, LogsChunk,
-    LogsRequest, Object, PacketCounter, PacketEvent, PacketsRequest, PauseRequest, RateLimit,
-    RestoreRequest, ResumeRequest, RuleCounter, StartRequest, StopRequest, TakeSnapshotRequest,
+    CancelMigrationRequest, CaptureRequest, CapturedPacket, ConsoleInput, ConsoleOutput,
+    CountersRequest, CountersResponse, DeleteSnapshotRequest, DeleteSnapshotResponse,
+    DirectionCounters, DropCounter, FlowsRequest, FlowsResponse, InterfaceCounters,
+    ListSnapshotsRequest, ListSnapshotsResponse, LogsChunk, LogsRequest, MigrateRequest, Object,
+    PacketCounter, PacketEvent, PacketsRequest, PauseRequest, RateLimit, RestoreRequest,
+    ResumeRequest, RuleCounter, StartRequest, StopRequest, TakeSnapshotRequest,
     TakeSnapshotResponse, UsageRequest, UsageResponse,
 };
-use keelson_api::{BitRate, PowerState, SecurityGroup, VirtualMachine};
+use keelson_api::{BitRate, PowerState, Resource, SecurityGroup, VirtualMachine};
 use keelson_ebpf::{Direction, Tally};
 use tokio::fs::File;
 use tokio::io::{AsyncReadExt, AsyncSeekExt};
@@ -22,6 +23,7 @@ use tonic::{Request, Response, Status, Streaming};
 
 use super::{capture, console, packets, snapshots, status, to_proto, usage};
 use crate::guest::{GuestPaths, GuestSnapshots, Machine, rule_counters};
+use crate::migration;
 use crate::objects::set_power_state;
 use crate::{Agent, AgentError};
 
@@ -110,9 +112,37 @@ impl VirtualMachines for VirtualMachinesService {
 
     async fn resume(&self, request: Request<ResumeRequest>) -> Result<Response<Object>, Status> {
         let name = request.into_inner().name;
-        self.guest(&name).await?;
+        let guest = self.guest(&name).await?;
+        if let Some(active) = migration::transitions::active(&guest) {
+            return Err(Status::failed_precondition(format!(
+                "VirtualMachine/{name} is moving to {}, and goes on by itself",
+                active.destination
+            )));
+        }
         let object = snapshots::resume(&self.agent, &name).await;
         Ok(Response::new(to_proto(&object.map_err(status)?)?))
+    }
+
+    async fn migrate(&self, request: Request<MigrateRequest>) -> Result<Response<Object>, Status> {
+        let request = request.into_inner();
+        let given = |value: u64| (value > 0).then_some(value);
+        let limits = keelson_api::MigrationLimits {
+            bytes_per_second: given(request.bytes_per_second),
+            downtime_milliseconds: given(request.downtime_milliseconds),
+        };
+        let wanted = Some(request.host.as_str()).filter(|host| !host.is_empty());
+        let stored = migration::request(&self.agent, &request.name, wanted, limits).await;
+        let object = stored.map_err(status)?.object.into_object();
+        Ok(Response::new(to_proto(&object)?))
+    }
+
+    async fn cancel_migration(
+        &self,
+        request: Request<CancelMigrationRequest>,
+    ) -> Result<Response<Object>, Status> {
+        let stored = migration::cancel(&self.agent, &request.into_inner().name).await;
+        let object = stored.map_err(status)?.object.into_object();
+        Ok(Response::new(to_proto(&object)?))
     }
 
     async fn take_snapshot(

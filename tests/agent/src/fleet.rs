@@ -1,6 +1,7 @@
 //! Several hosts on one state store.
 
 use std::fs;
+use std::net::TcpListener;
 use std::path::{Path, PathBuf};
 
 use keelson_vmm_tests::{Namespaces, wait_until};
@@ -58,7 +59,7 @@ impl Fleet {
                 link.urls()
             );
             let mut host = Host::of_fleet(namespaces, &url);
-            host.configure(&settings(name, lease_seconds));
+            host.configure(&(settings(name, lease_seconds) + &migration_settings()));
             host.start_agent();
             fleet.hosts.push(host);
             fleet.links.push(link);
@@ -115,6 +116,16 @@ impl Fleet {
             .find(|condition| condition["type"] == kind)
             .unwrap_or_default()
     }
+}
+
+/// Lets a host take guests that move to it, at a free port.
+///
+/// # Panics
+/// If none is free.
+pub fn migration_settings() -> String {
+    let listener = TcpListener::bind("127.0.0.1:0").expect("a port is free");
+    let address = listener.local_addr().expect("it is bound");
+    format!("migration_listen = \"{address}\"\n")
 }
 
 /// The configuration of the host of this name.

@@ -12,6 +12,7 @@ mod failure;
 mod get;
 mod host;
 mod logs;
+mod migrate;
 mod net;
 mod output;
 mod power;
@@ -61,6 +62,8 @@ enum Command {
     Pause(snapshot::Pause),
     /// Let a guest that stands still go on.
     Resume(snapshot::Resume),
+    /// Move a running guest to another host, without shutting it down.
+    Migrate(migrate::Migrate),
     /// Take guests' snapshots and look after them.
     #[command(subcommand)]
     Snapshot(snapshot::SnapshotCommand),
@@ -128,6 +131,7 @@ async fn run(arguments: Arguments) -> Result<(), Failure> {
         Command::Stop(command) => command.run(&mut client).await,
         Command::Pause(command) => command.run(&mut client).await,
         Command::Resume(command) => command.run(&mut client).await,
+        Command::Migrate(command) => command.run(&mut client).await,
         Command::Snapshot(command) => command.run(&mut client).await,
         Command::Restore(command) => command.run(&mut client).await,
         Command::Wait(command) => command.run(&mut client).await,

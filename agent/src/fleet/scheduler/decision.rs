@@ -4,6 +4,8 @@ use keelson_api::{
     ConditionStatus, Phase, Placement, PlacementState, VirtualMachine, set_condition,
 };
 
+use crate::migration::transitions;
+
 /// What is to be done for a guest.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Decision {
@@ -62,6 +64,7 @@ impl Decision {
                     let message = format!("its host {lost} is lost; it is started on {host}");
                     condition("Ready", no, "FailedOver", &message);
                 }
+                transitions::fail(status, "the guest was placed anew");
                 status.phase = Phase::Pending;
                 status.process_id = None;
                 status.started_at = None;

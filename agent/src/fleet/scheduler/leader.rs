@@ -279,7 +279,7 @@ impl<'a> Leader<'a> {
     }
 }
 
-fn host_of(key: &[u8]) -> String {
+pub(super) fn host_of(key: &[u8]) -> String {
     let key = String::from_utf8_lossy(key);
     key.strip_prefix(&keys::hosts()).unwrap_or_default().into()
 }

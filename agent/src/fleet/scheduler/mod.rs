@@ -2,6 +2,7 @@
 //! attached to its host's lease. Another one takes over when that ends.
 
 mod decision;
+mod destination;
 mod leader;
 mod resources;
 #[cfg(test)]
@@ -9,6 +10,7 @@ pub(super) mod tests;
 mod view;
 
 pub use decision::Decision;
+pub use destination::choose_destination;
 #[cfg(test)]
 pub use resources::Resources;
 pub use view::{View, is_movable};

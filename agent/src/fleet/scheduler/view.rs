@@ -10,6 +10,7 @@ use keelson_controlplane::Revision;
 use super::decision::Decision;
 use super::resources::Resources;
 use crate::guest::is_resting;
+use crate::migration::transitions;
 
 /// The fleet as the scheduler knows it. It is told every change; what it works out for a guest depends
 /// on the number of hosts, not of guests.
@@ -81,7 +82,7 @@ impl View {
             return;
         }
         self.remove_guest(&name);
-        if let Some(host) = load_of(&guest) {
+        for host in loads_of(&guest) {
             let load = self.loads.entry(host.into()).or_default();
             load.guests.insert(name.clone());
             if !guest.spec.anti_affinity.is_empty() {
@@ -97,10 +98,12 @@ impl View {
         let Some((guest, _)) = self.guests.remove(name) else {
             return;
         };
-        if let Some(load) = load_of(&guest).and_then(|host| self.loads.get_mut(host)) {
-            load.guests.remove(name);
-            load.apart.remove(name);
-            load.used = load.used.minus(Resources::of_guest(&guest.spec));
+        for host in loads_of(&guest) {
+            if let Some(load) = self.loads.get_mut(host) {
+                load.guests.remove(name);
+                load.apart.remove(name);
+                load.used = load.used.minus(Resources::of_guest(&guest.spec));
+            }
         }
     }
 
@@ -229,12 +232,76 @@ impl View {
         disks.is_some_and(|disks| is_movable(guest, disks))
     }
 
+    /// Where a guest that runs can go on: on the host that is `wanted`, or on the best one.
+    ///
+    /// # Errors
+    /// Why it can't, for people.
+    pub fn destination(&self, name: &str, wanted: Option<&str>) -> Result<String, String> {
+        let Some((guest, _)) = self.guests.get(name) else {
+            return Err("there is no such guest".into());
+        };
+        if let Some(host) = &guest.spec.host {
+            return Err(format!(
+                "it is to be on {host} and nowhere else (spec.host)"
+            ));
+        }
+        for attachment in &guest.spec.disks {
+            if !self
+                .disks
+                .get(&attachment.disk)
+                .is_some_and(|disk| disk.shared)
+            {
+                let disk = &attachment.disk;
+                return Err(format!("Disk/{disk} is on its host alone (spec.shared)"));
+            }
+        }
+        let placement = guest.status.placement.as_ref();
+        let current = placement.map_or("", |placement| placement.host.as_str());
+        if let Some(wanted) = wanted {
+            if wanted == current {
+                return Err(format!("it is on {wanted}"));
+            }
+            let host = self.hosts.get(wanted);
+            let host = host.ok_or_else(|| format!("there is no Host/{wanted}"))?;
+            let score = self.receiving_score(guest, host);
+            return score
+                .map(|_| wanted.to_owned())
+                .map_err(|refusal| format!("Host/{wanted} is {refusal}"));
+        }
+        let others = self
+            .hosts
+            .values()
+            .filter(|host| host.metadata.name != current);
+        self.choose(others, |host| self.receiving_score(guest, host))
+    }
+
+    fn receiving_score(&self, guest: &VirtualMachine, host: &Host) -> Result<u64, String> {
+        if host.status.migration_address.is_none() {
+            return Err("without migration_listen in its configuration".into());
+        }
+        self.score(guest, host)
+    }
+
     fn place(&self, guest: &VirtualMachine, lost: Option<String>) -> Decision {
+        match self.choose(self.hosts.values(), |host| self.score(guest, host)) {
+            Ok(host) => Decision::Place { host, lost },
+            Err(message) => Decision::Wait { message, lost },
+        }
+    }
+
+    /// The host with the best score; or why none has one.
+    fn choose<'a>(
+        &'a self,
+        hosts: impl Iterator<Item = &'a Host>,
+        score: impl Fn(&Host) -> Result<u64, String>,
+    ) -> Result<String, String> {
+        let mut count = 0;
         let mut refusals: BTreeMap<String, usize> = BTreeMap::new();
         let mut best: Option<(u64, std::cmp::Reverse<usize>, &str)> = None;
-        for host in self.hosts.values() {
+        for host in hosts {
+            count += 1;
             let name = host.metadata.name.as_str();
-            match self.score(guest, host) {
+            match score(host) {
                 Ok(share) => {
                     let guests = self.loads.get(name).map_or(0, |load| load.guests.len());
                     let candidate = (share, std::cmp::Reverse(guests), name);
@@ -247,23 +314,16 @@ impl View {
             }
         }
         if let Some((_, _, host)) = best {
-            return Decision::Place {
-                host: host.into(),
-                lost,
-            };
+            return Ok(host.into());
         }
         let reasons: Vec<_> = refusals
             .iter()
             .map(|(refusal, count)| format!("{count} {refusal}"))
             .collect();
-        Decision::Wait {
-            message: format!(
-                "none of {} hosts takes it: {}",
-                self.hosts.len(),
-                reasons.join(", ")
-            ),
-            lost,
-        }
+        Err(format!(
+            "none of {count} hosts takes it: {}",
+            reasons.join(", ")
+        ))
     }
 
     /// How much of a host would be left if it took the guest, in thousandths.
@@ -334,7 +394,15 @@ fn has_labels(labels: &BTreeMap<String, String>, wanted: &BTreeMap<String, Strin
         .all(|(key, value)| labels.get(key) == Some(value))
 }
 
-/// The host whose resources a guest takes.
+/// The hosts whose resources a guest takes: while it moves, those of both.
+fn loads_of(guest: &VirtualMachine) -> impl Iterator<Item = &str> {
+    let placed = load_of(guest);
+    let destination = transitions::active(guest).map(|active| active.destination.as_str());
+    let other = destination.filter(|destination| placed.is_some_and(|host| host != *destination));
+    placed.into_iter().chain(other)
+}
+
+/// The host whose resources a guest takes where it is placed.
 fn load_of(guest: &VirtualMachine) -> Option<&str> {
     match &guest.status.placement {
         Some(placement) if placement.state == PlacementState::Released => None,

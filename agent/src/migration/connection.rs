@@ -1,0 +1,81 @@
+//! The connection between the two agents: TCP, with one line in each direction before the stream.
+
+use std::io;
+use std::time::Duration;
+
+use rustix::net::sockopt;
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::TcpStream;
+
+/// How long a greeting or its answer may take, and the way to the other host.
+pub const GREETING_LIMIT: Duration = Duration::from_secs(10);
+/// The longest line, in bytes.
+const LINE_LIMIT: usize = 4096;
+/// How long what was sent may stay unacknowledged, and how long a silent peer is trusted: the other host
+/// may be gone.
+const SILENCE_LIMIT: Duration = Duration::from_secs(10);
+/// The version of this protocol.
+pub const VERSION: u32 = 1;
+
+/// The source's first line.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct Greeting {
+    /// [`VERSION`].
+    pub version: u32,
+    /// The guest's name.
+    pub guest: String,
+    /// The move's id.
+    pub id: String,
+    /// The ticket's token.
+    pub token: String,
+}
+
+/// The destination's answer.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Answer {
+    /// The stream of the guest's virtual machine follows, both ways.
+    Welcome,
+    /// Why not.
+    Refused(String),
+}
+
+/// Has the kernel end a connection whose other side is gone.
+pub fn watch_over(stream: &TcpStream) -> io::Result<()> {
+    stream.set_nodelay(true)?;
+    sockopt::set_socket_keepalive(stream, true)?;
+    sockopt::set_tcp_keepidle(stream, SILENCE_LIMIT / 2)?;
+    sockopt::set_tcp_keepintvl(stream, SILENCE_LIMIT / 5)?;
+    let limit = u32::try_from(SILENCE_LIMIT.as_millis()).unwrap_or(u32::MAX);
+    sockopt::set_tcp_user_timeout(stream, limit)?;
+    Ok(())
+}
+
+/// Sends one line.
+pub async fn send<T: Serialize>(stream: &mut TcpStream, value: &T) -> io::Result<()> {
+    let mut line = serde_json::to_vec(value)?;
+    line.push(b'\n');
+    stream.write_all(&line).await
+}
+
+/// Reads one line, and nothing of what follows it.
+pub async fn receive<T: DeserializeOwned>(stream: &mut TcpStream) -> io::Result<T> {
+    let mut line = Vec::new();
+    let reading = async {
+        loop {
+            match stream.read_u8().await? {
+                b'\n' => return Ok(()),
+                _ if line.len() >= LINE_LIMIT => {
+                    return Err(io::Error::other("the other side's line is too long"));
+                }
+                byte => line.push(byte),
+            }
+        }
+    };
+    tokio::time::timeout(GREETING_LIMIT, reading)
+        .await
+        .map_err(|_| io::Error::from(io::ErrorKind::TimedOut))??;
+    Ok(serde_json::from_slice(&line)?)
+}

@@ -1,0 +1,253 @@
+//! The source's side: carries a guest's memory to the destination's agent while the guest runs.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use keelson_api::{Migration, MigrationProgress, VirtualMachine};
+use keelson_vmm::api::{MigrationLimits, MigrationPhase, MigrationStatus};
+use keelson_vmm::client::VmmClient;
+use tokio::io::copy_bidirectional;
+use tokio::net::{TcpStream, UnixStream};
+use tokio::sync::watch;
+use tokio::task::JoinHandle;
+
+use super::connection::{Answer, GREETING_LIMIT, Greeting, VERSION, receive, send, watch_over};
+use super::{Ring, Ticket, transitions};
+use crate::objects::ObjectStore;
+
+/// How often the virtual machine is asked how it gets on: what the guest stands still longer at worst.
+const ASK: Duration = Duration::from_millis(10);
+/// How often that is written into the guest's object.
+const REPORT: Duration = Duration::from_secs(1);
+/// How long the virtual machine may take to say why the connection ended.
+const LAST_WORDS_LIMIT: Duration = Duration::from_secs(2);
+
+/// How far a departure is.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum DepartureState {
+    /// The guest is being sent.
+    Copying,
+    /// The other side has all of it, and the guest has stood still for so long.
+    Loaded(Duration),
+    /// It failed; the guest goes on, unless it has been released.
+    Failed(String),
+}
+
+/// A guest that is being sent. Dropped, it is canceled, unless its virtual machine has released it.
+#[derive(Debug)]
+pub struct Departure {
+    /// The move's id.
+    pub id: String,
+    /// What the destination left.
+    pub ticket: Ticket,
+    state: watch::Receiver<DepartureState>,
+    task: JoinHandle<()>,
+}
+
+struct Carrier {
+    guest: String,
+    ticket: Ticket,
+    api_socket: PathBuf,
+    limits: MigrationLimits,
+    objects: ObjectStore,
+    state: watch::Sender<DepartureState>,
+    ring: Ring,
+}
+
+impl Departure {
+    /// Begins to send the guest whose virtual machine has this API socket.
+    pub fn start(
+        objects: ObjectStore,
+        guest: &str,
+        migration: &Migration,
+        ticket: Ticket,
+        api_socket: PathBuf,
+        ring: Ring,
+    ) -> Self {
+        let (sender, state) = watch::channel(DepartureState::Copying);
+        let defaults = MigrationLimits::default();
+        let carrier = Carrier {
+            guest: guest.into(),
+            ticket: ticket.clone(),
+            api_socket,
+            limits: MigrationLimits {
+                bandwidth: migration.limits.bytes_per_second,
+                downtime_ms: migration
+                    .limits
+                    .downtime_milliseconds
+                    .unwrap_or(defaults.downtime_ms),
+                ..defaults
+            },
+            objects,
+            state: sender,
+            ring,
+        };
+        Self {
+            id: migration.id.clone(),
+            ticket,
+            state,
+            task: tokio::spawn(carrier.run()),
+        }
+    }
+
+    /// How far it is.
+    pub fn state(&self) -> DepartureState {
+        self.state.borrow().clone()
+    }
+}
+
+impl Drop for Departure {
+    fn drop(&mut self) {
+        self.task.abort();
+    }
+}
+
+impl Carrier {
+    async fn run(self) {
+        let reason = match self.carry().await {
+            Ok(reason) | Err(reason) => reason,
+        };
+        self.enter(DepartureState::Failed(reason));
+    }
+
+    fn enter(&self, state: DepartureState) {
+        self.state.send_replace(state);
+        (self.ring)();
+    }
+
+    /// Carries the guest over until the connection ends; why it did.
+    async fn carry(&self) -> Result<String, String> {
+        let mut remote = self.connect().await?;
+        let mut local = self.migrate().await?;
+        let status = ask_again_and_again(self.api_socket.clone());
+        tokio::select! {
+            copied = copy_bidirectional(&mut local, &mut remote) => {
+                let way = match copied {
+                    Ok(_) => "the connection was closed".to_owned(),
+                    Err(error) => error.to_string(),
+                };
+                Ok(self.last_words(status).await.unwrap_or(way))
+            }
+            reason = self.watch(status.clone()) => Ok(reason),
+            () = self.report(status.clone()) => Ok(String::new()),
+        }
+    }
+
+    async fn connect(&self) -> Result<TcpStream, String> {
+        let ticket = &self.ticket;
+        let failed = |error: std::io::Error| {
+            format!(
+                "the agent of {} at {}: {error}",
+                ticket.host, ticket.address
+            )
+        };
+        let connecting = TcpStream::connect(&ticket.address);
+        let mut stream = tokio::time::timeout(GREETING_LIMIT, connecting)
+            .await
+            .map_err(|_| failed(std::io::ErrorKind::TimedOut.into()))?
+            .map_err(failed)?;
+        watch_over(&stream).map_err(failed)?;
+        let greeting = Greeting {
+            version: VERSION,
+            guest: self.guest.clone(),
+            id: ticket.id.clone(),
+            token: ticket.token.clone(),
+        };
+        send(&mut stream, &greeting).await.map_err(failed)?;
+        match receive(&mut stream).await.map_err(failed)? {
+            Answer::Welcome => Ok(stream),
+            Answer::Refused(reason) => {
+                Err(format!("the agent of {} refused: {reason}", ticket.host))
+            }
+        }
+    }
+
+    async fn migrate(&self) -> Result<UnixStream, String> {
+        let (socket, limits) = (self.api_socket.clone(), self.limits.clone());
+        let asked =
+            tokio::task::spawn_blocking(move || VmmClient::connect(socket)?.migrate(limits));
+        let stream = asked.await.map_err(|error| error.to_string())?;
+        let stream = stream.map_err(|error| error.to_string())?;
+        stream
+            .set_nonblocking(true)
+            .and_then(|()| UnixStream::from_std(stream))
+            .map_err(|error| error.to_string())
+    }
+
+    /// Says when the other side has the guest; returns why it failed.
+    async fn watch(&self, mut status: watch::Receiver<MigrationStatus>) -> String {
+        let mut loaded = false;
+        loop {
+            let known = status.borrow_and_update().clone();
+            match known.phase {
+                MigrationPhase::Loaded if !loaded => {
+                    loaded = true;
+                    let stopped = Duration::from_micros(known.stopped_us.unwrap_or_default());
+                    self.enter(DepartureState::Loaded(stopped));
+                }
+                MigrationPhase::Failed => return known.error.unwrap_or_default(),
+                _ => {}
+            }
+            if status.changed().await.is_err() {
+                return "the virtual machine does not answer".into();
+            }
+        }
+    }
+
+    /// Why the virtual machine says that it failed.
+    async fn last_words(&self, mut status: watch::Receiver<MigrationStatus>) -> Option<String> {
+        let failed = status.wait_for(|status| status.phase == MigrationPhase::Failed);
+        let failed = tokio::time::timeout(LAST_WORDS_LIMIT, failed)
+            .await
+            .ok()?
+            .ok()?;
+        failed.error.clone()
+    }
+
+    /// Writes into the guest's object how it gets on. Never ends.
+    async fn report(&self, status: watch::Receiver<MigrationStatus>) {
+        loop {
+            tokio::time::sleep(REPORT).await;
+            let known = status.borrow().clone();
+            let progress = MigrationProgress {
+                rounds: known.rounds,
+                memory_bytes: known.memory_bytes,
+                sent_bytes: known.sent_bytes,
+                transferred_bytes: known.transferred_bytes,
+                remaining_bytes: known.remaining_bytes,
+                bytes_per_second: known.bytes_per_second,
+            };
+            if known.phase != MigrationPhase::Copying {
+                continue;
+            }
+            let id = &self.ticket.id;
+            let update = |guest: &mut VirtualMachine| {
+                let current = transitions::active(guest).is_some_and(|active| active.id == *id);
+                if let Some(migration) = guest.status.migration.as_mut().filter(|_| current) {
+                    migration.progress = Some(progress);
+                }
+            };
+            if let Err(error) = self.objects.update(&self.guest, update).await {
+                tracing::debug!(guest = self.guest, %error, "progress could not be written");
+            }
+        }
+    }
+}
+
+/// Asks a virtual machine how its migration gets on, until nobody wants to know or it doesn't answer.
+fn ask_again_and_again(api_socket: PathBuf) -> watch::Receiver<MigrationStatus> {
+    let (sender, receiver) = watch::channel(MigrationStatus::default());
+    tokio::task::spawn_blocking(move || {
+        let Ok(mut client) = VmmClient::connect(api_socket) else {
+            return;
+        };
+        while !sender.is_closed() {
+            let Ok(status) = client.migration() else {
+                return;
+            };
+            sender.send_replace(status);
+            std::thread::sleep(ASK);
+        }
+    });
+    receiver
+}

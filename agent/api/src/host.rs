@@ -31,9 +31,12 @@ pub struct HostSpec {
     /// No further guests are placed on it: `keelson cordon`.
     #[serde(skip_serializing_if = "is_false")]
     pub unschedulable: bool,
-    /// The guests that can run elsewhere are shut down and placed there: `keelson drain`.
+    /// The guests that can run elsewhere are moved there: `keelson drain`.
     #[serde(skip_serializing_if = "is_false")]
     pub drain: bool,
+    /// With `drain`: guests are shut down and started elsewhere, not moved while they run.
+    #[serde(skip_serializing_if = "is_false")]
+    pub no_live_migration: bool,
 }
 
 // Serde hands `skip_serializing_if` a reference.

@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use futures::StreamExt;
-use keelson_api::{Kind, VirtualMachine};
+use keelson_api::{HostSpec, Kind, VirtualMachine};
 use keelson_controlplane::{
     Compare, CompareOp, KeyRange, LeaseId, StateError, StateStore, StateStoreExt, WatchRequest,
 };
@@ -41,6 +41,8 @@ struct Inner {
     exclusive: bool,
     lease: watch::Sender<Option<HostLease>>,
     draining: AtomicBool,
+    /// Guests that leave are shut down, not moved while they run.
+    no_live_migration: AtomicBool,
     /// This agent places the fleet's guests.
     scheduler: AtomicBool,
     guard: Guard,
@@ -95,6 +97,7 @@ impl Fleet {
                 exclusive,
                 lease: watch::Sender::new(None),
                 draining: AtomicBool::new(false),
+                no_live_migration: AtomicBool::new(false),
                 scheduler: AtomicBool::new(false),
                 guard: Guard::new(config),
             }),
@@ -166,9 +169,18 @@ impl Fleet {
         self.inner.draining.load(Ordering::Relaxed)
     }
 
-    /// Notes whether guests are to leave; whether that is new.
-    pub fn set_draining(&self, draining: bool) -> bool {
-        self.inner.draining.swap(draining, Ordering::Relaxed) != draining
+    /// Whether guests that are to leave may be moved while they run.
+    pub fn drains_live(&self) -> bool {
+        !self.inner.no_live_migration.load(Ordering::Relaxed)
+    }
+
+    /// Notes what the host is to be used for; whether guests are to leave now that were not, or to stay.
+    pub fn set_use(&self, spec: HostSpec) -> bool {
+        let no_live = spec.no_live_migration;
+        self.inner
+            .no_live_migration
+            .store(no_live, Ordering::Relaxed);
+        self.inner.draining.swap(spec.drain, Ordering::Relaxed) != spec.drain
     }
 
     /// Whether the lease that the host has now can be counted on, also later.

@@ -184,7 +184,7 @@ pub async fn report_host(agent: &Agent) -> Result<()> {
         Err(AgentError::NotFound { .. }) => {}
         other => {
             let host = other?.object;
-            fleet.set_draining(host.spec.drain);
+            fleet.set_use(host.spec);
             return Ok(());
         }
     }

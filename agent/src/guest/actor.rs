@@ -164,6 +164,9 @@ impl GuestActor {
         }
         let deleting = guest.metadata.deletion_timestamp.is_some();
         let leaving = !deleting && self.is_leaving(&guest).await?;
+        if leaving && let Some(next) = self.move_away(&guest).await? {
+            return Ok(next);
+        }
         let wanted = !deleting && !leaving && guest.spec.power_state == PowerState::Running;
         if leaving && !self.runtime.is_running() {
             return self.release(&guest).await;

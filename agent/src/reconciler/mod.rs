@@ -199,7 +199,7 @@ impl Reconciler {
         let Change::Set(object) = change else { return };
         if let Object::Host(host) = object.as_ref()
             && host.metadata.name == self.agent.fleet.host()
-            && self.agent.fleet.set_draining(host.spec.drain)
+            && self.agent.fleet.set_use(host.spec)
         {
             self.wake_all();
         }

@@ -68,6 +68,7 @@ impl Host for HostService {
         let spec = HostSpec {
             unschedulable: request.unschedulable,
             drain: request.drain,
+            no_live_migration: request.drain && request.no_live_migration,
         };
         if spec.drain && !spec.unschedulable {
             let message = "a host that is drained is unschedulable as well";

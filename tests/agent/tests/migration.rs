@@ -244,6 +244,35 @@ fn a_guest_stays_that_is_canceled_or_whose_destination_fails() {
     assert_eq!(fleet.place_of(0, "gone"), Some(there));
 }
 
+#[test]
+fn guests_of_a_drained_host_move_or_are_shut_down() {
+    let (fleet, _cluster) = fleet(2);
+    let mut manifest = scribbling(&fleet, "moves", "Restart");
+    manifest += &Guest::new("idle", "wait-power-button:ms=600000 power-off").manifest();
+    fleet.hosts[0].keelson(&["cordon", "b"]).done();
+    fleet.hosts[0].apply(&manifest).done();
+    for name in ["moves", "idle"] {
+        assert_eq!(fleet.wait_until_running(0, name), 0);
+    }
+    fleet.hosts[0].wait_for_console("idle", "payload: wait-power-button ready");
+    fleet.hosts[0].keelson(&["uncordon", "b"]).done();
+    fleet.hosts[0].keelson(&["drain", "a"]).done();
+    for name in ["moves", "idle"] {
+        assert_eq!(fleet.place_of(0, name), Some(1), "{name}");
+        wait_for_phase(&fleet, 0, name, "Completed");
+    }
+    let events = fleet.hosts[0].keelson(&["events", "idle"]).done();
+    assert!(!events.contains("Stopping"), "{events}");
+
+    // Without moving the other is shut down; it starts anew.
+    fleet.hosts[0].keelson(&["stop", "moves", "--force"]).done();
+    fleet.hosts[0].keelson(&["uncordon", "a"]).done();
+    fleet.hosts[0].keelson(&["drain", "b", "--no-live"]).done();
+    assert_eq!(fleet.wait_until_running(0, "idle"), 0);
+    let events = fleet.hosts[0].keelson(&["events", "idle"]).done();
+    assert!(events.contains("Stopping"), "{events}");
+}
+
 /// Kills the agent of one of both hosts at a step of a move; the guest runs on one host in the end.
 fn die_at(fleet: &mut Fleet, point: &str, at_source: bool) {
     let guest = "moves";

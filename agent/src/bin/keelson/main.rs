@@ -89,7 +89,7 @@ enum Command {
     Cordon(schedule::Cordon),
     /// Place guests on a host again.
     Uncordon(schedule::Uncordon),
-    /// Have the guests leave a host: each is shut down there and started on another host.
+    /// Have the guests leave a host: each is moved to another host, or shut down and started there.
     Drain(schedule::Drain),
     /// Show what guests use of this host, once a second.
     Top(top::Top),

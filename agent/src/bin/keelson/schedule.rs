@@ -27,11 +27,15 @@ pub struct Uncordon {
     name: String,
 }
 
-/// Have the guests leave a host: each is shut down there and started on another host.
+/// Have the guests leave a host: each is moved to another host while it runs, or if it can't be, shut down
+/// and started there.
 #[derive(Args)]
 pub struct Drain {
     /// The host.
     name: String,
+    /// Shut all of them down; move none while it runs.
+    #[arg(long)]
+    no_live: bool,
     /// Do not wait until they have left.
     #[arg(long)]
     no_wait: bool,
@@ -43,7 +47,7 @@ pub struct Drain {
 impl Cordon {
     /// Runs the command.
     pub async fn run(self, client: &mut Client) -> Result<(), Failure> {
-        schedule(client, &self.name, true, false).await?;
+        schedule(client, &self.name, true, None).await?;
         line(&format!("Host/{} is cordoned", self.name))
     }
 }
@@ -51,7 +55,7 @@ impl Cordon {
 impl Uncordon {
     /// Runs the command.
     pub async fn run(self, client: &mut Client) -> Result<(), Failure> {
-        schedule(client, &self.name, false, false).await?;
+        schedule(client, &self.name, false, None).await?;
         line(&format!("Host/{} takes guests", self.name))
     }
 }
@@ -59,7 +63,10 @@ impl Uncordon {
 impl Drain {
     /// Runs the command.
     pub async fn run(self, client: &mut Client) -> Result<(), Failure> {
-        schedule(client, &self.name, true, true).await?;
+        let drain = Draining {
+            live: !self.no_live,
+        };
+        schedule(client, &self.name, true, Some(drain)).await?;
         if self.no_wait {
             return line(&format!("Host/{} is being drained", self.name));
         }
@@ -146,16 +153,23 @@ fn can_leave(guest: &VirtualMachine, shared: &BTreeSet<String>) -> bool {
     guest.spec.host.is_none() && disks.all(|attachment| shared.contains(&attachment.disk))
 }
 
+/// How guests leave.
+struct Draining {
+    /// While they run, where they can.
+    live: bool,
+}
+
 async fn schedule(
     client: &mut Client,
     name: &str,
     unschedulable: bool,
-    drain: bool,
+    drain: Option<Draining>,
 ) -> Result<(), Failure> {
     let request = ScheduleRequest {
         name: name.into(),
         unschedulable,
-        drain,
+        drain: drain.is_some(),
+        no_live_migration: drain.is_some_and(|drain| !drain.live),
     };
     client.host.schedule(request).await?;
     Ok(())

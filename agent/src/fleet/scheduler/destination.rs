@@ -1,6 +1,5 @@
 //! Where a guest that runs could go on.
 
-use keelson_api::Object;
 use keelson_controlplane::StateStoreExt;
 
 use super::View;
@@ -26,12 +25,7 @@ pub async fn choose_destination(
         view.set_alive(&host_of(&kv.key), true);
     }
     for stored in world.objects.into_values() {
-        match stored.object {
-            Object::Host(host) => view.set_host(host),
-            Object::Disk(disk) => view.set_disk(&disk.metadata.name, disk.spec),
-            Object::VirtualMachine(guest) => view.set_guest(guest, stored.revision),
-            Object::Network(_) | Object::SecurityGroup(_) | Object::Service(_) => {}
-        }
+        view.set(stored.object, stored.revision);
     }
     Ok(view.destination(guest, wanted))
 }

@@ -43,7 +43,7 @@ impl<'a> Leader<'a> {
             leader.view.set_alive(&host_of(&kv.key), true);
         }
         for stored in world.objects.into_values() {
-            leader.note(stored.object, stored.revision);
+            leader.view.set(stored.object, stored.revision);
         }
         leader.settle_all().await?;
         loop {
@@ -67,18 +67,6 @@ impl<'a> Leader<'a> {
         events.any(|event| event.kv.key == key && event.kind == EventKind::Delete)
     }
 
-    fn note(&mut self, object: Object, revision: i64) {
-        match object {
-            Object::Host(host) => self.view.set_host(host),
-            Object::Disk(disk) => self.view.set_disk(&disk.metadata.name, disk.spec),
-            Object::VirtualMachine(guest) => self.view.set_guest(guest, revision),
-            Object::Network(_)
-            | Object::PortForward(_)
-            | Object::SecurityGroup(_)
-            | Object::Service(_) => {}
-        }
-    }
-
     async fn settle_all(&mut self) -> Result<()> {
         let guests: Vec<_> = self.view.guest_names().cloned().collect();
         for guest in guests {
@@ -98,7 +86,7 @@ impl<'a> Leader<'a> {
             Change::Set(object) => {
                 let (kind, name) = (object.kind(), object.metadata().name.clone());
                 let freed = self.would_free(&object);
-                self.note(*object, revision);
+                self.view.set(*object, revision);
                 match kind {
                     Kind::VirtualMachine => {
                         self.settle(&name).await?;

@@ -27,6 +27,7 @@ fn host(name: &str, cpus: u32, mib: u64, zone: u8, cordoned: bool) -> Host {
         spec: keelson_api::HostSpec {
             unschedulable: cordoned,
             drain: false,
+            no_live_migration: false,
         },
         status: HostStatus {
             allocatable: Some(resources),

@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use keelson_api::{
-    DiskSpec, Failover, Host, Phase, Placement, PlacementState, PowerState, VirtualMachine,
+    DiskSpec, Failover, Host, Object, Phase, Placement, PlacementState, PowerState, VirtualMachine,
 };
 use keelson_controlplane::Revision;
 
@@ -42,6 +42,19 @@ pub fn is_movable<'a>(
 }
 
 impl View {
+    /// Notes an object as it was at `revision`, if it concerns who places guests.
+    pub fn set(&mut self, object: Object, revision: Revision) {
+        match object {
+            Object::Host(host) => self.set_host(host),
+            Object::Disk(disk) => self.set_disk(&disk.metadata.name, disk.spec),
+            Object::VirtualMachine(guest) => self.set_guest(guest, revision),
+            Object::Network(_)
+            | Object::PortForward(_)
+            | Object::SecurityGroup(_)
+            | Object::Service(_) => {}
+        }
+    }
+
     /// Notes a host as it is now.
     pub fn set_host(&mut self, host: Host) {
         self.hosts.insert(host.metadata.name.clone(), host);

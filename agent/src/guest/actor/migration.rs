@@ -4,7 +4,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use keelson_api::{
-    Disk, Kind, Migration, MigrationPhase, PlacementState, PowerState, VirtualMachine,
+    Disk, Kind, Migration, MigrationLimits, MigrationPhase, PlacementState, PowerState,
+    VirtualMachine,
 };
 use tokio::time::Instant;
 
@@ -30,6 +31,8 @@ pub(super) struct Moving {
     arrival: Option<Arrival>,
     /// The virtual machine was asked, and is in no move.
     settled: bool,
+    /// The move that was asked for since the host is drained.
+    asked_for: Option<String>,
 }
 
 impl GuestActor {
@@ -68,6 +71,38 @@ impl GuestActor {
             return self.stay(&migration, "the guest is to be shut down").await;
         }
         self.send(guest, &migration, stage).await
+    }
+
+    /// Has a guest moved that is to leave this host, which is drained; `None` if it has to be shut down for
+    /// that.
+    pub(super) async fn move_away(&mut self, guest: &VirtualMachine) -> Result<Option<Next>> {
+        let may = self.agent.fleet.drains_live() && self.stopping_since.is_none();
+        if !may || !self.runtime.is_running() || guest.spec.power_state != PowerState::Running {
+            return Ok(None);
+        }
+        if transitions::active(guest).is_some() {
+            return self.maintain(guest).await.map(Some);
+        }
+        let latest = guest.status.migration.as_ref();
+        if self.moving.asked_for.is_some()
+            && latest.map(|latest| &latest.id) == self.moving.asked_for.as_ref()
+        {
+            // It was tried, and the guest is still here.
+            return Ok(None);
+        }
+        let limits = MigrationLimits::default();
+        match crate::migration::request(&self.agent, &self.name, None, limits).await {
+            Ok(begun) => {
+                let migration = begun.object.status.migration;
+                self.moving.asked_for = migration.map(|migration| migration.id);
+                Ok(Some(Next::After(Duration::ZERO)))
+            }
+            Err(error @ AgentError::State(_)) => Err(error),
+            Err(error) => {
+                tracing::info!(guest = self.name, %error, "it is shut down to leave this host");
+                Ok(None)
+            }
+        }
     }
 
     /// Sends the guest as far as it is ready for that.

@@ -265,7 +265,7 @@ fn guests_of_a_drained_host_move_or_are_shut_down() {
     assert!(!events.contains("Stopping"), "{events}");
 
     // Without moving the other is shut down; it starts anew.
-    fleet.hosts[0].keelson(&["stop", "moves", "--force"]).done();
+    fleet.hosts[1].keelson(&["stop", "moves", "--force"]).done();
     fleet.hosts[0].keelson(&["uncordon", "a"]).done();
     fleet.hosts[0].keelson(&["drain", "b", "--no-live"]).done();
     assert_eq!(fleet.wait_until_running(0, "idle"), 0);

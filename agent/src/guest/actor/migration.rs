@@ -282,6 +282,7 @@ impl GuestActor {
         let expected = transitions::active(guest).filter(|_| self.agent.fleet.is_expected(guest));
         let Some(migration) = expected.cloned() else {
             self.moving = Moving::default();
+            self.discard_what_waits().await?;
             return Ok(None);
         };
         let arrival = self.moving.arrival.as_ref();
@@ -293,6 +294,7 @@ impl GuestActor {
             // An earlier agent prepared it; its ticket has ended with its lease.
             let reason = "the destination's agent ended";
             self.say_that_it_stays(&migration.id, reason).await?;
+            self.discard_what_waits().await?;
             return Ok(None);
         };
         let ended = arrival.state() == ArrivalState::Ended;
@@ -308,10 +310,27 @@ impl GuestActor {
         Ok(Some(Next::After(Duration::ZERO)))
     }
 
+    /// Removes a virtual machine that waits for a guest, or whose guest went elsewhere, which is of the
+    /// expected course.
+    async fn discard_what_waits(&mut self) -> Result<()> {
+        if !self.runtime.is_running() {
+            return Ok(());
+        }
+        // One that doesn't answer is killed with a warning.
+        let stage = self.stage().await.unwrap_or(Stage::Ordinary);
+        if matches!(stage, Stage::Waiting | Stage::Arrived | Stage::Released) {
+            self.runtime.kill().await;
+            self.runtime.tear_down(&[]).await?;
+        }
+        Ok(())
+    }
+
     async fn expect(&mut self, guest: &VirtualMachine, migration: &Migration) -> Result<Next> {
         if self.agent.arrivals.is_full() {
             return Ok(Next::After(TURN));
         }
+        // What an earlier agent prepared, or left when the guest went away, would be waited for.
+        self.runtime.kill().await;
         match self.prepare(guest, migration).await {
             Ok(arrival) => {
                 self.moving.arrival = Some(arrival);

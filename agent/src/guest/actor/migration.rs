@@ -113,14 +113,14 @@ impl GuestActor {
         stage: Stage,
     ) -> Result<Option<Next>> {
         let departure = self.moving.departure.as_ref();
-        let state = match departure.filter(|departure| departure.id == migration.id) {
+        let progress = match departure.filter(|departure| departure.id == migration.id) {
             Some(departure) => departure.state(),
             None if migration.phase == MigrationPhase::Requested => {
                 return self.wait_for_destination(guest, migration).await;
             }
             None => return self.depart(migration).await,
         };
-        match state {
+        match progress {
             // The rest is being sent; whatever comes of it wakes this task.
             DepartureState::Copying if stage == Stage::Switching => Ok(Some(Next::Changed)),
             DepartureState::Copying => Ok(None),

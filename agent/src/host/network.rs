@@ -95,6 +95,7 @@ impl GuestPort {
             ipv6: self.address_v6,
             network: network_number(&self.network),
             isolated: self.network_spec.isolated,
+            spans_hosts: false,
             mtu: self.network_spec.mtu,
             answers: Answers {
                 dhcp: self.network_spec.dhcp,

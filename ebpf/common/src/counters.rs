@@ -111,11 +111,17 @@ pub enum DropReason {
     PortsExhausted = 22,
     /// To the outside, by a protocol that has no ports, or an answer to nothing that was translated.
     NotTranslatable = 23,
+    /// To a guest of another host, while this host has no tunnel.
+    NoTunnel = 24,
+    /// From a host that doesn't have the sender, or of a network that spans no hosts.
+    UnknownPeer = 25,
+    /// The guest sent to the UDP port by which hosts reach each other.
+    TunnelPort = 26,
 }
 
 impl DropReason {
     /// All reasons, in order of their numbers.
-    pub const ALL: [Self; 24] = [
+    pub const ALL: [Self; 27] = [
         Self::NoPolicy,
         Self::Malformed,
         Self::Vlan,
@@ -140,6 +146,9 @@ impl DropReason {
         Self::PortInUse,
         Self::PortsExhausted,
         Self::NotTranslatable,
+        Self::NoTunnel,
+        Self::UnknownPeer,
+        Self::TunnelPort,
     ];
 
     /// The slot in [`DirectionTallies::dropped`].
@@ -174,6 +183,9 @@ impl DropReason {
             Self::PortInUse => "port-in-use",
             Self::PortsExhausted => "ports-exhausted",
             Self::NotTranslatable => "not-translatable",
+            Self::NoTunnel => "no-tunnel",
+            Self::UnknownPeer => "unknown-peer",
+            Self::TunnelPort => "tunnel-port",
         }
     }
 
@@ -212,6 +224,11 @@ impl DropReason {
             Self::NotTranslatable => {
                 "Source NAT knows TCP, UDP, ICMP echo and ICMP errors about those."
             }
+            Self::NoTunnel => "The guest is on another host, and this one has no tunnel.",
+            Self::UnknownPeer => {
+                "The packet came by the tunnel from a host that doesn't have its sender."
+            }
+            Self::TunnelPort => "The guest sent to the UDP port by which hosts reach each other.",
         }
     }
 }

@@ -19,6 +19,7 @@ mod policy;
 mod question;
 mod rules;
 mod service;
+mod tunnel;
 
 pub use address::{Address, IPV4_PREFIX_BITS, NO_ADDRESS, from_ipv4};
 pub use capture::{CAPTURED_BYTES, CaptureHeader, CaptureRecord, NOT_DROPPED, SNAP_LIMIT};
@@ -42,6 +43,7 @@ pub use service::{
     BACKENDS, Backend, GatewayEntry, NO_BACKEND, SERVICE_MAC, SERVICES, ServiceEntry, ServiceKey,
     TABLE_PLACES, Translation, TranslationKey, Workspace, flow_hash, translation, way,
 };
+pub use tunnel::{OVERLAYS, REMOTE_STATIONS, RemoteStation, TunnelEntry};
 
 /// Version of the pinned maps' layout. The host takes over pinned maps of earlier ones from
 /// [`OLDEST_LAYOUT`] on and refuses later ones.
@@ -129,8 +131,18 @@ pub mod map_name {
     pub const NAT_FRAGMENTS: &str = "NAT_FRAGMENTS";
     /// Place in [`NAT_POOLS`] and direction → [`Tally`](crate::Tally) of what was translated, per CPU.
     pub const TRANSLATED: &str = "TRANSLATED";
+    /// One element: the host's [`TunnelEntry`](crate::TunnelEntry).
+    pub const TUNNEL: &str = "TUNNEL";
+    /// VXLAN network identifier → number of the network.
+    pub const OVERLAYS: &str = "OVERLAYS";
+    /// Network and MAC address → [`RemoteStation`](crate::RemoteStation) of a guest of another host.
+    pub const REMOTE_STATIONS: &str = "REMOTE_STATIONS";
+    /// Network and address → [`Neighbour`](crate::Neighbour) on another host.
+    pub const REMOTE_NEIGHBOURS: &str = "REMOTE_NEIGHBOURS";
+    /// Direction → [`Tally`](crate::Tally) of what passed the tunnel, per CPU.
+    pub const TUNNELLED: &str = "TUNNELLED";
     /// All of them.
-    pub const ALL: [&str; 35] = [
+    pub const ALL: [&str; 40] = [
         POLICIES,
         PEER_CLASSES,
         ALLOWED_PORTS,
@@ -166,6 +178,11 @@ pub mod map_name {
         NAT_FORWARDS,
         NAT_FRAGMENTS,
         TRANSLATED,
+        TUNNEL,
+        OVERLAYS,
+        REMOTE_STATIONS,
+        REMOTE_NEIGHBOURS,
+        TUNNELLED,
     ];
 }
 
@@ -191,8 +208,12 @@ pub mod program_name {
     pub const CLAIM_PORT: &str = "claim_port";
     /// Translates what comes from an uplink for guests.
     pub const FROM_UPLINK: &str = "from_uplink";
+    /// Sends what guests send to the hosts that have its destination.
+    pub const TO_PEER: &str = "to_peer";
+    /// Delivers what comes from other hosts to guests.
+    pub const FROM_TUNNEL: &str = "from_tunnel";
     /// All of them.
-    pub const ALL: [&str; 10] = [
+    pub const ALL: [&str; 12] = [
         FROM_GUEST,
         TO_GUEST,
         SERVICE_FROM_GUEST,
@@ -203,6 +224,8 @@ pub mod program_name {
         TO_UPLINK,
         CLAIM_PORT,
         FROM_UPLINK,
+        TO_PEER,
+        FROM_TUNNEL,
     ];
 }
 
@@ -218,6 +241,8 @@ pub mod stage {
     pub const CLAIM_PORT: u32 = 3;
     /// [`TO_UPLINK`](crate::program_name::TO_UPLINK), anew.
     pub const TO_UPLINK: u32 = 4;
+    /// [`TO_PEER`](crate::program_name::TO_PEER).
+    pub const TO_PEER: u32 = 5;
     /// How many there can be.
     pub const COUNT: u32 = 8;
 }

@@ -6,8 +6,8 @@ use crate::{
     Bucket, CounterKey, DirectionTallies, Event, ExternalKey, FlowKey, FlowState, ForwardKey,
     ForwardedPort, FragmentKey, FragmentState, GatewayEntry, Limit, Mapping, MappingKey, NatClaim,
     NatFragment, NatFragmentKey, NatGuest, NatPool, NatSlot, Neighbour, NeighbourKey, PeerKey,
-    PolicyEntry, PortKey, RuleKey, ServiceEntry, ServiceKey, StationKey, Tally, Translation,
-    TranslationKey, UplinkEntry, Workspace,
+    PolicyEntry, PortKey, RemoteStation, RuleKey, ServiceEntry, ServiceKey, StationKey, Tally,
+    Translation, TranslationKey, TunnelEntry, UplinkEntry, Workspace,
 };
 
 /// Each type is `repr(C)`, made of integers only, without padding, as the sizes prove.
@@ -48,6 +48,7 @@ pod! {
     PeerKey = 20,
     PolicyEntry = 88,
     PortKey = 8,
+    RemoteStation = 20,
     RuleKey = 16,
     ServiceEntry = 11264,
     ServiceKey = 24,
@@ -55,6 +56,7 @@ pod! {
     Tally = 16,
     Translation = 56,
     TranslationKey = 40,
+    TunnelEntry = 40,
     UplinkEntry = 20,
     Workspace = 144,
 }

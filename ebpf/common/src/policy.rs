@@ -55,6 +55,8 @@ pub mod flag {
     pub const ANSWERS_DHCP: u16 = 16;
     /// The host answers the guest's router solicitations.
     pub const ANSWERS_SOLICITATIONS: u16 = 32;
+    /// The network has guests on other hosts.
+    pub const SPANS_HOSTS: u16 = 64;
 }
 
 /// A guest's place in a network, by its MAC address.

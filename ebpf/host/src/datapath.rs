@@ -17,7 +17,8 @@ use crate::pin_root::PinRoot;
 use crate::policy::{EgressPolicy, InterfacePolicy, Rule};
 use crate::rule_counters::RuleCounters;
 use crate::rule_tables::{RuleTables, ignore_missing};
-use crate::{gateways, grace_period, interface, limits, migration, slots, stations};
+use crate::tunnel::RemoteInterface;
+use crate::{gateways, grace_period, interface, limits, migration, slots, stations, tunnel};
 
 /// How a [`Datapath`] is opened.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -70,6 +71,8 @@ pub struct Datapath {
     pub(crate) max_flows: u32,
     /// Whether interfaces need maps of translations.
     pub(crate) has_services: bool,
+    /// Guests of other hosts by their names; `None` until someone says who they are.
+    pub(crate) remote: Option<BTreeMap<String, Vec<RemoteInterface>>>,
     /// Of uplinks; `None` until someone says what is wanted.
     pub(crate) nat: Option<Nat>,
     // What this process applied, so that applying it again costs nothing.
@@ -107,6 +110,7 @@ impl Datapath {
             mode,
             max_flows: config.max_flows,
             has_services: false,
+            remote: None,
             nat: None,
             applied: BTreeMap::new(),
         };
@@ -117,6 +121,7 @@ impl Datapath {
         datapath.adopt_services()?;
         datapath.adopt_gateways()?;
         datapath.adopt_uplinks()?;
+        datapath.adopt_tunnel()?;
         migration::finish(&mut datapath.root)?;
         if !gone.is_empty() {
             tracing::info!(interfaces = ?gone, "removed the policies of interfaces that are gone");
@@ -442,10 +447,12 @@ impl Datapath {
         let entries = entries(&self.object)?;
         let gateways = gateways::entries(&self.object)?;
         let uplinks = uplinks::entries(&self.object)?;
+        let tunnel = tunnel::entry(&self.object)?;
         for ifindex in self.root.linked_interfaces()? {
             let is_known = entries.contains_key(&ifindex)
                 || gateways.contains_key(&ifindex)
-                || uplinks.contains_key(&ifindex);
+                || uplinks.contains_key(&ifindex)
+                || tunnel.ifindex == ifindex;
             if !is_known {
                 hook::remove_links(&self.root, ifindex)?;
             }
@@ -473,7 +480,12 @@ pub(crate) fn entries(object: &Object) -> Result<BTreeMap<u32, PolicyEntry>, Dat
 
 fn flags(policy: &InterfacePolicy) -> u16 {
     let isolated = if policy.isolated { flag::ISOLATED } else { 0 };
-    isolated | policy.limits.flags() | policy.answers.flags()
+    let spans_hosts = if policy.spans_hosts {
+        flag::SPANS_HOSTS
+    } else {
+        0
+    };
+    isolated | spans_hosts | policy.limits.flags() | policy.answers.flags()
 }
 
 fn target<'a>(name: &'a str, ifindex: u32, entry: &PolicyEntry) -> Target<'a> {
@@ -481,7 +493,7 @@ fn target<'a>(name: &'a str, ifindex: u32, entry: &PolicyEntry) -> Target<'a> {
         name,
         ifindex,
         mode: HookMode::from_byte(entry.hook),
-        hooks: GUEST_HOOKS,
+        hooks: &GUEST_HOOKS,
     }
 }
 

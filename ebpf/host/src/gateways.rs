@@ -94,7 +94,7 @@ fn target(name: &str, ifindex: u32, mode: HookMode) -> Target<'_> {
         name,
         ifindex,
         mode,
-        hooks: GATEWAY_HOOKS,
+        hooks: &GATEWAY_HOOKS,
     }
 }
 

@@ -96,7 +96,7 @@ pub struct Target<'a> {
     pub name: &'a str,
     pub ifindex: u32,
     pub mode: HookMode,
-    pub hooks: [Hook; 2],
+    pub hooks: &'a [Hook],
 }
 
 /// A program at one of an interface's hooks.
@@ -142,10 +142,16 @@ pub const UPLINK_HOOKS: [Hook; 2] = [
     },
 ];
 
+/// The tunnel's device: what other hosts send. What is sent by it, guests' programs decided about.
+pub const TUNNEL_HOOKS: [Hook; 1] = [Hook {
+    program: program_name::FROM_TUNNEL,
+    at: TcAttachType::Ingress,
+}];
+
 /// What became of hooks that the interface should have.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Hooks {
-    /// Both programs run, and are those of this process.
+    /// The programs run, and are those of this process.
     InForce,
     /// A hook is not there.
     Missing,
@@ -159,7 +165,7 @@ pub fn ensure(
     root: &PinRoot,
     target: Target<'_>,
 ) -> Result<Hooks, DatapathError> {
-    for hook in target.hooks {
+    for &hook in target.hooks {
         match replace_one(object, root, target, hook)? {
             Hooks::InForce => {}
             Hooks::Missing => attach_one(object, root, target, hook)?,
@@ -241,13 +247,13 @@ fn leave_attached(link: SchedClassifierLink) {
     mem::forget(link);
 }
 
-/// Replaces both programs in place.
+/// Replaces the programs in place.
 pub fn replace(
     object: &mut Object,
     root: &PinRoot,
     target: Target<'_>,
 ) -> Result<Hooks, DatapathError> {
-    for hook in target.hooks {
+    for &hook in target.hooks {
         match replace_one(object, root, target, hook)? {
             Hooks::InForce => {}
             other => return Ok(other),
@@ -340,9 +346,9 @@ fn is_missing_filter(errno: Option<i32>) -> bool {
     matches!(errno, Some(libc::ENOENT | libc::EINVAL | libc::ENODEV))
 }
 
-/// Detaches both programs; that one isn't attached is fine.
+/// Detaches the programs; that one isn't attached is fine.
 pub fn detach(root: &PinRoot, target: Target<'_>) -> Result<(), DatapathError> {
-    for hook in target.hooks {
+    for &hook in target.hooks {
         let name = hook.program;
         match target.mode {
             // The link ends with its last reference, the file.
@@ -371,7 +377,7 @@ fn detach_clsact(interface: &str, hook: Hook) -> Result<(), String> {
 /// Removes the links of an interface that has no policy: a detach was cut short.
 pub fn remove_links(root: &PinRoot, ifindex: u32) -> Result<(), DatapathError> {
     let hooks = GUEST_HOOKS.into_iter().chain(GATEWAY_HOOKS);
-    for hook in hooks.chain(UPLINK_HOOKS) {
+    for hook in hooks.chain(UPLINK_HOOKS).chain(TUNNEL_HOOKS) {
         remove_link(root, ifindex, hook)?;
     }
     Ok(())

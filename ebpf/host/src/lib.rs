@@ -35,6 +35,7 @@ mod services;
 mod slots;
 mod stations;
 mod trial;
+mod tunnel;
 
 pub use address::{AddressError, IpPrefix, MacAddress};
 pub use capture::{CaptureReader, CapturedPacket, MAX_SNAP_LENGTH};
@@ -53,3 +54,4 @@ pub use policy::{
 pub use questions::{AnswerSender, Answers, Question, QuestionReader};
 pub use services::{MAX_BACKENDS, MAX_SERVICES, Service, ServiceBackend};
 pub use trial::{RunCost, Verdict, count_run_costs};
+pub use tunnel::{MAX_OVERLAYS, MAX_REMOTE_STATIONS, RemoteInterface, Tunnel, TunnelCounters};

@@ -13,8 +13,8 @@ use aya::{Ebpf, EbpfError, EbpfLoader};
 use keelson_ebpf_common::{
     Address, Bucket, CounterKey, DirectionTallies, ExternalKey, ForwardKey, ForwardedPort,
     GatewayEntry, Limit, NatGuest, NatPool, NatSlot, Neighbour, NeighbourKey, PeerKey, PolicyEntry,
-    PortKey, RuleKey, ServiceEntry, ServiceKey, StationKey, Tally, UplinkEntry, map_name,
-    program_name, stage,
+    PortKey, RemoteStation, RuleKey, ServiceEntry, ServiceKey, StationKey, Tally, TunnelEntry,
+    UplinkEntry, map_name, program_name, stage,
 };
 
 use crate::error::DatapathError;
@@ -56,6 +56,11 @@ pub struct Object {
     pub nat_mappings: ArrayOfMaps<MapData>,
     pub nat_forwards: HashMap<MapData, ForwardKey, ForwardedPort>,
     pub translated: PerCpuArray<MapData, Tally>,
+    pub tunnel: Array<MapData, TunnelEntry>,
+    pub overlays: HashMap<MapData, u32, u32>,
+    pub remote_stations: HashMap<MapData, StationKey, RemoteStation>,
+    pub remote_neighbours: HashMap<MapData, NeighbourKey, Neighbour>,
+    pub tunnelled: PerCpuArray<MapData, Tally>,
     pub passed: PerCpuArray<MapData, Tally>,
     pub dropped: PerCpuHashMap<MapData, CounterKey, DirectionTallies>,
     pub allowed: PerCpuHashMap<MapData, RuleKey, Tally>,
@@ -107,6 +112,11 @@ impl Object {
             nat_mappings: take(&mut ebpf, map_name::NAT_MAPPINGS)?,
             nat_forwards: take(&mut ebpf, map_name::NAT_FORWARDS)?,
             translated: take(&mut ebpf, map_name::TRANSLATED)?,
+            tunnel: take(&mut ebpf, map_name::TUNNEL)?,
+            overlays: take(&mut ebpf, map_name::OVERLAYS)?,
+            remote_stations: take(&mut ebpf, map_name::REMOTE_STATIONS)?,
+            remote_neighbours: take(&mut ebpf, map_name::REMOTE_NEIGHBOURS)?,
+            tunnelled: take(&mut ebpf, map_name::TUNNELLED)?,
             passed: take(&mut ebpf, map_name::PASSED)?,
             dropped: take(&mut ebpf, map_name::DROPPED)?,
             allowed: take(&mut ebpf, map_name::ALLOWED)?,
@@ -148,6 +158,7 @@ fn set_stages(ebpf: &mut Ebpf) -> Result<(), DatapathError> {
         (stage::SERVICE_TO_GUEST, program_name::SERVICE_TO_GUEST),
         (stage::CLAIM_PORT, program_name::CLAIM_PORT),
         (stage::TO_UPLINK, program_name::TO_UPLINK),
+        (stage::TO_PEER, program_name::TO_PEER),
     ] {
         let program = program(ebpf, name)?.fd();
         let program = program.map_err(|error| program_error(name, &error))?;

@@ -35,6 +35,9 @@ pub struct InterfacePolicy {
     pub network: u32,
     /// Whether guests of the network are kept apart from each other.
     pub isolated: bool,
+    /// Whether guests of the network may be on other hosts
+    /// ([`Datapath::set_remote`](crate::Datapath::set_remote)).
+    pub spans_hosts: bool,
     /// The largest IP packet that the guest may send, in bytes.
     pub mtu: u16,
     /// Which questions about the guest's configuration are answered.
@@ -57,6 +60,7 @@ impl Default for InterfacePolicy {
             ipv6: None,
             network: 0,
             isolated: false,
+            spans_hosts: false,
             mtu: 1500,
             answers: Answers::default(),
             limits: InterfaceLimits::default(),

@@ -10,11 +10,15 @@ use crate::error::DatapathError;
 use crate::object::Object;
 use crate::policy::InterfacePolicy;
 use crate::rule_tables::ignore_missing;
-use crate::{address, interface};
+use crate::{address, interface, tunnel};
 
-/// Lets the guests of its network find the interface.
+/// Lets the guests of its network find the interface, unless the guest is another host's.
 pub fn add(object: &mut Object, ifindex: u32, entry: &PolicyEntry) -> Result<(), DatapathError> {
     if entry.network == 0 {
+        return Ok(());
+    }
+    // One that is on its way here is reached where it is.
+    if tunnel::is_remote(object, &station(entry))? {
         return Ok(());
     }
     object

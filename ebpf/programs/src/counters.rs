@@ -7,7 +7,7 @@ use keelson_ebpf_common::{
     CounterKey, Direction, DropReason, REASON_SLOTS, RuleKey, UNCOUNTED, passed_index,
 };
 
-use crate::maps::{ALLOWED, DROPPED, PASSED, TRANSLATED};
+use crate::maps::{ALLOWED, DROPPED, PASSED, TRANSLATED, TUNNELLED};
 
 /// Adds a packet of `length` bytes that goes on.
 #[inline(always)]
@@ -25,6 +25,18 @@ pub fn count_passed(slot: u32, direction: Direction, length: u32) {
 #[inline(always)]
 pub fn count_translated(pool: u32, direction: Direction, length: u32) {
     let Some(tally) = TRANSLATED.get_ptr_mut(passed_index(pool, direction)) else {
+        return;
+    };
+    // SAFETY: see `count_passed`.
+    let tally = unsafe { &mut *tally };
+    tally.packets += 1;
+    tally.bytes += u64::from(length);
+}
+
+/// Adds a packet of `length` bytes to or from another host.
+#[inline(always)]
+pub fn count_tunnelled(direction: Direction, length: u32) {
+    let Some(tally) = TUNNELLED.get_ptr_mut(direction as u32) else {
         return;
     };
     // SAFETY: see `count_passed`.

@@ -7,7 +7,7 @@
 
 use aya_ebpf::programs::TcContext;
 use keelson_ebpf_common::{
-    Direction, DropReason, NO_ADDRESS, PolicyEntry, SERVICE_MAC, flag, from_ipv4, local, stage,
+    Direction, DropReason, NO_ADDRESS, PolicyEntry, SERVICE_MAC, from_ipv4, local, stage,
     translation,
 };
 use network_types::eth::EthHdr;
@@ -61,10 +61,11 @@ pub fn decide(packet: &TcContext, policy: &PolicyEntry) -> Result<Passed, DropRe
     };
     let local = if ip.is_ipv6 { local::IPV6 } else { local::IPV4 };
     let ends = Ends { own, local, peer };
-    let station = stations::find(policy, head.destination);
-    if station.is_some() && !is_hairpin && policy.flags & flag::ISOLATED != 0 {
-        return Err(DropReason::Isolated);
-    }
+    let station = if is_hairpin {
+        None
+    } else {
+        stations::find(policy, head.destination)?
+    };
     let direction = Direction::FromGuest;
     if ip.fragment_offset != 0 {
         fragments::follow(policy, &ends, &ip, direction)?;
@@ -90,11 +91,10 @@ pub fn decide(packet: &TcContext, policy: &PolicyEntry) -> Result<Passed, DropRe
         }
         fragments::note(policy, &ends, &ip, direction, !is_hairpin);
     }
-    Ok(match station {
-        _ if is_hairpin => Passed::To(frame::ifindex(packet)),
-        Some(ifindex) => Passed::To(ifindex),
-        None => Passed::On,
-    })
+    if is_hairpin {
+        return Ok(Passed::To(frame::ifindex(packet)));
+    }
+    stations::send(packet, policy, station)
 }
 
 #[inline(always)]

@@ -2,20 +2,22 @@
 //! addresses; ARP and neighbour discovery in its own name; nothing that only routers and DHCP
 //! servers send; and of that what its flows and egress rules allow. What is for a guest of the same
 //! network on this host goes straight to it; what asks for the guest's configuration, to the agent. What
-//! is for a service, `from_client` goes on with.
+//! is for a service, `from_client` goes on with; what may be for a guest of another host, `to_peer`.
 //!
 //! Maps: those of `flows`, `rules`, `fragments`, `stations` and `questions`.
 
 use aya_ebpf::programs::TcContext;
 use keelson_ebpf_common::{
-    Direction, DropReason, NO_ADDRESS, PolicyEntry, SERVICE_MAC, flag, from_ipv4, local, stage,
+    Direction, DropReason, NO_ADDRESS, PolicyEntry, SERVICE_MAC, from_ipv4, local, stage,
 };
 
 use crate::flows::{self, Ends};
 use crate::frame::{self, Head, Payload};
 use crate::ip::{self, Ip, protocol};
 use crate::transport::{Transport, icmp_type};
-use crate::{Passed, fragments, neighbour_discovery, questions, services, stations, transport};
+use crate::{
+    Passed, fragments, neighbour_discovery, questions, services, stations, transport, tunnel,
+};
 
 const DHCP_PORTS: [u16; 2] = [67, 68];
 const DHCPV6_PORTS: [u16; 2] = [547, 546];
@@ -90,15 +92,19 @@ fn decide_ip(
     ip: &Ip,
     ends: &Ends,
 ) -> Result<Passed, DropReason> {
-    let station = stations::find(policy, head.destination);
-    if station.is_some() && policy.flags & flag::ISOLATED != 0 {
-        return Err(DropReason::Isolated);
-    }
+    let station = stations::find(policy, head.destination)?;
     if ip.fragment_offset != 0 {
         fragments::follow(policy, ends, ip, Direction::FromGuest)?;
     } else {
         let transport = transport::transport(ip)?;
         refuse_servers(ip, &transport)?;
+        // No guest of the network: the host, or what is beyond it.
+        if station.is_none()
+            && transport.protocol == protocol::UDP
+            && tunnel::is_port(transport.destination_port)
+        {
+            return Err(DropReason::TunnelPort);
+        }
         flows::judge(
             packet,
             policy,
@@ -110,10 +116,7 @@ fn decide_ip(
         )?;
         fragments::note(policy, ends, ip, Direction::FromGuest, false);
     }
-    Ok(match station {
-        Some(ifindex) => Passed::To(ifindex),
-        None => Passed::On,
-    })
+    stations::send(packet, policy, station)
 }
 
 /// The sender's identity must be the guest's own. A probe for an address conflict has no sender

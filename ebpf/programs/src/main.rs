@@ -9,7 +9,8 @@
 //! `service_to_host` do the same for the host, at the hooks of a network's bridge.
 //!
 //! `to_uplink` and `from_uplink` run at the egress and ingress hooks of the devices by which guests reach
-//! the outside, and translate addresses.
+//! the outside, and translate addresses. What may be for a guest of another host `to_peer` goes on with, and `from_tunnel` is at the ingress hook of the device by which other
+//! hosts are reached.
 #![no_std]
 #![no_main]
 #![feature(asm_experimental_arch)]
@@ -37,6 +38,7 @@ mod stations;
 mod to_guest;
 mod translate;
 mod transport;
+mod tunnel;
 mod uplink;
 
 use aya_ebpf::bindings::{TC_ACT_SHOT, TC_ACT_UNSPEC};
@@ -153,6 +155,25 @@ pub fn from_uplink(packet: TcContext) -> i32 {
         counters::count_translated(translated.pool, Direction::ToGuest, length);
     }
     TC_ACT_UNSPEC
+}
+
+/// Sends a packet that may leave a guest to the host that has its destination, if another one has.
+#[classifier]
+pub fn to_peer(packet: TcContext) -> i32 {
+    go_on(&packet, Direction::FromGuest, tunnel::send)
+}
+
+/// Delivers a packet from another host to a guest of this one, and nowhere else.
+#[classifier]
+pub fn from_tunnel(packet: TcContext) -> i32 {
+    match tunnel::receive(&packet) {
+        Ok(passed) => pass(passed),
+        Err(reason) => {
+            let (ifindex, direction) = (frame::ifindex(&packet), Direction::ToGuest);
+            counters::count_dropped(ifindex, direction, packet.len(), reason);
+            TC_ACT_SHOT
+        }
+    }
 }
 
 /// Runs `decide` with the interface's policy, counts what it says, and does it.

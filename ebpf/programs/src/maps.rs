@@ -11,9 +11,10 @@ use keelson_ebpf_common::{
     ExternalKey, FlowKey, FlowState, ForwardKey, ForwardedPort, FragmentKey, FragmentState,
     GatewayEntry, Limit, Mapping, MappingKey, NAT_FRAGMENTS as NAT_FRAGMENT_COUNT,
     NAT_POOLS as POOL_COUNT, NatClaim, NatFragment, NatFragmentKey, NatGuest, NatPool, NatSlot,
-    Neighbour, NeighbourKey, POOL_PORTS, PORT_FORWARDS, PeerKey, PolicyEntry, PortKey,
-    QUESTIONS_BYTES, RuleKey, SERVICES as SERVICE_COUNT, SLOTS, ServiceEntry, ServiceKey,
-    StationKey, Tally, Translation, TranslationKey, UplinkEntry, Workspace, stage,
+    Neighbour, NeighbourKey, OVERLAYS as OVERLAY_COUNT, POOL_PORTS, PORT_FORWARDS, PeerKey,
+    PolicyEntry, PortKey, QUESTIONS_BYTES, REMOTE_STATIONS as REMOTE_STATION_COUNT, RemoteStation,
+    RuleKey, SERVICES as SERVICE_COUNT, SLOTS, ServiceEntry, ServiceKey, StationKey, Tally,
+    Translation, TranslationKey, TunnelEntry, UplinkEntry, Workspace, stage,
 };
 
 /// Interface index → what the programs enforce there.
@@ -182,3 +183,26 @@ pub static NAT_FRAGMENTS: LruHashMap<NatFragmentKey, NatFragment> =
 /// External address and direction → what was translated.
 #[map]
 pub static TRANSLATED: PerCpuArray<Tally> = PerCpuArray::with_max_entries(2 * POOL_COUNT, 0);
+
+/// The host's end of the tunnel to other hosts.
+#[map]
+pub static TUNNEL: Array<TunnelEntry> = Array::with_max_entries(1, 0);
+
+/// VXLAN network identifier → number of the network.
+#[map]
+pub static OVERLAYS: HashMap<u32, u32> =
+    HashMap::with_max_entries(OVERLAY_COUNT, BPF_F_NO_PREALLOC);
+
+/// Network and MAC address → where the guest is, of guests of other hosts.
+#[map]
+pub static REMOTE_STATIONS: HashMap<StationKey, RemoteStation> =
+    HashMap::with_max_entries(REMOTE_STATION_COUNT, BPF_F_NO_PREALLOC);
+
+/// Network and address → who has it on another host.
+#[map]
+pub static REMOTE_NEIGHBOURS: HashMap<NeighbourKey, Neighbour> =
+    HashMap::with_max_entries(3 * REMOTE_STATION_COUNT, BPF_F_NO_PREALLOC);
+
+/// Direction → what passed the tunnel.
+#[map]
+pub static TUNNELLED: PerCpuArray<Tally> = PerCpuArray::with_max_entries(2, 0);

@@ -1,18 +1,20 @@
-//! The other guests of a network on this host: what is for them is sent straight to them, and
-//! questions for their Ethernet addresses are answered in place (maps `STATIONS`, `NEIGHBOURS`).
+//! The other guests of a network: what is for them is sent straight to them or to their host, and
+//! questions for their Ethernet addresses are answered in place (maps `STATIONS`, `NEIGHBOURS` of guests
+//! of this host, `REMOTE_STATIONS`, `REMOTE_NEIGHBOURS` of others).
 
 use aya_ebpf::programs::TcContext;
 use keelson_ebpf_common::{
-    Address, NO_ADDRESS, NeighbourKey, PolicyEntry, SERVICE_MAC, StationKey, flag, from_ipv4,
+    Address, DropReason, NO_ADDRESS, NeighbourKey, PolicyEntry, RemoteStation, SERVICE_MAC,
+    StationKey, flag, from_ipv4, stage,
 };
 use network_types::arp::ArpHdr;
 use network_types::eth::EthHdr;
 
 use crate::frame::Head;
 use crate::ip::{self, IPV6_LEN, Ip, protocol};
-use crate::maps::{NEIGHBOURS, STATIONS};
+use crate::maps::{NEIGHBOURS, REMOTE_NEIGHBOURS, REMOTE_STATIONS, STATIONS};
 use crate::transport::icmpv6_type;
-use crate::{Passed, frame};
+use crate::{Passed, frame, services};
 
 /// Bytes of a solicitation or advertisement with the one option that both have room for.
 const NEIGHBOUR_MESSAGE_LEN: usize = 32;
@@ -21,13 +23,50 @@ const SOLICITED_OVERRIDE: u8 = 0x60;
 /// The option that tells a target's Ethernet address, with its length in units of 8 bytes.
 const TARGET_LINK_LAYER: [u8; 2] = [2, 1];
 
-/// The interface of the guest with this MAC address in the same network on this host.
+/// The interface of the guest with this MAC address in the same network on this host; refused where guests
+/// are kept apart, on whatever hosts they are.
 #[inline(always)]
-pub fn find(policy: &PolicyEntry, mac: [u16; 3]) -> Option<u32> {
-    find_in(policy.network, mac)
+pub fn find(policy: &PolicyEntry, mac: [u16; 3]) -> Result<Option<u32>, DropReason> {
+    let station = find_in(policy.network, mac);
+    if policy.flags & flag::ISOLATED != 0
+        && (station.is_some() || find_remote(policy.network, mac).is_some())
+    {
+        return Err(DropReason::Isolated);
+    }
+    Ok(station)
 }
 
-/// As [`find`], in a network by its number.
+/// Sends a packet that may leave a guest where its destination is.
+#[inline(always)]
+pub fn send(
+    packet: &TcContext,
+    policy: &PolicyEntry,
+    station: Option<u32>,
+) -> Result<Passed, DropReason> {
+    match station {
+        Some(ifindex) => Ok(Passed::To(ifindex)),
+        // Another program looks for it on other hosts: the verifier goes through this end often.
+        None if policy.flags & flag::SPANS_HOSTS != 0 => {
+            Err(services::go_on(packet, stage::TO_PEER))
+        }
+        None => Ok(Passed::On),
+    }
+}
+
+/// The guest of another host with this MAC address in a network by its number.
+#[inline(always)]
+pub fn find_remote(network: u32, mac: [u16; 3]) -> Option<&'static RemoteStation> {
+    let key = StationKey {
+        network,
+        mac: frame::bytes(mac),
+        reserved: [0; 2],
+    };
+    // SAFETY: an entry that is replaced meanwhile may be read half, and then names another host or network:
+    // that host has no such guest, or not in that network, and drops the packet.
+    unsafe { REMOTE_STATIONS.get(key) }
+}
+
+/// The interface of the guest with this MAC address on this host, in a network by its number.
 #[inline(always)]
 pub fn find_in(network: u32, mac: [u16; 3]) -> Option<u32> {
     if network == 0 {
@@ -219,7 +258,16 @@ fn neighbour(policy: &PolicyEntry, address: Address) -> Option<[u8; 6]> {
     if policy.network == 0 || policy.flags & flag::ISOLATED != 0 {
         return None;
     }
-    neighbour_in(policy.network, address)
+    let here = neighbour_in(policy.network, address);
+    if here.is_some() || policy.flags & flag::SPANS_HOSTS == 0 {
+        return here;
+    }
+    let key = NeighbourKey {
+        network: policy.network,
+        address,
+    };
+    // SAFETY: as in `neighbour_in`.
+    unsafe { REMOTE_NEIGHBOURS.get(key) }.map(|neighbour| neighbour.mac)
 }
 
 /// As [`neighbour`], in a network by its number.

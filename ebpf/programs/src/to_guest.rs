@@ -26,8 +26,8 @@ pub fn decide(packet: &TcContext, policy: &PolicyEntry) -> Result<Passed, DropRe
     if questions::is_answer(packet) {
         return Ok(Passed::On);
     }
-    if policy.flags & flag::ISOLATED != 0 && stations::find(policy, head.source).is_some() {
-        return Err(DropReason::Isolated);
+    if policy.flags & flag::ISOLATED != 0 {
+        stations::find(policy, head.source)?;
     }
     let (ip, ends) = match frame::payload(&head)? {
         Payload::Arp => return decide_arp(packet, policy).map(|()| Passed::On),

@@ -115,7 +115,7 @@ fn target<'a>(name: &'a str, ifindex: u32, entry: &UplinkEntry) -> Target<'a> {
         name,
         ifindex,
         mode: HookMode::from_byte(entry.hook),
-        hooks: UPLINK_HOOKS,
+        hooks: &UPLINK_HOOKS,
     }
 }
 

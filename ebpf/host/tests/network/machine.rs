@@ -67,6 +67,13 @@ impl Machine {
         self.join_outside();
     }
 
+    /// Links a guest to the bridge of the host that this is called on, after its link was deleted.
+    pub fn link_again(&self) {
+        let thread = self.run(|| rustix::thread::gettid().as_raw_nonzero());
+        self.link(thread.get(), 77, 24);
+        ip(&format!("link set {} master {BRIDGE}", self.name));
+    }
+
     fn join_outside(&self) {
         ip(&format!("addr add 10.99.0.1/24 dev {}", self.name));
         ip(&format!("addr add fd99::1/64 dev {} nodad", self.name));

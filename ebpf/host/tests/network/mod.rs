@@ -3,6 +3,7 @@
 #![allow(dead_code, reason = "each test file uses a part")]
 
 pub mod frames;
+pub mod hosts;
 pub mod machine;
 pub mod uplink;
 

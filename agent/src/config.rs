@@ -1,7 +1,7 @@
 //! The daemon's configuration: `/etc/keelson/keelsond.toml`, all of it optional.
 
 use std::collections::BTreeMap;
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::path::{Path, PathBuf};
 
 use keelson_api::MemorySize;
@@ -46,6 +46,11 @@ pub struct Config {
     /// The host's name in the fleet, which no other agent of the state store may have; made of the
     /// kernel's host name where not given.
     pub host_name: Option<String>,
+    /// The address by which other hosts reach this one, for networks that span hosts; where not given, the one
+    /// by which this host reaches the state store, or else everything.
+    pub tunnel_address: Option<IpAddr>,
+    /// The UDP port of the tunnels between hosts, the same on all of them.
+    pub tunnel_port: u16,
     /// Labels of the `Host` object, by which guests select hosts; those that are applied to the object
     /// itself stay beside them.
     pub host_labels: BTreeMap<String, String>,
@@ -90,6 +95,8 @@ impl Default for Config {
             jail: true,
             metrics_listen: None,
             host_name: None,
+            tunnel_address: None,
+            tunnel_port: 4789,
             host_labels: BTreeMap::new(),
             host_lease_seconds: 10,
             host_reserved_memory: MemorySize::from_mib(512).unwrap_or_else(|| unreachable!()),
@@ -126,6 +133,14 @@ impl Config {
                 "host_lease_seconds is {}; give 3 to 600",
                 self.host_lease_seconds
             ));
+        }
+        if let Some(address) = self.tunnel_address {
+            crate::host::refuse_tunnel_address(address).map_or(Ok(()), |problem| {
+                Err(format!("tunnel_address is {problem}"))
+            })?;
+        }
+        if self.tunnel_port == 0 {
+            return Err("tunnel_port is 0; give a UDP port, such as 4789".into());
         }
         if self.cpu_overcommit == 0 {
             return Err("cpu_overcommit is 0; give 1 or more".into());

@@ -17,6 +17,7 @@ pub mod host;
 mod metrics;
 mod migration;
 mod objects;
+mod overlays;
 mod reconciler;
 mod server;
 mod services;

@@ -13,7 +13,9 @@ use axum::http::{StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use axum::routing::get;
 use keelson_api::{Kind, Object, SecurityGroup, VirtualMachine};
-use keelson_ebpf::{Direction, DirectionCounters, FlowUse, InterfaceCounters, Tally};
+use keelson_ebpf::{
+    Direction, DirectionCounters, FlowUse, InterfaceCounters, Tally, TunnelCounters,
+};
 use prometheus::core::Collector;
 use prometheus::process_collector::ProcessCollector;
 use prometheus::proto::MetricFamily;
@@ -91,6 +93,9 @@ async fn page(agent: &Agent) -> Result<String> {
     let hook = agent.network.hook().await?;
     let host = HostFamilies::new().map_err(failed)?;
     host.set(agent, &world).await;
+    if let Some(counters) = agent.network.tunnel_counters().await? {
+        families.set_tunnel(&counters);
+    }
     let mut more = host.collect();
     more.extend(uplinks::collect(agent).await?);
     let page = families.encode(&hook, more).map_err(failed)?;
@@ -138,6 +143,8 @@ struct Families {
     passed: Tallies,
     dropped: Tallies,
     allowed: Tallies,
+    tunnelled: Tallies,
+    tunnel_dropped: Tallies,
     flows: IntGaugeVec,
     max_flows: IntGaugeVec,
     interfaces: IntGaugeVec,
@@ -165,6 +172,16 @@ impl Families {
                 "rule_allowed_",
                 "What a rule let open a flow, or what belongs to none",
                 &["guest", "interface", "direction", "rule"],
+            )?,
+            tunnelled: Tallies::new(
+                "tunnel_",
+                "What guests sent to other hosts, and what came from there",
+                &["direction"],
+            )?,
+            tunnel_dropped: Tallies::new(
+                "tunnel_dropped_",
+                "What came from other hosts and was dropped before any guest's interface",
+                &["reason"],
             )?,
             flows: gauge("network_flows", "Flows that an interface has.", &flow)?,
             max_flows: gauge(
@@ -213,6 +230,15 @@ impl Families {
         }
     }
 
+    fn set_tunnel(&self, counters: &TunnelCounters) {
+        let received = &counters.received;
+        self.tunnelled.set(&["sent"], &counters.sent);
+        self.tunnelled.set(&["received"], &received.passed);
+        for (reason, tally) in &received.dropped {
+            self.tunnel_dropped.set(&[reason.as_str()], tally);
+        }
+    }
+
     fn set_direction(
         &self,
         labels: [&str; 3],
@@ -238,7 +264,13 @@ impl Families {
         let version = env!("CARGO_PKG_VERSION");
         self.build.with_label_values(&[version, hook]).set(1);
         let mut families = ProcessCollector::for_self().collect();
-        for tallies in [&self.passed, &self.dropped, &self.allowed] {
+        for tallies in [
+            &self.passed,
+            &self.dropped,
+            &self.allowed,
+            &self.tunnelled,
+            &self.tunnel_dropped,
+        ] {
             families.extend(tallies.packets.collect());
             families.extend(tallies.bytes.collect());
         }

@@ -1,5 +1,7 @@
 //! A host of the fleet.
 
+use std::net::IpAddr;
+
 use serde::{Deserialize, Serialize};
 
 use crate::metadata::{Condition, ObjectMeta};
@@ -91,6 +93,9 @@ pub struct HostStatus {
     /// Where guests come in that move to it while they run; nothing if it takes none.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub migration_address: Option<String>,
+    /// Where the hosts of networks that span hosts reach it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub tunnel_address: Option<IpAddr>,
     /// `Ready`: its agent renews its lease.
     pub conditions: Vec<Condition>,
 }

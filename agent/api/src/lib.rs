@@ -49,7 +49,7 @@ pub use guest_configuration::{Dns, Route};
 pub use host::{Host, HostResources, HostSpec, HostStatus};
 pub use metadata::{Condition, ConditionStatus, ObjectMeta, set_condition, validate_name};
 pub use migration::{Migration, MigrationLimits, MigrationPhase, MigrationProgress};
-pub use network::{Network, NetworkSpec, NetworkStatus};
+pub use network::{Network, NetworkSpec, NetworkStatus, Overlay};
 pub use object::{Kind, Object, Resource};
 pub use port_forward::{PortForward, PortForwardSpec, PortForwardStatus};
 pub use rate_limit::{InterfaceLimits, RateLimit};

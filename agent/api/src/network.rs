@@ -17,7 +17,7 @@ const IPV6_MTU: u16 = 1280;
 /// Prefix lengths of IPv6 subnets: room for hosts, and the first 96 bits can't make them all.
 const IPV6_PREFIXES: std::ops::RangeInclusive<u8> = 48..=120;
 
-/// Subnets on this host, of IPv4, IPv6 or both: a bridge that holds the gateway's address, with guests as ports.
+/// Subnets of guests, of IPv4, IPv6 or both: on each host a bridge that holds the gateway's address, with guests as ports.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct Network {
@@ -61,6 +61,9 @@ pub struct NetworkSpec {
     /// beyond it, whatever their security groups say.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub isolated: bool,
+    /// How guests of several hosts reach each other; without it, those of each host are on their own.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub overlay: Option<Overlay>,
     /// How guests resolve names.
     #[serde(default, skip_serializing_if = "Dns::is_empty")]
     pub dns: Dns,
@@ -90,6 +93,19 @@ pub struct NetworkSpec {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub uplink: Option<Uplink>,
 }
+
+/// How a network spans hosts: by VXLAN (RFC 7348) between the hosts' tunnel addresses.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields, default)]
+pub struct Overlay {
+    /// The VXLAN network identifier, 1 to 16777215, which no other network has; the lowest free one where not
+    /// given.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub vni: Option<u32>,
+}
+
+/// VXLAN network identifiers: 24 bits, and zero is left out.
+const VNIS: std::ops::RangeInclusive<u32> = 1..=0x00ff_ffff;
 
 fn default_mtu() -> u16 {
     1500
@@ -123,6 +139,7 @@ impl Default for NetworkSpec {
             gateway_v6: None,
             mtu: default_mtu(),
             isolated: false,
+            overlay: None,
             dns: Dns::default(),
             routes: Vec::new(),
             default_route: true,
@@ -301,6 +318,12 @@ impl NetworkSpec {
         guest_configuration::validate(self, errors);
         if let Some(uplink) = &self.uplink {
             uplink.validate(errors);
+        }
+        if let Some(vni) = self.overlay.and_then(|overlay| overlay.vni)
+            && !VNIS.contains(&vni)
+        {
+            let message = format!("is {vni}; give 1 to {}", VNIS.end());
+            errors.push(FieldError::new("spec.overlay.vni", message));
         }
         if !MTU_RANGE.contains(&self.mtu) {
             errors.push(FieldError::new(

@@ -7,6 +7,7 @@ use std::path::Path;
 
 use keelson_api::{HostResources, HostStatus, MemorySize};
 
+use super::tunnel;
 use crate::config::Config;
 use crate::{AgentError, error::Result};
 
@@ -78,6 +79,7 @@ impl Inventory {
             migration_address: config
                 .migration_address()
                 .map(|address| address.to_string()),
+            tunnel_address: tunnel::address(config).ok(),
             conditions: Vec::new(),
         }
     }

@@ -13,6 +13,7 @@ mod ports;
 mod process;
 mod rules;
 mod tap;
+mod tunnel;
 mod uplink;
 mod usage;
 
@@ -23,5 +24,6 @@ pub use process::{
     Exit, LaunchRequest, ProcessHandle, kill_recorded, recorded_process, write_atomically,
 };
 pub use rules::{ResolvedRule, Rules};
+pub use tunnel::refuse_address as refuse_tunnel_address;
 pub use uplink::{UplinkDevice, Watched, follow_devices, route_ipv4, route_ipv6};
 pub use usage::Usage;

@@ -34,6 +34,7 @@ pub struct HostNetwork {
     packets: PacketEvents,
     captures: Captures,
     configurations: GuestConfigurations,
+    pub(super) config: Arc<Config>,
 }
 
 /// The datapath, whose calls block.
@@ -95,7 +96,7 @@ impl GuestPort {
             ipv6: self.address_v6,
             network: network_number(&self.network),
             isolated: self.network_spec.isolated,
-            spans_hosts: false,
+            spans_hosts: self.network_spec.overlay.is_some(),
             mtu: self.network_spec.mtu,
             answers: Answers {
                 dhcp: self.network_spec.dhcp,
@@ -144,6 +145,7 @@ impl HostNetwork {
             packets: PacketEvents::start(reader, datapath.clone()),
             captures: Captures::start(capture_reader, datapath.clone()),
             configurations: GuestConfigurations::start(question_reader)?,
+            config: Arc::new(config.clone()),
             datapath,
         })
     }

@@ -191,6 +191,9 @@ impl Admission<'_> {
                     checks::network(network, &after, &mut report);
                     let ports = self.ports_of_this_host();
                     uplink_checks::network(network, &after, ports, &mut report);
+                    if let Err(message) = allocation.take_vni(network) {
+                        report("spec.overlay.vni", message);
+                    }
                 }
                 Object::PortForward(forward) => {
                     let ports = self.ports_of_this_host();
@@ -402,6 +405,11 @@ fn inherit(world: &World, mut object: Object, errors: &mut Vec<String>) -> Objec
                 spec.address_v6 = spec.address_v6.or(known.address_v6);
             }
         }
+        (Object::Network(network), Object::Network(known)) => {
+            if let (Some(overlay), Some(known)) = (&mut network.spec.overlay, known.spec.overlay) {
+                overlay.vni = overlay.vni.or(known.vni);
+            }
+        }
         // A disk that says nothing stays where it is.
         (Object::Disk(disk), Object::Disk(known)) if !disk.spec.shared => {
             disk.spec.host = disk.spec.host.take().or_else(|| known.spec.host.clone());
@@ -499,6 +507,13 @@ fn wants_allocation(object: &Object) -> u8 {
         Object::Service(service) => wants(
             service.spec.address.is_none(),
             service.spec.address_v6.is_none(),
+        ),
+        Object::Network(network) => wants(
+            network
+                .spec
+                .overlay
+                .is_some_and(|overlay| overlay.vni.is_none()),
+            false,
         ),
         _ => 0,
     }

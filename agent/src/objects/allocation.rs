@@ -1,4 +1,4 @@
-//! Addresses of guests' interfaces and of services: those that are taken, and the next free one.
+//! Addresses of guests' interfaces and of services, and identifiers of networks: those that are taken, and the next free one.
 
 use std::collections::BTreeMap;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
@@ -12,6 +12,8 @@ pub struct Allocation {
     /// By network and address: the holder, such as `VirtualMachine/web (eth0)` or `Service/web`.
     addresses: BTreeMap<(String, IpAddr), String>,
     macs: BTreeMap<MacAddress, String>,
+    /// VXLAN network identifiers.
+    vnis: BTreeMap<u32, String>,
 }
 
 impl Allocation {
@@ -27,6 +29,12 @@ impl Allocation {
                     let holder = format!("Service/{}", service.metadata.name);
                     allocation.addresses.insert(place, holder);
                 }
+            }
+            if let Object::Network(network) = object
+                && let Some(vni) = network.spec.overlay.and_then(|overlay| overlay.vni)
+            {
+                let holder = format!("Network/{}", network.metadata.name);
+                allocation.vnis.insert(vni, holder);
             }
             let Object::VirtualMachine(guest) = object else {
                 continue;
@@ -103,6 +111,33 @@ impl Allocation {
         }
         self.take(holder, network, address.into())?;
         Ok(Some(address))
+    }
+
+    /// Gives a network that spans hosts the VXLAN network identifier that it asks for, or the lowest free one.
+    ///
+    /// # Errors
+    /// Who holds it already.
+    pub fn take_vni(&mut self, network: &mut Network) -> Result<(), String> {
+        let Some(overlay) = &mut network.spec.overlay else {
+            return Ok(());
+        };
+        let free = || (1..=0x00ff_ffff).find(|vni| !self.vnis.contains_key(vni));
+        let vni = overlay.vni.or_else(free).unwrap_or(1);
+        if let Some(taken) = self.vnis.get(&vni) {
+            return Err(format!(
+                "{vni} is taken by {taken}; choose another or leave it out to get a free one"
+            ));
+        }
+        if self.vnis.len() >= keelson_ebpf::MAX_OVERLAYS {
+            return Err(format!(
+                "{} networks span hosts, which is all that a host can know",
+                keelson_ebpf::MAX_OVERLAYS
+            ));
+        }
+        overlay.vni = Some(vni);
+        let holder = format!("Network/{}", network.metadata.name);
+        self.vnis.insert(vni, holder);
+        Ok(())
     }
 
     fn is_free(&self, network: &Network, address: IpAddr) -> bool {

@@ -14,6 +14,7 @@ use tokio::time::MissedTickBehavior;
 use self::reports::Reports;
 use crate::guest::{GuestActor, GuestMailbox};
 use crate::objects::{Change, World};
+use crate::overlays::Overlays;
 use crate::services::Services;
 use crate::uplinks::Uplinks;
 use crate::view::{Affected, View};
@@ -31,6 +32,7 @@ pub struct Reconciler {
     guests: BTreeMap<String, GuestMailbox>,
     services: Services,
     uplinks: Uplinks,
+    overlays: Overlays,
     reports: Reports,
     beats: Arc<AtomicU64>,
 }
@@ -41,6 +43,7 @@ impl Reconciler {
         Self {
             services: Services::start(agent.clone()),
             uplinks: Uplinks::start(agent.clone()),
+            overlays: Overlays::start(agent.clone()),
             reports: Reports::new(&agent),
             agent,
             guests: BTreeMap::new(),
@@ -97,6 +100,7 @@ impl Reconciler {
             view.set(stored.object.clone(), is_here);
         }
         *self.agent.view.write() = view;
+        self.overlays.look_at_all();
         self.reports.begin().await?;
         self.remove_stray_ports(&world).await?;
         self.services.wake();
@@ -128,8 +132,15 @@ impl Reconciler {
                 affected.guests.extend(found.guests);
                 affected.services |= found.services;
                 affected.uplinks |= found.uplinks;
+                affected.remote.extend(found.remote);
+                affected.overlays |= found.overlays;
             }
         }
+        // Before a guest that comes from another host is started here.
+        if affected.overlays {
+            self.overlays.look_at_all();
+        }
+        self.overlays.look_at(affected.remote);
         for change in &changes {
             let name = change.name();
             match change.kind() {

@@ -127,7 +127,7 @@ impl Reports {
         };
         let device = match self.bridged.get(name) {
             Some((spec, device)) if *spec == network.spec => Ok(device.clone()),
-            _ => self.agent.network.ensure_network(name, &network.spec).await,
+            _ => self.bring_up(name, &network.spec).await,
         };
         match &device {
             Ok(device) => {
@@ -162,6 +162,13 @@ impl Reports {
             .observe(&network, observe)
             .await
             .map(drop)
+    }
+
+    /// Brings up what a network is on this host; the name of its bridge.
+    async fn bring_up(&self, name: &str, network: &NetworkSpec) -> Result<String> {
+        let device = self.agent.network.ensure_network(name, network).await?;
+        self.agent.network.ensure_overlay(network).await?;
+        Ok(device)
     }
 
     async fn remove_bridges(&self) -> Result<()> {

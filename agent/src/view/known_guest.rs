@@ -15,6 +15,8 @@ pub struct KnownGuest {
     pub interfaces: Vec<Interface>,
     /// Whether it runs, and is to go on.
     pub runs: bool,
+    /// Where it is, if that is another host.
+    pub host: Option<String>,
     /// What it refers to, if it is a guest of this host.
     references: BTreeSet<(Kind, String)>,
 }
@@ -27,6 +29,7 @@ impl KnownGuest {
             labels: guest.metadata.labels.clone(),
             interfaces: guest.spec.interfaces.clone(),
             runs: runs && guest.metadata.deletion_timestamp.is_none(),
+            host: if is_here { None } else { host_of(guest) },
             references: if is_here {
                 references(guest)
             } else {
@@ -56,10 +59,22 @@ impl KnownGuest {
         memberships_of(&self.interfaces)
     }
 
+    /// What makes a difference to the tunnel between hosts.
+    pub fn as_remote(&self) -> (Option<&str>, &[Interface]) {
+        (self.host.as_deref(), &self.interfaces)
+    }
+
     /// What makes a difference to services.
     pub fn as_backend(&self) -> (&BTreeMap<String, String>, &[Interface], bool) {
         (&self.labels, &self.interfaces, self.runs)
     }
+}
+
+/// The host that a guest is placed on.
+fn host_of(guest: &VirtualMachine) -> Option<String> {
+    let placed = guest.status.placement.as_ref();
+    let placed = placed.map(|placement| placement.host.clone());
+    placed.or_else(|| guest.status.host.clone())
 }
 
 fn references(guest: &VirtualMachine) -> BTreeSet<(Kind, String)> {

@@ -47,6 +47,10 @@ pub struct View {
     services: BTreeMap<String, Service>,
     forwards: BTreeMap<String, PortForward>,
     guests: BTreeMap<String, KnownGuest>,
+    /// Where the tunnels of hosts end.
+    tunnels: BTreeMap<String, IpAddr>,
+    /// Guests of other hosts, by host.
+    placed: Relations<String>,
     /// Guests of this host, by each object that they refer to.
     users: Relations<(Kind, String)>,
     /// Guests of all hosts, by network.
@@ -70,6 +74,10 @@ pub struct Affected {
     pub services: bool,
     /// Source NAT and forwarded ports.
     pub uplinks: bool,
+    /// Guests that other hosts have or had, and whose place or addresses changed.
+    pub remote: BTreeSet<String>,
+    /// The networks that span hosts.
+    pub overlays: bool,
 }
 
 impl View {
@@ -83,7 +91,7 @@ impl View {
             Object::SecurityGroup(group) => self.set_group(group),
             Object::Service(service) => self.set_service(service),
             Object::PortForward(forward) => self.set_forward(forward),
-            Object::Host(_) => Affected::default(),
+            Object::Host(host) => self.set_tunnel(&host.metadata.name, host.status.tunnel_address),
         }
     }
 
@@ -99,10 +107,12 @@ impl View {
                 self.affected_users(kind, name)
             }
             Kind::Network => {
-                let before = self.networks.remove(name);
+                let before = self.networks.remove(name).map(|before| before.spec);
+                let before = before.as_ref();
                 Affected {
                     services: self.serving.has(name),
-                    uplinks: before.is_some_and(|before| before.spec.uplink.is_some()),
+                    uplinks: before.is_some_and(|before| before.uplink.is_some()),
+                    overlays: before.is_some_and(|before| before.overlay.is_some()),
                     ..self.affected_users(kind, name)
                 }
             }
@@ -130,7 +140,7 @@ impl View {
                     ..Affected::default()
                 }
             }
-            Kind::Host => Affected::default(),
+            Kind::Host => self.set_tunnel(name, None),
         }
     }
 
@@ -170,10 +180,39 @@ impl View {
         names.filter_map(|name| self.guests.get_key_value(name))
     }
 
+    /// The names of the guests of other hosts.
+    pub fn remote_guests(&self) -> impl Iterator<Item = &String> {
+        let guests = self.guests.iter();
+        guests
+            .filter(|(_, guest)| guest.host.is_some())
+            .map(|(name, _)| name)
+    }
+
+    /// A guest of another host, and where its host's tunnel ends; `None` where either is not known.
+    pub fn remote_guest(&self, name: &str) -> Option<(&KnownGuest, IpAddr)> {
+        let guest = self.guests.get(name)?;
+        let tunnel = self.tunnels.get(guest.host.as_ref()?)?;
+        Some((guest, *tunnel))
+    }
+
     /// The addresses of the interfaces that are in a group, of all guests.
     pub fn members(&self, group: &str) -> impl Iterator<Item = IpAddr> {
         let members = self.members.get(group).into_iter();
         members.flat_map(|addresses| addresses.keys().copied())
+    }
+
+    fn set_tunnel(&mut self, host: &str, address: Option<IpAddr>) -> Affected {
+        let before = match address {
+            Some(address) => self.tunnels.insert(host.into(), address),
+            None => self.tunnels.remove(host),
+        };
+        if before == address {
+            return Affected::default();
+        }
+        Affected {
+            remote: self.placed.of(host).cloned().collect(),
+            ..Affected::default()
+        }
     }
 
     fn set_guest(&mut self, guest: &VirtualMachine, is_here: bool) -> Affected {
@@ -219,15 +258,23 @@ impl View {
                 .collect(),
             services: changed_as_backend && networks.any(|network| self.serving.has(network)),
             uplinks: (changed_as_backend || moved) && self.forwarding.has(name),
+            remote: if before.map(KnownGuest::as_remote) == now.map(KnownGuest::as_remote) {
+                BTreeSet::new()
+            } else {
+                BTreeSet::from([name.to_owned()])
+            },
+            overlays: false,
         };
         if let Some(before) = before {
             self.users.remove(name, before.references().iter().cloned());
             self.attached
                 .remove(name, before.networks().map(str::to_owned));
+            self.placed.remove(name, before.host.clone());
         }
         if let Some(now) = now {
             self.users.add(name, now.references().iter().cloned());
             self.attached.add(name, now.networks().map(str::to_owned));
+            self.placed.add(name, now.host.clone());
         }
         affected
     }
@@ -270,10 +317,13 @@ impl View {
         if before.as_ref().is_some_and(|before| before.spec == spec) {
             return Affected::default();
         }
-        let had_uplink = before.is_some_and(|before| before.spec.uplink.is_some());
+        let had_uplink = before
+            .as_ref()
+            .is_some_and(|before| before.spec.uplink.is_some());
         Affected {
             services: self.serving.has(&name),
             uplinks: had_uplink || spec.uplink.is_some(),
+            overlays: before.and_then(|before| before.spec.overlay) != spec.overlay,
             ..self.affected_users(Kind::Network, &name)
         }
     }

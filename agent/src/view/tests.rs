@@ -241,3 +241,44 @@ fn what_an_agent_observes_of_an_object_concerns_nobody() {
     let affected = view.set(Object::Network(network), true);
     assert_eq!(affected, Affected::default());
 }
+
+#[test]
+fn a_guest_of_another_host_is_where_that_hosts_tunnel_ends() {
+    let none = json!({});
+    let mut view = View::default();
+    let place = |host: &str| {
+        let spec = json!({"cpus": 1, "memory": "64Mi", "kernel": {"image": "/k"}});
+        let Object::VirtualMachine(mut guest) = object("VirtualMachine", "web", &spec, &none)
+        else {
+            panic!("a guest");
+        };
+        guest.status.host = Some(host.into());
+        Object::VirtualMachine(guest)
+    };
+    let host = |name: &str, address: &str| {
+        let Object::Host(mut host) = object("Host", name, &none, &none) else {
+            panic!("a host");
+        };
+        host.status.tunnel_address = Some(address.parse().expect("valid"));
+        Object::Host(host)
+    };
+    let tunnel = |view: &View| {
+        view.remote_guest("web")
+            .map(|(_, address)| address.to_string())
+    };
+    let web = BTreeSet::from(["web".to_owned()]);
+    assert_eq!(view.set(place("a"), false).remote, web);
+    assert_eq!(tunnel(&view), None, "nothing is known of its host");
+    assert_eq!(view.set(host("a", "10.0.0.1"), true).remote, web);
+    assert_eq!(tunnel(&view).as_deref(), Some("10.0.0.1"));
+    assert!(view.set(host("a", "10.0.0.1"), true).remote.is_empty());
+    assert!(view.set(host("b", "10.0.0.2"), true).remote.is_empty());
+    assert_eq!(view.set(place("b"), false).remote, web);
+    assert_eq!(tunnel(&view).as_deref(), Some("10.0.0.2"));
+    assert!(view.set(host("a", "10.0.0.3"), true).remote.is_empty());
+    assert_eq!(view.remove(Kind::Host, "b").remote, web);
+    assert_eq!(tunnel(&view), None);
+    // It comes here.
+    assert_eq!(view.set(place("c"), true).remote, web);
+    assert_eq!(view.remote_guests().count(), 0);
+}

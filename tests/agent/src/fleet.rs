@@ -36,7 +36,39 @@ impl Fleet {
         Self::start_with_leases(namespaces, count, scheme, servers, LEASE_SECONDS)
     }
 
-    /// The same, with leases that last so long.
+    /// As [`Self::start`], of hosts with networks of their own: the host at `index` has the address
+    /// `10.50.0.{index + 1}`, and all are linked by Ethernet.
+    ///
+    /// # Panics
+    /// If one doesn't start.
+    pub fn start_apart<S: AsRef<str>>(
+        namespaces: Namespaces,
+        count: u8,
+        scheme: &str,
+        servers: &[S],
+    ) -> Self {
+        let bridge = "underlay";
+        namespaces.ip(&["link", "add", bridge, "type", "bridge"]);
+        namespaces.ip(&["addr", "add", "10.50.0.254/24", "dev", bridge]);
+        namespaces.ip(&["link", "set", bridge, "up"]);
+        let mut fleet = Self {
+            hosts: Vec::new(),
+            links: Vec::new(),
+            shared: TempDir::new().expect("there is a place for temporary files"),
+        };
+        for (index, name) in (1..=count).zip(["a", "b", "c", "d"]) {
+            let link = Link::by("10.50.0.254", servers);
+            let mut host = Host::of_fleet(namespaces, &store_url(scheme, &link));
+            host.set_apart(bridge, &format!("10.50.0.{index}/24"));
+            host.configure(&settings(name, LEASE_SECONDS));
+            host.start_agent();
+            fleet.hosts.push(host);
+            fleet.links.push(link);
+        }
+        fleet
+    }
+
+    /// As [`Self::start`], with leases that last so long.
     ///
     /// # Panics
     /// If one doesn't start.
@@ -54,11 +86,7 @@ impl Fleet {
         };
         for name in ["a", "b", "c", "d"].iter().take(count) {
             let link = Link::to(servers);
-            let url = format!(
-                "{scheme}:{}?timeout_ms=1500&connect_timeout_ms=500",
-                link.urls()
-            );
-            let mut host = Host::of_fleet(namespaces, &url);
+            let mut host = Host::of_fleet(namespaces, &store_url(scheme, &link));
             host.configure(&(settings(name, lease_seconds) + &migration_settings()));
             host.start_agent();
             fleet.hosts.push(host);
@@ -126,6 +154,13 @@ pub fn migration_settings() -> String {
     let listener = TcpListener::bind("127.0.0.1:0").expect("a port is free");
     let address = listener.local_addr().expect("it is bound");
     format!("migration_listen = \"{address}\"\n")
+}
+
+fn store_url(scheme: &str, link: &Link) -> String {
+    format!(
+        "{scheme}:{}?timeout_ms=1500&connect_timeout_ms=500",
+        link.urls()
+    )
 }
 
 /// The configuration of the host of this name.

@@ -23,6 +23,8 @@ pub struct Host {
     /// The state store's URL.
     state: String,
     agent: Option<Child>,
+    /// Holds a network namespace of its own, if it has one.
+    network: Option<Child>,
     /// The namespaces that it lives in.
     pub namespaces: Namespaces,
 }
@@ -100,8 +102,69 @@ impl Host {
             pins,
             state,
             agent: None,
+            network: None,
             namespaces,
         }
+    }
+
+    /// Gives a host whose agent does not run yet a network namespace of its own, in which the device `eth0` has
+    /// `address` (`10.0.0.1/24`) and is linked to the bridge `bridge` of the namespace that it lives in.
+    ///
+    /// # Panics
+    /// If iproute2 or util-linux is missing.
+    pub fn set_apart(&mut self, bridge: &str, address: &str) {
+        let holder = Command::new("unshare")
+            .args(["--net", "sleep", "infinity"])
+            .spawn()
+            .expect("unshare is installed");
+        let id = holder.id();
+        self.network = Some(holder);
+        let own = fs::read_link("/proc/thread-self/ns/net").expect("it has a network namespace");
+        wait_until("network namespace of the host", || {
+            let path = format!("/proc/{id}/ns/net");
+            (fs::read_link(path).ok()? != own).then_some(())
+        });
+        let link = format!("to-{id}");
+        let id = id.to_string();
+        let peer = ["peer", "name", "eth0", "netns", &id];
+        self.namespaces
+            .ip(&[&["link", "add", &link, "type", "veth"][..], &peer].concat());
+        self.namespaces
+            .ip(&["link", "set", &link, "master", bridge, "up"]);
+        for arguments in [
+            &["link", "set", "lo", "up"][..],
+            &["addr", "add", address, "dev", "eth0"],
+            &["link", "set", "eth0", "up"],
+        ] {
+            self.within("ip", arguments);
+        }
+    }
+
+    /// Runs a program in the host's own network namespace; its output.
+    ///
+    /// # Panics
+    /// If it fails.
+    pub fn within(&self, program: &str, arguments: &[&str]) -> String {
+        let output = self.command(program).args(arguments).output();
+        let output = output.expect("it is installed");
+        let problem = String::from_utf8_lossy(&output.stderr);
+        assert!(
+            output.status.success(),
+            "{program} {arguments:?}: {problem}"
+        );
+        String::from_utf8_lossy(&output.stdout).into_owned()
+    }
+
+    /// A command in the host's own network namespace, if it has one.
+    fn command(&self, program: impl AsRef<OsStr>) -> Command {
+        let Some(network) = &self.network else {
+            return Command::new(program);
+        };
+        let mut command = Command::new("nsenter");
+        command
+            .arg(format!("--net=/proc/{}/ns/net", network.id()))
+            .arg(program);
+        command
     }
 
     /// A host whose agent runs.
@@ -149,7 +212,7 @@ impl Host {
             .append(true)
             .open(self.path("keelsond.log"))
             .expect("the log can be written");
-        let mut command = Command::new(binary("keelsond"));
+        let mut command = self.command(binary("keelsond"));
         command
             .arg("--config")
             .arg(self.path("keelsond.toml"))
@@ -547,6 +610,10 @@ impl Drop for Host {
                 // It may have ended.
                 let _ = id.map(|id| kill_process(id, Signal::KILL));
             }
+        }
+        if let Some(mut network) = self.network.take() {
+            let _ = network.kill();
+            let _ = network.wait();
         }
     }
 }

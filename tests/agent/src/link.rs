@@ -22,10 +22,18 @@ impl Link {
     /// # Panics
     /// If no address is free.
     pub fn to<S: AsRef<str>>(urls: &[S]) -> Self {
+        Self::by("127.0.0.1", urls)
+    }
+
+    /// As [`Self::to`], by forwarders that have this address.
+    ///
+    /// # Panics
+    /// If no port is free.
+    pub fn by<S: AsRef<str>>(address: &str, urls: &[S]) -> Self {
         let cut = Arc::new(AtomicBool::new(false));
         let urls = urls.iter().map(|url| {
             let target = url.as_ref().trim_start_matches("http://").to_owned();
-            let listener = TcpListener::bind("127.0.0.1:0").expect("a port is free");
+            let listener = TcpListener::bind((address, 0)).expect("a port is free");
             let address = listener.local_addr().expect("it is bound");
             let cut = Arc::clone(&cut);
             std::thread::spawn(move || forward(&listener, &target, &cut));

@@ -130,6 +130,14 @@ impl Trace {
     }
 }
 
+/// The hosts of two guests of one network, if these are different ones.
+fn hosts<'a>(from: &End<'a>, to: &End<'a>) -> Option<[&'a str; 2]> {
+    let ((one, one_interface), (other, other_interface)) = (from.interface?, to.interface?);
+    let one = one.status.placement.as_ref()?.host.as_str();
+    let other = other.status.placement.as_ref()?.host.as_str();
+    (one_interface.network == other_interface.network && one != other).then_some([one, other])
+}
+
 impl Objects {
     async fn read(client: &mut Client) -> Result<Self, Failure> {
         let mut objects = Self {
@@ -255,6 +263,10 @@ impl Objects {
         if let Some(problem) = self.apart(from, to) {
             line(&format!("network: {problem}: dropped"))?;
             allowed = false;
+        } else if let Some([one, other]) = hosts(from, to) {
+            line(&format!(
+                "hosts: by the tunnel from Host/{one} to Host/{other}"
+            ))?;
         }
         if from.interface.is_none() && to.interface.is_none() {
             line("neither end is a guest's: no rule is asked")?;
@@ -316,9 +328,17 @@ impl Objects {
     fn apart(&self, from: &End<'_>, to: &End<'_>) -> Option<String> {
         let ((_, one), (_, other)) = (from.interface?, to.interface?);
         let network = |name: &str| self.networks.iter().find(|n| n.metadata.name == name);
-        let isolated = network(&one.network).is_some_and(|network| network.spec.isolated);
-        (isolated && one.network == other.network)
-            .then(|| format!("Network/{} keeps its guests apart", one.network))
+        if one.network != other.network {
+            return None;
+        }
+        let (name, network) = (&one.network, network(&one.network)?);
+        if network.spec.isolated {
+            return Some(format!("Network/{name} keeps its guests apart"));
+        }
+        let [one, other] = hosts(from, to).filter(|_| network.spec.overlay.is_none())?;
+        Some(format!(
+            "Network/{name} has no spec.overlay, and the guests are on Host/{one} and Host/{other}"
+        ))
     }
 
     fn groups_of<'a>(

@@ -1,0 +1,124 @@
+//! Networks that span hosts: agents on one state store, each in a network namespace of its own, linked by
+//! Ethernet.
+
+use keelson_agent_tests::{Fleet, Guest, security_group};
+use keelson_state_tests::{Cluster, Program};
+use keelson_vmm_tests::{Namespaces, wait_until};
+use serde_json::Value;
+
+fn fleet(hosts: u8) -> (Fleet, Cluster) {
+    let namespaces = Namespaces::enter_for_agent();
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .expect("a runtime can be built");
+    let cluster = runtime.block_on(Cluster::start(Program::KeelsonState, 1, &[]));
+    let url = cluster.client_url(0).to_owned();
+    let fleet = Fleet::start_apart(namespaces, hosts, "cluster", &[url]);
+    (fleet, cluster)
+}
+
+fn network(name: &str, mtu: u16, overlay: &str) -> String {
+    format!(
+        "---\napiVersion: keelson.dev/v1alpha1\nkind: Network\nmetadata: {{name: {name}}}\n\
+         spec: {{subnet: 10.90.0.0/24, gateway: 10.90.0.1, mtu: {mtu}, overlay: {overlay}}}\n"
+    )
+}
+
+fn server() -> String {
+    Guest::new("server", "net-serve:address=10.90.0.2,ms=600000")
+        .field("host: a")
+        .field(
+            "interfaces: [{name: eth0, network: lan, address: 10.90.0.2, securityGroups: [pings]}]",
+        )
+        .manifest()
+}
+
+fn client(name: &str, address: &str, groups: &str) -> String {
+    let steps = format!("net-ping:address={address},target=10.90.0.2 hang");
+    Guest::new(name, &steps)
+        .field("restartPolicy: Never")
+        .field("host: b")
+        .field(&format!(
+            "interfaces: [{{name: eth0, network: lan, address: {address}, securityGroups: [{groups}]}}]"
+        ))
+        .manifest()
+}
+
+fn condition(network: &Value) -> (String, String) {
+    let conditions = network["status"]["conditions"].as_array();
+    let first = conditions.and_then(|conditions| conditions.first());
+    let text = |field: &str| {
+        let value = first.and_then(|condition| condition[field].as_str());
+        value.unwrap_or_default().to_owned()
+    };
+    (text("reason"), text("message"))
+}
+
+#[test]
+fn guests_of_two_hosts_reach_each_other_as_groups_allow() {
+    let (mut fleet, _cluster) = fleet(2);
+    let groups = security_group("clients", "")
+        + &security_group("pings", "{protocol: icmp, fromGroups: [clients]}");
+    let manifest = format!("{}{groups}{}", network("lan", 1450, "{}"), server());
+    fleet.hosts[0].apply(&manifest).done();
+    fleet.hosts[0].wait_for_console("server", "payload: net-serve ready");
+    assert_eq!(
+        fleet.hosts[1].object("host", "a")["status"]["tunnelAddress"],
+        "10.50.0.1",
+        "the address by which it reaches the state store"
+    );
+    let overlay = &fleet.hosts[0].object("network", "lan")["spec"]["overlay"];
+    assert_eq!(overlay["vni"], 1, "the lowest free one");
+    // Members of the group on another host are members.
+    let members = client("member", "10.90.0.3", "clients");
+    fleet.hosts[1].apply(&members).done();
+    fleet.hosts[1].wait_for_console("member", "payload: net-ping ok");
+    assert_eq!(
+        fleet.hosts[0].dropped("server", "toGuest", "not-allowed"),
+        0
+    );
+    fleet.hosts[1]
+        .apply(&client("stranger", "10.90.0.4", ""))
+        .done();
+    fleet.hosts[1].wait_for_console("stranger", "payload: FAIL");
+    assert!(fleet.hosts[0].dropped("server", "toGuest", "not-allowed") > 0);
+    // Agents come and go, the tunnel stays.
+    for host in &mut fleet.hosts {
+        host.kill_agent();
+        host.start_agent();
+    }
+    let later = client("later", "10.90.0.5", "clients");
+    fleet.hosts[1].apply(&later).done();
+    fleet.hosts[1].wait_for_console("later", "payload: net-ping ok");
+}
+
+#[test]
+fn without_a_network_that_spans_hosts_there_is_no_tunnel() {
+    let (fleet, _cluster) = fleet(1);
+    let host = &fleet.hosts[0];
+    let has_device = || host.within("ip", &["link"]).contains("kvx-4789");
+    assert!(!has_device());
+    host.apply(&network("lan", 1500, "{vni: 7}")).done();
+    wait_until("condition that says what MTU fits", || {
+        let (reason, message) = condition(&host.object("network", "lan"));
+        (reason == "MtuTooLarge" && message.contains("1450")).then_some(())
+    });
+    assert!(has_device(), "large packets are sent in pieces");
+    host.apply(&network("other", 1450, "{vni: 7}"))
+        .refused(5, &["spec.overlay.vni", "Network/lan"]);
+    host.apply(&network("other", 1450, "{vni: 16777216}"))
+        .refused(4, &["spec.overlay.vni", "16777215"]);
+    host.apply(&network("lan", 1450, "{}")).done();
+    wait_until("network that is ready", || {
+        let (reason, _) = condition(&host.object("network", "lan"));
+        (reason == "Up").then_some(())
+    });
+    assert_eq!(
+        host.object("network", "lan")["spec"]["overlay"]["vni"],
+        7,
+        "it keeps its identifier"
+    );
+    host.keelson(&["delete", "network", "lan"]).done();
+    wait_until("end of the tunnel", || (!has_device()).then_some(()));
+}

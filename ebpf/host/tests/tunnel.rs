@@ -249,6 +249,32 @@ fn a_guest_moves_and_goes_on(hook: HookChoice) {
     });
 }
 
+/// While a guest is moved live both hosts have its interface, and one has the guest.
+#[test]
+fn a_guest_on_its_way_is_reached_where_it_is() {
+    let hosts = Hosts::new(HookChoice::Auto, Underlay::Ipv4);
+    let coming = hosts.other.guest(3);
+    coming.serve(SERVED);
+    hosts.other.knows(&coming, Some(&hosts.one));
+    let to = SocketAddr::new(coming.ipv4, SERVED);
+    hosts.there.run(move || {
+        datagrams(to).send(b"where it was").expect("sent");
+    });
+    hosts.other.run(|inside| {
+        let deadline = std::time::Instant::now() + PATIENCE;
+        let sent = |inside: &mut network::hosts::Inside| {
+            let counters = inside.datapath().tunnel_counters().expect("read");
+            counters.expect("there is a tunnel").sent.packets
+        };
+        while sent(inside) == 0 {
+            assert!(std::time::Instant::now() < deadline, "it is sent here");
+            std::thread::yield_now();
+        }
+    });
+    hosts.other.knows(&coming, None);
+    hosts.there.run(move || assert_eq!(connect(to).1, 3));
+}
+
 #[test]
 fn connections_outlive_the_agent() {
     let hosts = Hosts::new(HookChoice::Auto, Underlay::Ipv4);

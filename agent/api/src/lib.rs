@@ -19,6 +19,7 @@
 //! ```
 
 mod cloud_init;
+mod device_status;
 mod devices;
 mod disk;
 mod error;
@@ -41,6 +42,7 @@ mod uplink;
 mod virtual_machine;
 
 pub use cloud_init::{CloudInit, CloudInitUser};
+pub use device_status::{DeviceKind, DeviceState, DeviceStatus};
 pub use devices::{Balloon, Devices, EndAction, PanicDevice, Vsock, Watchdog};
 pub use disk::{Disk, DiskBase, DiskEncryption, DiskFormat, DiskLimits, DiskSpec, DiskStatus};
 pub use error::{ApiError, FieldError};

@@ -9,6 +9,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::FieldError;
 use crate::cloud_init::CloudInit;
+use crate::device_status::DeviceStatus;
 use crate::devices::Devices;
 use crate::metadata::{Condition, ObjectMeta, validate_name};
 use crate::migration::Migration;
@@ -60,6 +61,10 @@ pub struct VirtualMachineSpec {
     /// Back the memory by huge pages of this size.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub hugepages: Option<HugepageSize>,
+    /// Have memory that disks' backends can map also where it starts without disks, so that it can get
+    /// some while it runs. The memory of one that starts with disks always is.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub shared_memory: bool,
     /// What it boots.
     pub kernel: KernelSource,
     /// What cloud-init makes of it. The agent leaves `ip=` out of the kernel's command line then, and adds
@@ -458,7 +463,11 @@ pub struct VirtualMachineStatus {
     /// Its latest move to another host while it ran, if there was one.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub migration: Option<Migration>,
-    /// `Ready`, and `RestartRequired` where the spec changed under a running guest.
+    /// The disks and interfaces that it has while it runs, and those that come or go.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub devices: Vec<DeviceStatus>,
+    /// `Ready`; `DevicesPending` while disks or interfaces are to come or go; and `RestartRequired` where
+    /// the spec changed in what a running guest keeps.
     pub conditions: Vec<Condition>,
 }
 

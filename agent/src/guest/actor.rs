@@ -17,7 +17,7 @@ use self::migration::Moving;
 use super::layer::GuestRuntime;
 use super::mailbox::{Bell, GuestMailbox};
 use super::plan::Plan;
-use super::status::StatusWriter;
+use super::status::{StatusWriter, is_pending};
 use crate::failpoint::failpoint;
 use crate::fleet::{LeaseCheck, is_movable};
 use crate::host::Exit;
@@ -369,9 +369,10 @@ impl GuestActor {
             Ok(problem) => problem,
             Err(error) => Some((error.reason(), error.to_string())),
         };
-        let next = match &problem {
-            None => Next::Changed,
-            Some(_) => Next::After(TRY_AGAIN),
+        let next = if problem.is_some() || self.runtime.devices().iter().any(is_pending) {
+            Next::After(TRY_AGAIN)
+        } else {
+            Next::Changed
         };
         self.status
             .running(guest, self.runtime.as_ref(), Some(&plan), problem)

@@ -4,6 +4,7 @@ use std::fmt;
 use std::time::Duration;
 
 use async_trait::async_trait;
+use keelson_api::{DeviceState, DeviceStatus};
 
 use super::actor::GuestExit;
 use super::movable::MovableRuntime;
@@ -40,7 +41,8 @@ pub trait GuestRuntime: fmt::Debug + Send + Sync {
     /// How the guest ended, if it did since this was last asked.
     async fn take_exit(&mut self) -> Option<GuestExit>;
 
-    /// Waits until one of the guest's processes ends; for ever where there is none.
+    /// Waits until one of the guest's processes ends, or it lets go of a device; for ever where there is
+    /// none.
     async fn something_ended(&self);
 
     /// Presses the guest's power button.
@@ -69,8 +71,17 @@ pub trait GuestRuntime: fmt::Debug + Send + Sync {
     /// Its process.
     fn process_id(&self) -> Option<u32>;
 
-    /// What it was started with.
+    /// What it runs with.
     fn running(&self) -> Option<&RunningPlan>;
+
+    /// The disks and interfaces that it has, and those that are to come or go.
+    fn devices(&self) -> Vec<DeviceStatus> {
+        let devices = self.running().into_iter();
+        let devices = devices.flat_map(|running| running.hardware.devices());
+        devices
+            .map(|device| device.status(DeviceState::Attached))
+            .collect()
+    }
 
     /// Whether it is killed when the host's lease is about to end.
     fn is_leased(&self) -> bool;

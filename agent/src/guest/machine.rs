@@ -4,8 +4,8 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use keelson_vmm::api::{
-    Event, ExitStatus, GuestState, MigrationStatus, Request, Response, SnapshotRequest,
-    SnapshotTaken, Status,
+    ErrorBody, Event, ExitStatus, GuestState, MigrationStatus, PluggedDevice, Request, Response,
+    SnapshotRequest, SnapshotTaken, Status,
 };
 use keelson_vmm::client::{ClientError, VmmClient};
 use keelson_vmm::config::{
@@ -15,16 +15,18 @@ use keelson_vmm::config::{
 };
 use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
 use tokio::net::UnixStream;
+use tokio::sync::Notify;
 
-use keelson_api::Kind;
+use keelson_api::{DiskSpec, Kind};
 
 use super::GuestPaths;
+use super::device::Device;
 use super::jail::JailUser;
 use super::plan::Plan;
 use crate::events::EventRecorder;
 use crate::failpoint::failpoint;
 use crate::fleet::LeaseCheck;
-use crate::host::{Exit, LaunchRequest, ProcessHandle};
+use crate::host::{Exit, GuestPort, LaunchRequest, ProcessHandle};
 use crate::{AgentError, error::Result};
 
 /// How long keelson-vmm may take to set the guest up, loading its kernel and initrd included.
@@ -77,6 +79,8 @@ impl Machine {
             arguments.push(user.to_string().into());
             arguments.push("--snapshot-directory".into());
             arguments.push(snapshots.into());
+            arguments.push("--disk-directory".into());
+            arguments.push(paths.run().into());
         }
         if let Some(snapshot) = &origin.snapshot {
             arguments.push("--restore".into());
@@ -163,10 +167,34 @@ impl Machine {
         self.call(move |client| client.snapshot(request)).await
     }
 
-    /// Tells as events what the guest's devices say about its kernel, and writes down how the guest
-    /// ended, for the agent that cleans up after it. Returns when
-    /// keelson-vmm closes its socket.
-    pub async fn follow(self, events: &EventRecorder, name: &str) -> Result<()> {
+    /// Which disks and interfaces the guest has.
+    pub async fn devices(&self) -> Result<Vec<PluggedDevice>> {
+        let answer = self.call(VmmClient::devices).await?;
+        Ok(answer.devices)
+    }
+
+    /// Makes a request that may be refused, with a word for why.
+    pub async fn ask<T: Send + 'static>(
+        &self,
+        request: impl FnOnce(&mut VmmClient) -> std::result::Result<T, ClientError> + Send + 'static,
+    ) -> Result<std::result::Result<T, ErrorBody>> {
+        let request = |client: &mut VmmClient| match request(client) {
+            Ok(answer) => Ok(Ok(answer)),
+            Err(ClientError::Refused(body)) => Ok(Err(body)),
+            Err(error) => Err(error),
+        };
+        self.call(request).await
+    }
+
+    /// Tells as events what the guest's devices say about its kernel, rings `device_gone` when the guest
+    /// has let go of one, and writes down how the guest ended, for the agent that cleans up after it.
+    /// Returns when keelson-vmm closes its socket.
+    pub async fn follow(
+        self,
+        events: &EventRecorder,
+        name: &str,
+        device_gone: &Notify,
+    ) -> Result<()> {
         let what = || format!("follow {}", self.paths.api_socket().display());
         let stream = UnixStream::connect(self.paths.api_socket()).await;
         let (reader, mut writer) = stream.map_err(AgentError::io(what()))?.into_split();
@@ -195,6 +223,7 @@ impl Machine {
                         let message = "its kernel panicked and started its crash kernel";
                         warn("GuestPanicked", message).await;
                     }
+                    Event::DeviceRemoved { .. } => device_gone.notify_one(),
                     Event::Watchdog => {
                         warn("WatchdogExpired", "it has not fed its watchdog in time").await;
                     }
@@ -270,31 +299,45 @@ fn end_action(action: keelson_api::EndAction) -> EndAction {
     }
 }
 
-fn vmm_config(paths: &GuestPaths, plan: &Plan) -> Result<GuestConfig> {
-    let hardware = &plan.hardware;
-    let devices = &hardware.devices;
-    let disks = hardware.disks.iter().map(|(name, spec)| DiskConfig {
-        id: format!("disk-{name}"),
+/// A disk, as keelson-vmm is told of it.
+pub fn disk_config(paths: &GuestPaths, name: &str, spec: &DiskSpec) -> DiskConfig {
+    DiskConfig {
+        id: Device::Disk(name.into()).id(),
         socket: paths.disk_socket(name),
         read_only: spec.read_only,
         queues: spec.queues,
         queue_size: 256,
-    });
-    let invalid = |message| AgentError::Process {
+    }
+}
+
+/// An interface, as keelson-vmm is told of it.
+///
+/// # Errors
+/// [`AgentError::Process`] for an address that is none.
+pub fn interface_config(port: &GuestPort) -> Result<InterfaceConfig> {
+    Ok(InterfaceConfig {
+        id: Device::Interface(port.interface.clone()).id(),
+        tap: port.device(),
+        mac: port.mac.to_string().parse().map_err(invalid)?,
+        mtu: port.network_spec.mtu,
+        queues: None,
+        vhost: VhostUse::default(),
+    })
+}
+
+fn invalid(message: String) -> AgentError {
+    AgentError::Process {
         reason: "MachineConfigurationInvalid",
         message,
-    };
-    let mut interfaces = Vec::new();
-    for port in &plan.ports {
-        interfaces.push(InterfaceConfig {
-            id: format!("net-{}", port.interface),
-            tap: port.device(),
-            mac: port.mac.to_string().parse().map_err(invalid)?,
-            mtu: port.network_spec.mtu,
-            queues: None,
-            vhost: VhostUse::default(),
-        });
     }
+}
+
+fn vmm_config(paths: &GuestPaths, plan: &Plan) -> Result<GuestConfig> {
+    let hardware = &plan.hardware;
+    let devices = &hardware.devices;
+    let disks = hardware.disks.iter();
+    let disks = disks.map(|(name, spec)| disk_config(paths, name, spec));
+    let interfaces: Result<Vec<_>> = plan.ports.iter().map(interface_config).collect();
     let config = GuestConfig {
         name: plan.name.clone(),
         vcpus: hardware.cpus,
@@ -304,6 +347,7 @@ fn vmm_config(paths: &GuestPaths, plan: &Plan) -> Result<GuestConfig> {
                 keelson_api::HugepageSize::Size2Mi => HugepageSize::Size2MiB,
                 keelson_api::HugepageSize::Size1Gi => HugepageSize::Size1GiB,
             }),
+            shared: hardware.shared_memory.then_some(true),
             ..MemoryConfig::default()
         },
         cpu: CpuConfig::default(),
@@ -318,7 +362,7 @@ fn vmm_config(paths: &GuestPaths, plan: &Plan) -> Result<GuestConfig> {
             log_limit_mib: CONSOLE_LOG_LIMIT_MIB,
         },
         disks: disks.collect(),
-        interfaces,
+        interfaces: interfaces?,
         balloon: devices.balloon.map(|balloon| BalloonConfig {
             size_mib: balloon.size.mib(),
             deflate_on_oom: balloon.deflate_on_oom,

@@ -2,6 +2,7 @@
 
 mod actor;
 mod cloud_init;
+mod device;
 mod disk_backend;
 mod disk_image;
 mod groups;

@@ -164,6 +164,23 @@ impl GuestPaths {
         self.run.join("cidata.img")
     }
 
+    /// Removes the sockets and the record of the keelson-blk of a disk that the guest has no longer.
+    pub fn remove_disk(&self, disk: &str) -> Result<()> {
+        for path in [
+            self.disk_socket(disk),
+            self.disk_control(disk),
+            self.disk_record(disk),
+        ] {
+            match fs::remove_file(&path) {
+                Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                    return Err(AgentError::io(format!("remove {}", path.display()))(error));
+                }
+                _ => {}
+            }
+        }
+        Ok(())
+    }
+
     /// The records of all keelson-blk processes that were started for it.
     pub fn disk_records(&self) -> Vec<PathBuf> {
         let entries = fs::read_dir(&self.run).into_iter().flatten().flatten();

@@ -1,5 +1,6 @@
 //! Everything that a guest needs, with all references resolved.
 
+use std::collections::BTreeSet;
 use std::time::Duration;
 
 use jiff::Timestamp;
@@ -11,6 +12,7 @@ use serde::{Deserialize, Serialize};
 
 use super::GuestPaths;
 use super::cloud_init::{self, Seed};
+use super::device::Device;
 use super::groups::rules_of;
 use crate::host::GuestPort;
 use crate::{Agent, AgentError, error::Result};
@@ -22,7 +24,7 @@ pub struct Plan {
     pub name: String,
     /// The spec's generation that this plan is of.
     pub generation: i64,
-    /// What can't change while it runs.
+    /// What it is started with.
     pub hardware: Hardware,
     /// Its interfaces, with the rules in force.
     pub ports: Vec<GuestPort>,
@@ -30,7 +32,7 @@ pub struct Plan {
     pub limits: ResourceLimits,
 }
 
-/// The part of a guest that can't change while it runs.
+/// What a guest is started with: but for disks and interfaces it stays so while the guest runs.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Hardware {
     /// Virtual processors.
@@ -39,6 +41,9 @@ pub struct Hardware {
     pub memory: MemorySize,
     /// The pages that back it.
     pub hugepages: Option<HugepageSize>,
+    /// Whether others can map it also where it starts without disks.
+    #[serde(default)]
+    pub shared_memory: bool,
     /// What it boots, with the agent's additions to the command line.
     pub kernel: KernelSource,
     /// What cloud-init is told, on the last of the disks.
@@ -58,8 +63,18 @@ pub struct Hardware {
 pub struct RunningPlan {
     /// The spec's generation.
     pub generation: i64,
-    /// What it was started with.
+    /// What it was started with, and the disks and interfaces that it has now. There is nothing on this host
+    /// of any that are not in here.
     pub hardware: Hardware,
+    /// Those of the devices that the guest may not have yet.
+    #[serde(default)]
+    pub adding: BTreeSet<Device>,
+    /// Those that it is to let go of, and may have by now.
+    #[serde(default)]
+    pub removing: BTreeSet<Device>,
+    /// Interfaces have come or gone, so that what the kernel and cloud-init were told of them is not all.
+    #[serde(default)]
+    pub interfaces_changed: bool,
     /// When, in milliseconds since the Unix epoch.
     pub started_at_unix_ms: i64,
     /// Starts before this one that ended by themselves.
@@ -75,6 +90,9 @@ impl RunningPlan {
         Self {
             generation: plan.generation,
             hardware: plan.hardware.clone(),
+            adding: BTreeSet::new(),
+            removing: BTreeSet::new(),
+            interfaces_changed: false,
             started_at_unix_ms: Timestamp::now().as_millisecond(),
             restarts,
             limits: plan.limits,
@@ -156,6 +174,7 @@ impl Plan {
             cpus: spec.cpus,
             memory: spec.memory,
             hugepages: spec.hugepages,
+            shared_memory: spec.shared_memory,
             kernel,
             disks,
             interfaces: interfaces.collect(),
@@ -185,6 +204,13 @@ fn ip_option(port: &GuestPort) -> Option<String> {
     ))
 }
 
+/// The command line without the option of [`ip_option`].
+pub(super) fn without_ip_option(command_line: &str) -> String {
+    let is_ours = |word: &str| word.starts_with("ip=") && word.ends_with(":eth0:off");
+    let words = command_line.split(' ').filter(|word| !is_ours(word));
+    words.collect::<Vec<_>>().join(" ")
+}
+
 /// Adds an option for the kernel, before ` -- `, after which all is for the guest's init.
 fn with_option(command_line: &str, option: &str) -> String {
     match command_line.split_once(" -- ") {
@@ -204,5 +230,8 @@ mod tests {
             with_option("quiet -- single", "ip=x"),
             "quiet ip=x -- single"
         );
+        let ours = "ip=10.0.0.2::10.0.0.1:255.255.255.0:web:eth0:off";
+        let line = with_option("quiet ip=dhcp -- single", ours);
+        assert_eq!(without_ip_option(&line), "quiet ip=dhcp -- single");
     }
 }

@@ -1,19 +1,24 @@
 //! The processes and devices of one guest on this host.
 
+mod disks;
+mod hotplug;
 mod migration;
 
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Duration;
 
 use async_trait::async_trait;
 use futures::FutureExt;
-use keelson_api::DiskSpec;
+use keelson_api::DeviceStatus;
 use keelson_vmm::api::{ExitStatus, GuestState};
+use tokio::sync::Notify;
 use tokio::task::JoinHandle;
 
 use super::actor::{GuestExit, first_ended};
+use super::device::Device;
 use super::jail::JailUser;
 use super::layer::GuestRuntime;
 use super::machine::Origin;
@@ -30,8 +35,6 @@ use crate::{Agent, AgentError, error::Result};
 /// How long the last words of a keelson-vmm that has ended may take to be written down.
 const LAST_WORDS_LIMIT: Duration = Duration::from_secs(2);
 
-/// How long another file may be at a disk's path, while a snapshot is made, before it is served.
-const SNAPSHOT_TIME: Duration = Duration::from_millis(300);
 /// What keelson-vmm ends with before a guest runs.
 const REFUSED: [&str; 4] = [
     "MachineConfigurationInvalid",
@@ -54,8 +57,12 @@ pub struct Runtime {
     /// Writes down how the guest ends.
     follower: Option<JoinHandle<()>>,
     disks: BTreeMap<String, ProcessHandle>,
-    /// What the guest was started with.
+    /// What the guest runs with.
     running: Option<RunningPlan>,
+    /// Disks and interfaces that could not come or go yet.
+    pending: hotplug::Pending,
+    /// Rings when the guest has let go of one.
+    device_gone: Arc<Notify>,
     /// The interfaces whose rules are in force.
     ports: Vec<GuestPort>,
     /// How the guest ended, where an earlier agent did not see it.
@@ -76,6 +83,8 @@ impl Runtime {
             follower: None,
             disks: BTreeMap::new(),
             running: None,
+            pending: hotplug::Pending::default(),
+            device_gone: Arc::default(),
             ports: Vec::new(),
             ended_unseen: None,
             lease: None,
@@ -195,20 +204,24 @@ impl GuestRuntime for Runtime {
         Ok(())
     }
 
-    /// Puts changed rules in force and replaces disk backends that ended. Returns what is wrong
+    /// Adds and removes disks and interfaces, puts changed rules in force, and replaces disk backends that
+    /// ended. Returns what is wrong
     /// with a guest that goes on running.
     async fn maintain(&mut self, plan: &Plan) -> Result<Option<Problem>> {
-        if self.ports != plan.ports {
-            for port in &plan.ports {
+        // What is wrong with the rest is to be mended all the same.
+        let plugged = self.plug(plan).await;
+        let ports = self.settled_ports(plan);
+        if self.ports != ports {
+            for port in &ports {
                 self.agent.network.ensure_port(port).await?;
             }
-            self.ports.clone_from(&plan.ports);
+            self.ports = ports;
         }
         let problem = self.keep_backends().await?;
         // Those that were replaced are asked as well.
         self.adjust_disks(plan).await?;
         self.adjust_limits(plan)?;
-        Ok(problem)
+        plugged.map(|()| problem)
     }
 
     /// Whether something of a guest that runs well has changed of which nobody is told: an image that
@@ -238,14 +251,13 @@ impl GuestRuntime for Runtime {
         Some(self.fenced(GuestExit::new(self.last_words(), &exit)))
     }
 
-    /// Waits until one of the guest's processes ends.
+    /// Waits until one of the guest's processes ends, or it lets go of a device.
     async fn something_ended(&self) {
         let machine = self.machine.iter().map(|machine| &machine.process);
-        let waits = machine
-            .chain(self.disks.values())
-            .map(|process| process.ended().map(drop).boxed())
-            .collect();
-        first_ended(waits).await;
+        let processes = machine.chain(self.disks.values());
+        let waits = processes.map(|process| process.ended().map(drop).boxed());
+        let device_gone = self.device_gone.notified().boxed();
+        first_ended(waits.chain([device_gone]).collect()).await;
     }
 
     /// Presses the guest's power button; one that stands still goes on for that. A guest that was
@@ -285,6 +297,7 @@ impl GuestRuntime for Runtime {
         }
         failpoint(&self.name, "teardown-disks-ended");
         self.disks.clear();
+        self.pending = hotplug::Pending::default();
         self.lease = None;
         let mut interfaces: Vec<_> = interfaces.to_vec();
         if let Some(running) = self.running.take() {
@@ -342,9 +355,14 @@ impl GuestRuntime for Runtime {
             .map(|machine| machine.process.process_id())
     }
 
-    /// What the guest was started with.
+    /// What the guest runs with.
     fn running(&self) -> Option<&RunningPlan> {
         self.running.as_ref()
+    }
+
+    fn devices(&self) -> Vec<DeviceStatus> {
+        let running = self.running.as_ref();
+        running.map_or_else(Vec::new, |running| self.device_statuses(running))
     }
 
     /// Whether the guest is killed when the host's lease is about to end.
@@ -396,70 +414,16 @@ impl Runtime {
         started
     }
 
-    async fn keep_backends(&mut self) -> Result<Option<Problem>> {
-        let disks = self
-            .running
-            .as_ref()
-            .map(|running| running.hardware.disks.clone());
-        for (disk, spec) in disks.unwrap_or_default() {
-            if self.has_vanished(&disk, &spec).await {
-                let path = spec.path.display();
-                return Ok(Some((
-                    "DiskVanished",
-                    format!("disk {disk}: {path} was removed or replaced while the guest uses it"),
-                )));
-            }
-            let backend = self.disks.get(&disk);
-            let ended = backend.is_none_or(|process| process.has_ended().is_some());
-            if ended {
-                return self.replace_backend(&disk, &spec).await.map(Some);
-            }
-        }
-        Ok(None)
-    }
-
-    async fn has_vanished(&self, disk: &str, spec: &DiskSpec) -> bool {
-        for wait in [SNAPSHOT_TIME, Duration::ZERO] {
-            let vanished = self.disks.get(disk).is_some_and(|process| {
-                // The files of one that ended are closed, whatever became of its image.
-                disk_backend::image_vanished(process, spec) && process.has_ended().is_none()
-            });
-            if !vanished {
-                return false;
-            }
-            tokio::time::sleep(wait).await;
-        }
-        true
-    }
-
-    // What can change while a guest runs: limits, and sizes that grow.
-    async fn adjust_disks(&mut self, plan: &Plan) -> Result<()> {
-        let Some(running) = &mut self.running else {
-            return Ok(());
+    /// The interfaces that the guest has, or is about to get, as planned.
+    fn settled_ports(&self, plan: &Plan) -> Vec<GuestPort> {
+        let Some(running) = &self.running else {
+            return Vec::new();
         };
-        let mut changed = false;
-        for (name, before) in &mut running.hardware.disks {
-            let planned = plan.hardware.disks.iter();
-            let mut planned = planned.filter(|(disk, _)| disk == name);
-            let Some((_, after)) = planned.next() else {
-                continue;
-            };
-            let adjusted = DiskSpec {
-                limits: after.limits,
-                size: after.size,
-                ..before.clone()
-            };
-            if adjusted == *before {
-                continue;
-            }
-            disk_backend::adjust(&self.paths, name, before, &adjusted).await?;
-            *before = adjusted;
-            changed = true;
-        }
-        if changed {
-            write_atomically(&self.paths.plan(), running)?;
-        }
-        Ok(())
+        let ports = plan.ports.iter().filter(|port| {
+            let device = Device::Interface(port.interface.clone());
+            running.hardware.has(&device) && !running.removing.contains(&device)
+        });
+        ports.cloned().collect()
     }
 
     fn adjust_limits(&mut self, plan: &Plan) -> Result<()> {
@@ -471,36 +435,6 @@ impl Runtime {
             write_atomically(&self.paths.plan(), running)?;
         }
         Ok(())
-    }
-
-    async fn replace_backend(&mut self, disk: &str, spec: &DiskSpec) -> Result<Problem> {
-        let reason = match self.disks.remove(disk) {
-            Some(process) => {
-                let exit = process.ended().await;
-                process.reap();
-                match exit.code {
-                    Some(code) => format!("exit code {code}: {}", exit.last_line),
-                    None => "by a signal, or unseen".into(),
-                }
-            }
-            None => "unseen".into(),
-        };
-        let programs = self.agent.config.programs()?;
-        // Nothing is created where an image was: the guest would go on with another disk.
-        let lease = self.lease.clone();
-        let process =
-            disk_backend::start(&programs, &self.paths, &self.name, disk, spec, lease).await?;
-        if self.agent.config.jail {
-            JailUser::of(&self.name).own_socket(&self.paths, disk)?;
-        }
-        self.disks.insert(disk.into(), process);
-        Ok((
-            "DiskBackendEnded",
-            format!(
-                "disk {disk}: keelson-blk ended ({reason}) and was started again; the guest goes on \
-                 with what was under way"
-            ),
-        ))
     }
 
     fn mark_leased(&self) -> Result<()> {
@@ -527,8 +461,9 @@ impl Runtime {
         let follower = machine.clone();
         let name = self.name.clone();
         let events = self.agent.events.clone();
+        let device_gone = Arc::clone(&self.device_gone);
         self.follower = Some(tokio::spawn(async move {
-            if let Err(error) = follower.follow(&events, &name).await {
+            if let Err(error) = follower.follow(&events, &name, &device_gone).await {
                 tracing::debug!(guest = name, %error, "keelson-vmm can't be followed");
             }
         }));

@@ -91,7 +91,20 @@ impl GuestRuntime for SimulatedRuntime {
         Ok(())
     }
 
-    async fn maintain(&mut self, _plan: &Plan) -> Result<Option<Problem>> {
+    /// Takes and lets go of devices at once.
+    async fn maintain(&mut self, plan: &Plan) -> Result<Option<Problem>> {
+        if let Some(running) = &mut self.running {
+            for device in running.device_changes(plan) {
+                running.forget(&device);
+                if plan.hardware.has(&device) {
+                    running.begin_adding(&device, &plan.hardware);
+                    running.settle(&device);
+                }
+            }
+            if let Some(known) = self.host.guests.lock().get_mut(&self.name) {
+                known.clone_from(running);
+            }
+        }
         Ok(None)
     }
 

@@ -2,8 +2,8 @@
 
 use jiff::Timestamp;
 use keelson_api::{
-    ConditionStatus, InterfaceStatus, Kind, Phase, Placement, PlacementState, VirtualMachine,
-    VirtualMachineStatus, set_condition,
+    ConditionStatus, DeviceState, DeviceStatus, InterfaceStatus, Kind, Phase, Placement,
+    PlacementState, VirtualMachine, VirtualMachineStatus, set_condition,
 };
 
 use super::layer::GuestRuntime;
@@ -140,7 +140,8 @@ impl StatusWriter {
         let running = runtime.running();
         let restart = plan
             .zip(running)
-            .map(|(plan, running)| plan.hardware != running.hardware);
+            .map(|(plan, running)| running.needs_restart(&plan.hardware));
+        let devices = runtime.devices();
         let terms = if runtime.is_leased() {
             PlacementState::Leased
         } else {
@@ -180,6 +181,8 @@ impl StatusWriter {
             if let Some(plan) = plan {
                 status.interfaces = interfaces(plan);
             }
+            status.devices.clone_from(&devices);
+            devices_pending(status);
             restart_required(status, restart.unwrap_or(false));
         })
         .await?;
@@ -306,12 +309,42 @@ fn ready(status: &mut VirtualMachineStatus, value: ConditionStatus, reason: &str
     set_condition(&mut status.conditions, "Ready", value, reason, message);
 }
 
+/// Says which devices are to come and go, and why they don't.
+fn devices_pending(status: &mut VirtualMachineStatus) {
+    let devices = status.devices.iter();
+    let pending: Vec<_> = devices.filter(|device| is_pending(device)).collect();
+    let Some(first) = pending.first() else {
+        let conditions = &mut status.conditions;
+        return conditions.retain(|condition| condition.kind != "DevicesPending");
+    };
+    let reason = first.reason.as_deref().unwrap_or("UnderWay").to_owned();
+    let message = pending.iter().map(|device| {
+        let under_way = || format!("{:?} {} is {:?}", device.kind, device.name, device.state);
+        device.message.clone().unwrap_or_else(under_way)
+    });
+    let message = message.collect::<Vec<_>>().join("; ");
+    set_condition(
+        &mut status.conditions,
+        "DevicesPending",
+        ConditionStatus::True,
+        &reason,
+        &message,
+    );
+}
+
+/// Whether a device is to come or go.
+pub fn is_pending(device: &DeviceStatus) -> bool {
+    device.state != DeviceState::Attached || device.reason.is_some()
+}
+
 fn restart_required(status: &mut VirtualMachineStatus, required: bool) {
     let known = status
         .conditions
         .iter()
         .any(|condition| condition.kind == "RestartRequired");
-    if required {
+    let mut devices = status.devices.iter();
+    let memory = |device: &DeviceStatus| device.reason.as_deref() == Some("MemoryNotShared");
+    if required || devices.any(memory) {
         let message = "the spec changed in what a running guest keeps; stop and start it";
         let conditions = &mut status.conditions;
         set_condition(
@@ -336,6 +369,8 @@ fn not_running(status: &mut VirtualMachineStatus) {
     if let Some(placement) = &mut status.placement {
         placement.state = PlacementState::Assigned;
     }
+    status.devices.clear();
+    devices_pending(status);
     restart_required(status, false);
 }
 

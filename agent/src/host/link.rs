@@ -90,6 +90,20 @@ impl Links {
             .map_err(netlink(format!("bring up the device {name}")))
     }
 
+    /// Has a device, if there is one of this name, take and give no more packets.
+    pub async fn take_down(&self, name: &str) -> Result<()> {
+        let Some(index) = self.index(name).await? else {
+            return Ok(());
+        };
+        let message = LinkUnspec::new_with_index(index).down();
+        self.handle
+            .link()
+            .set(message.build())
+            .execute()
+            .await
+            .map_err(netlink(format!("take down the device {name}")))
+    }
+
     /// Has a device that isn't up yet take packets without a queueing discipline: a TAP has a ring of its
     /// own, which drops what is too much, and a discipline for each of its queues would only cost time
     /// and memory.

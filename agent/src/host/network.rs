@@ -206,6 +206,12 @@ impl HostNetwork {
         Ok(bridge)
     }
 
+    /// Lets no packet pass the TAP device of a guest's interface any more.
+    pub async fn silence_port(&self, guest: &str, interface: &str) -> Result<()> {
+        let device = Self::device_of(guest, interface);
+        self.links.take_down(&device).await
+    }
+
     /// Removes the TAP device of a guest's interface, and then its policy.
     pub async fn remove_port(&self, guest: &str, interface: &str) -> Result<()> {
         self.remove_device(Self::device_of(guest, interface)).await

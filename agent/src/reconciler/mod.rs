@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use futures::StreamExt;
-use keelson_api::{Kind, Object};
+use keelson_api::{DeviceKind, Kind, Object};
 use tokio::time::MissedTickBehavior;
 
 use self::reports::Reports;
@@ -225,7 +225,11 @@ impl Reconciler {
             };
             let name = &guest.metadata.name;
             let interfaces = guest.spec.interfaces.iter().map(|i| i.name.clone());
+            // Those that a guest has not let go of, too.
+            let devices = guest.status.devices.iter();
+            let devices = devices.filter(|device| device.kind == DeviceKind::Interface);
             let observed = guest.status.interfaces.iter().map(|i| i.name.clone());
+            let observed = observed.chain(devices.map(|device| device.name.clone()));
             ports.extend(
                 interfaces
                     .chain(observed)

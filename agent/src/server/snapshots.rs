@@ -1,7 +1,7 @@
 //! Pausing guests, and their snapshots.
 
 use keelson_api::proto::{Snapshot, TakeSnapshotRequest, TakeSnapshotResponse};
-use keelson_api::{Object, Phase, PowerState, VirtualMachine, validate_name};
+use keelson_api::{DeviceState, Object, Phase, PowerState, VirtualMachine, validate_name};
 use keelson_vmm::api::{AfterSnapshot, SnapshotKind, SnapshotRequest};
 
 use crate::guest::{GuestPaths, GuestSnapshots, Machine, SnapshotEntry};
@@ -62,6 +62,14 @@ pub async fn take(agent: &Agent, request: TakeSnapshotRequest) -> Result<TakeSna
     if directory.exists() {
         let message = format!("VirtualMachine/{name} has a snapshot {snapshot:?} already");
         return Err(precondition(message));
+    }
+    let mut devices = guest.object.status.devices.iter();
+    if let Some(device) = devices.find(|device| device.state != DeviceState::Attached) {
+        return Err(precondition(format!(
+            "VirtualMachine/{name}: {:?} {} is {:?}, and what a snapshot has of it could not be restored; \
+             `keelson describe vm {name}` says what it waits for",
+            device.kind, device.name, device.state
+        )));
     }
     if !stop && writes_disks(agent, &guest.object).await? {
         return Err(precondition(format!(

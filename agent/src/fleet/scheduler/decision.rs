@@ -70,6 +70,7 @@ impl Decision {
                 status.started_at = None;
                 status.running_generation = None;
                 status.interfaces.clear();
+                status.devices.clear();
                 let epoch = status
                     .placement
                     .as_ref()

@@ -8,6 +8,8 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail};
 use serde_json::Value;
 
+use crate::network_show;
+
 /// How long anything of the show may take: a guest that boots on emulated nested KVM, above all.
 const LIMIT: Duration = Duration::from_mins(2);
 /// Every look starts a program, which an emulated host does slowly.
@@ -193,7 +195,9 @@ pub fn until(what: &str, mut holds: impl FnMut() -> Result<bool>) -> Result<()> 
 impl Drop for Host {
     fn drop(&mut self) {
         // Best effort at the end of a show: its guests first, then the agent, then the pins.
-        let _ = self.keelson(&["stop", "web", "--force"]);
+        for guest in ["web"].into_iter().chain(network_show::GUESTS) {
+            let _ = self.keelson(&["stop", guest, "--force"]);
+        }
         let _ = self.kill_agent();
         let _ = std::fs::remove_dir_all(&self.pins);
     }

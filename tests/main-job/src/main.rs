@@ -5,6 +5,7 @@
 
 mod console;
 mod host;
+mod network_show;
 mod payload_guest;
 mod probe;
 mod report;

@@ -8,7 +8,7 @@ use keelson_vmm_tests::{pattern_sector, payload};
 
 use crate::host::Host;
 use crate::report::Report;
-use crate::{FALSE_ADDRESS, GATEWAY, GUEST, apply, show_adoption, show_ingress};
+use crate::{FALSE_ADDRESS, GATEWAY, GUEST, apply, network_show, show_adoption, show_ingress};
 
 /// Sectors that the host writes and the guest reads, and as many the other way round.
 const SECTORS: u64 = 4096;
@@ -53,6 +53,7 @@ pub fn show(
     });
     show_ingress(report, host);
     show_adoption(report, host);
+    network_show::show(report, host, folder);
     stay();
     report.step("the power button shuts it down", || {
         host.console_line("web", "payload: wait-power-button ready")?;

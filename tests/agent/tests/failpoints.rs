@@ -53,6 +53,39 @@ const ADOPTION_POINTS: [&str; 3] = [
     "adoptee:adopt-machine-found",
 ];
 
+/// Those of an agent whose running guest gets a disk and an interface.
+const PLUG_POINTS: [(&str, u32); 17] = [
+    ("plugged:plug-noted", 1),
+    ("plugged:disk-image-prepared", 1),
+    ("keelson-disk-plugged-data:forked", 1),
+    ("keelson-disk-plugged-data:placed", 1),
+    ("keelson-disk-plugged-data:recorded", 1),
+    ("keelson-disk-plugged-data:executed", 1),
+    ("plugged:disk-backend-ready", 1),
+    ("plugged:plug-backend-ready", 1),
+    ("plugged:plug-machine-has", 1),
+    ("plugged:plug-settled", 1),
+    ("plugged:plug-noted", 2),
+    ("plugged:port-device-made", 1),
+    ("plugged:port-policy-attached", 1),
+    ("plugged:port-up", 1),
+    ("plugged:plug-port-made", 1),
+    ("plugged:plug-machine-has", 2),
+    ("plugged:plug-settled", 2),
+];
+/// Those of one whose guest has to let go of them.
+const UNPLUG_POINTS: [(&str, u32); 9] = [
+    ("plugged:unplug-noted", 1),
+    ("plugged:unplug-released", 1),
+    ("plugged:unplug-backend-ended", 1),
+    ("plugged:unplug-forgotten", 1),
+    ("plugged:unplug-noted", 2),
+    ("plugged:unplug-silenced", 1),
+    ("plugged:unplug-released", 2),
+    ("plugged:unplug-port-gone", 1),
+    ("plugged:unplug-forgotten", 2),
+];
+
 const BYSTANDER: &str = "bystander";
 
 struct Matrix {
@@ -97,13 +130,17 @@ impl Matrix {
         self.host.devices().into_iter().collect()
     }
 
-    fn manifest(&self) -> String {
-        let disk = format!(
+    fn disk(&self) -> String {
+        format!(
             "---\napiVersion: keelson.dev/v1alpha1\nkind: Disk\nmetadata: {{name: data}}\n\
              spec: {{path: {}, base: {{path: {}}}}}\n",
             self.image.display(),
             self.base.display()
-        );
+        )
+    }
+
+    fn manifest(&self) -> String {
+        let disk = self.disk();
         let guest = Guest::new(self.victim, "wait-power-button:ms=600000 power-off")
             .field("disks: [{name: data, disk: data}]")
             .field("interfaces: [{name: eth0, network: lan}]")
@@ -148,6 +185,54 @@ impl Matrix {
             });
         }
         self.host.kill_agent();
+    }
+
+    /// A guest that takes devices and lets go of them, with a disk and an interface or without.
+    fn pluggable(&self, with_devices: bool) -> String {
+        let steps = "plug-serve power-off";
+        let mut guest = Guest::new(self.victim, steps).field("sharedMemory: true");
+        if with_devices {
+            guest = guest.field("disks: [{name: data, disk: data}]");
+            guest = guest.field("interfaces: [{name: eth0, network: lan}]");
+        }
+        self.disk() + &guest.manifest()
+    }
+
+    /// Lets an agent that is killed at `point` change the devices of the guest; the next one goes on.
+    fn replug(&mut self, point: &str, time: u32, with_devices: bool) {
+        self.host.kill_agent();
+        let points = match time {
+            1 => format!("{point}=return"),
+            time => format!("{point}={}*off->return", time - 1),
+        };
+        if self.host.start_agent_with(&[("FAILPOINTS", &points)]) {
+            // It may be killed before it answers.
+            self.host.apply(&self.pluggable(with_devices));
+            wait_until(&format!("the agent's end at {point}"), || {
+                (!self.host.agent_lives()).then_some(())
+            });
+        }
+        self.host.kill_agent();
+        while !self.host.start_agent_with(&[]) {}
+        self.host.apply(&self.pluggable(with_devices)).done();
+        self.wait_for_devices(with_devices);
+    }
+
+    /// Waits until the guest has its devices, or none; its process is the same all the time.
+    fn wait_for_devices(&self, with_devices: bool) -> Value {
+        let what = format!("devices: {with_devices}");
+        let status = self.host.wait_for_status(self.victim, &what, |status| {
+            let none = Vec::new();
+            let devices = status["devices"].as_array().unwrap_or(&none);
+            let attached = devices.iter().all(|device| device["state"] == "Attached");
+            let count = if with_devices { 2 } else { 0 };
+            let pending = status["conditions"].to_string().contains("DevicesPending");
+            status["phase"] == "Running" && attached && devices.len() == count && !pending
+        });
+        let backends = usize::from(with_devices);
+        assert_eq!(self.processes("keelson-blk").len(), backends, "{status}");
+        assert_eq!(self.processes("keelson-vmm").len(), 1, "{status}");
+        status["processId"].clone()
     }
 
     fn phase(&self) -> Option<String> {
@@ -287,4 +372,44 @@ fn an_agent_that_is_killed_while_it_adopts_harms_nobody() {
         matrix.host.kill_agent();
         matrix.converge(point);
     }
+}
+
+#[test]
+fn an_agent_that_is_killed_while_devices_come_and_go_leaves_nothing_and_harms_no_guest() {
+    let mut matrix = Matrix::new("plugged");
+    matrix.host.apply(&matrix.pluggable(false)).done();
+    matrix
+        .host
+        .wait_for_console("plugged", "payload: plug-serve ready");
+    let process = matrix.wait_for_devices(false);
+    let with = PLUG_POINTS.map(|(point, time)| (point, time, true));
+    let without = UNPLUG_POINTS.map(|(point, time)| (point, time, false));
+    for (point, time, with_devices) in with.into_iter().chain(without) {
+        // Where it starts from.
+        matrix.host.apply(&matrix.pluggable(!with_devices)).done();
+        matrix.wait_for_devices(!with_devices);
+        matrix.replug(point, time, with_devices);
+        matrix.host.apply(&matrix.pluggable(false)).done();
+        assert_eq!(matrix.wait_for_devices(false), process, "after {point}");
+        assert_eq!(
+            matrix.devices_now(),
+            matrix.devices,
+            "devices after {point}"
+        );
+        let pins = files_below(matrix.host.pins());
+        assert_eq!(pins, matrix.pins, "pinned maps and links after {point}");
+        let groups = matrix.groups_now();
+        let of_disk = |group: &PathBuf| group.to_string_lossy().contains("keelson-disk");
+        let none_is_left = !groups.iter().any(of_disk);
+        assert!(none_is_left, "control groups after {point}: {groups:?}");
+        let check = matrix.host.blk(&["image", "check"], &matrix.image);
+        assert!(
+            check.code == Some(0) || !matrix.image.exists(),
+            "{check:?} after {point}"
+        );
+    }
+    matrix.host.keelson(&["stop", "plugged"]).done();
+    matrix.host.keelson(&["delete", "vm", "plugged"]).done();
+    wait_until("the guest's end", || matrix.phase().is_none().then_some(()));
+    matrix.check_nothing_is_left("all of them");
 }

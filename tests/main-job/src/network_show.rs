@@ -196,7 +196,10 @@ fn passed(host: &Host, guest: &str, direction: &str) -> Result<u64> {
 }
 
 /// Ends a guest's stream of pings; how many it sent, and how many of them were lost.
-fn end_stream(host: &Host, folder: &Path, guest: &str) -> Result<(u64, u64)> {
+///
+/// # Errors
+/// If the guest doesn't say so.
+pub fn end_stream(host: &Host, folder: &Path, guest: &str) -> Result<(u64, u64)> {
     let socket = folder.join(format!("run/vms/{guest}/console.sock"));
     let mut console = UnixStream::connect(&socket).context("connect to the console")?;
     console.write_all(b"enough\n")?;

@@ -45,7 +45,7 @@ pub fn show(
             ip + arp == SPOOFED_FRAMES,
             "counted {ip} IPv4 and {arp} ARP frames"
         );
-        host.console_line("web", "payload: net-serve ready")?;
+        host.console_line("web", "payload: net-stream ready")?;
         Ok((
             (),
             format!("counted as spoofed: {ip} IPv4 packets, {arp} ARP packets"),
@@ -54,6 +54,11 @@ pub fn show(
     show_ingress(report, host);
     show_adoption(report, host);
     network_show::show(report, host, folder);
+    report.step("it pinged its gateway all the time", || {
+        let (sent, lost) = network_show::end_stream(host, folder, "web")?;
+        ensure!(lost == 0, "{lost} of {sent} pings were lost");
+        Ok(((), format!("{sent} of {sent} pings answered")))
+    });
     stay();
     report.step("the power button shuts it down", || {
         host.console_line("web", "payload: wait-power-button ready")?;
@@ -97,7 +102,7 @@ fn machine(seed: u64) -> String {
         ),
         format!("net-ping:address={GUEST},target={GATEWAY}"),
         format!("net-spoof:address={FALSE_ADDRESS},target={GATEWAY},count={count}"),
-        format!("net-serve:address={GUEST},ms=8000"),
+        format!("net-stream:address={GUEST},target={GATEWAY}"),
         "wait-power-button:ms=600000".into(),
     ];
     format!(

@@ -24,6 +24,10 @@ pub struct Devices {
     /// A watchdog, which the guest has to feed once it has started it.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub watchdog: Option<Watchdog>,
+    /// A virtio console (`hvc0` of Linux), which is typed into instead of the serial port, and is told the
+    /// terminal's size.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub console: Option<VirtioConsole>,
 }
 
 /// A memory balloon.
@@ -86,6 +90,11 @@ impl Default for Watchdog {
     }
 }
 
+/// A virtio console.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct VirtioConsole {}
+
 /// What follows from a guest's panic, or from its watchdog.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub enum EndAction {
@@ -105,6 +114,7 @@ impl Devices {
             self.vsock.is_some(),
             self.panic.is_some(),
             self.watchdog.is_some(),
+            self.console.is_some(),
         ];
         there.into_iter().filter(|there| *there).count()
     }

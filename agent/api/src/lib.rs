@@ -43,7 +43,7 @@ mod virtual_machine;
 
 pub use cloud_init::{CloudInit, CloudInitUser};
 pub use device_status::{DeviceKind, DeviceState, DeviceStatus};
-pub use devices::{Balloon, Devices, EndAction, PanicDevice, Vsock, Watchdog};
+pub use devices::{Balloon, Devices, EndAction, PanicDevice, VirtioConsole, Vsock, Watchdog};
 pub use disk::{Disk, DiskBase, DiskEncryption, DiskFormat, DiskLimits, DiskSpec, DiskStatus};
 pub use error::{ApiError, FieldError};
 pub use event::{Event, EventType, ObjectReference};

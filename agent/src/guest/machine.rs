@@ -9,15 +9,15 @@ use keelson_vmm::api::{
 };
 use keelson_vmm::client::{ClientError, VmmClient};
 use keelson_vmm::config::{
-    BalloonConfig, ConsoleConfig, CpuConfig, DiskConfig, EndAction, GuestConfig, HugepageSize,
-    InterfaceConfig, KernelConfig, MemoryConfig, OnReboot, PanicConfig, VhostUse, VsockConfig,
-    WatchdogConfig,
+    BalloonConfig, ConsoleConfig, ConsoleDevice, CpuConfig, DiskConfig, EndAction, GuestConfig,
+    HugepageSize, InterfaceConfig, KernelConfig, MemoryConfig, OnReboot, PanicConfig, VhostUse,
+    VsockConfig, WatchdogConfig,
 };
 use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
 use tokio::net::UnixStream;
 use tokio::sync::Notify;
 
-use keelson_api::{DiskSpec, Kind};
+use keelson_api::{DiskSpec, Kind, VirtioConsole};
 
 use super::GuestPaths;
 use super::device::Device;
@@ -160,6 +160,13 @@ impl Machine {
     /// Lets a guest stay that is being migrated and was not released.
     pub async fn cancel_migration(&self) -> Result<()> {
         self.call(VmmClient::cancel_migration).await
+    }
+
+    /// Tells the guest the size of the terminal that shows its console. One whose console is the serial port
+    /// refuses.
+    pub async fn resize_console(&self, columns: u16, rows: u16) -> Result<()> {
+        self.call(move |client| client.resize_console(columns, rows))
+            .await
     }
 
     /// Takes a snapshot; returns when it is on the disk.
@@ -357,6 +364,10 @@ fn vmm_config(paths: &GuestPaths, plan: &Plan) -> Result<GuestConfig> {
             command_line: hardware.kernel.command_line.clone(),
         },
         console: ConsoleConfig {
+            device: match devices.console {
+                None => ConsoleDevice::Serial,
+                Some(VirtioConsole {}) => ConsoleDevice::Virtio,
+            },
             socket: paths.console_socket(),
             log: paths.console_log(),
             log_limit_mib: CONSOLE_LOG_LIMIT_MIB,

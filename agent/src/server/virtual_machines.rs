@@ -192,7 +192,7 @@ impl VirtualMachines for VirtualMachinesService {
             .ok_or_else(|| Status::invalid_argument("the first message must name the guest"))?;
         self.guest(&first.name).await?;
         let paths = GuestPaths::new(&self.agent.config, &first.name);
-        let output = console::attach(&paths.console_socket(), &first, input).await?;
+        let output = console::attach(&paths, first, input).await?;
         Ok(Response::new(output.boxed()))
     }
 

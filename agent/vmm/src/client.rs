@@ -182,6 +182,12 @@ impl VmmClient {
             .map(drop)
     }
 
+    /// Tells the guest the size of the terminal that shows its console, if that is a virtio console.
+    pub fn resize_console(&mut self, columns: u16, rows: u16) -> Result<(), ClientError> {
+        self.call::<Acknowledged>(&Request::ResizeConsole { columns, rows })
+            .map(drop)
+    }
+
     /// Adds a disk, whose backend listens.
     pub fn add_disk(&mut self, disk: DiskConfig) -> Result<DeviceAdded, ClientError> {
         self.call_long(&Request::AddDisk(disk))

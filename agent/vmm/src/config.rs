@@ -17,7 +17,9 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 
 pub use cpu::{CpuConfig, CpuTemplate, Topology};
-pub use devices::{BalloonConfig, EndAction, PanicConfig, VhostUse, VsockConfig, WatchdogConfig};
+pub use devices::{
+    BalloonConfig, ConsoleDevice, EndAction, PanicConfig, VhostUse, VsockConfig, WatchdogConfig,
+};
 pub use mac_address::MacAddress;
 
 /// The most vCPUs a guest can have.
@@ -93,7 +95,7 @@ pub struct GuestConfig {
     pub memory: MemoryConfig,
     /// What the guest boots.
     pub kernel: KernelConfig,
-    /// The serial console.
+    /// The console.
     pub console: ConsoleConfig,
     /// The disks, in the order in which the guest finds them.
     #[serde(default)]
@@ -186,10 +188,14 @@ pub struct KernelConfig {
     pub command_line: String,
 }
 
-/// The serial console.
+/// The console.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct ConsoleConfig {
+    /// The device that is typed into. What the guest prints on the serial port is in the console's output
+    /// with either.
+    #[serde(default, skip_serializing_if = "ConsoleDevice::is_serial")]
+    pub device: ConsoleDevice,
     /// The Unix stream socket that the VMM listens on.
     pub socket: PathBuf,
     /// The file that gets all output.
@@ -311,6 +317,7 @@ impl GuestConfig {
             self.vsock.is_some(),
             self.panic.is_some(),
             self.watchdog.is_some(),
+            self.console.device == ConsoleDevice::Virtio,
         ];
         let others = others.into_iter().filter(|there| *there).count();
         self.disks.len() + self.interfaces.len() + others

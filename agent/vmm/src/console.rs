@@ -1,4 +1,5 @@
-//! The serial console's host side: the log, the socket's clients, and input to the guest.
+//! The console's host side: the log, the socket's clients, and input to the guest's device, which is the
+//! serial port or a virtio console.
 //!
 //! A vCPU only appends to [`ConsoleOutput`]'s buffer; the API thread moves the bytes to the log
 //! and to the clients, so that neither a slow disk nor a slow reader stops the guest.
@@ -17,6 +18,13 @@ pub use server::ConsoleServer;
 
 /// What a guest may print before the API thread takes it; more is dropped, and the log says so.
 const MAX_PENDING: usize = 1 << 20;
+
+/// A device that the guest reads what is typed from.
+pub trait ConsoleInput: Send {
+    /// Offers input to the guest; returns how many bytes it took. There is none if the device only
+    /// asked to be looked after ([`ConsoleOutput::input_wanted`]).
+    fn send(&self, input: &[u8]) -> usize;
+}
 
 /// The guest's output on its way to the log and the clients.
 #[derive(Debug)]
@@ -55,7 +63,19 @@ impl ConsoleOutput {
         }
     }
 
-    /// The guest emptied its receive FIFO.
+    /// Counts what the guest printed, and nobody will see.
+    pub fn count_dropped(&self, bytes: u64) {
+        if bytes == 0 {
+            return;
+        }
+        self.pending
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .dropped += bytes;
+        self.notify();
+    }
+
+    /// The guest has room for input, or its device wants to be looked after.
     pub fn input_wanted(&self) {
         self.notify();
     }

@@ -13,7 +13,7 @@ mod virtqueues;
 pub use files::{config, kernel, snapshot};
 pub use migration::migration;
 pub use platform::{function_state, platform};
-pub use virtqueues::{balloon, net, rng, vsock};
+pub use virtqueues::{balloon, console, net, rng, vsock};
 
 #[cfg(test)]
 mod tests {
@@ -35,6 +35,7 @@ mod tests {
         fn any_rings_of_any_device_are_taken(input in prop::collection::vec(any::<u8>(), 0..1024)) {
             super::rng(&input);
             super::balloon(&input);
+            super::console(&input);
             super::net(&input);
             super::vsock(&input);
         }

@@ -17,7 +17,7 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use crate::api::{ApiServer, ExitReason, ExitStatus, GuestState, SharedState};
 use crate::boot::BootFiles;
-use crate::config::{BalloonConfig, GuestConfig, InterfaceConfig};
+use crate::config::{BalloonConfig, ConsoleDevice, GuestConfig, InterfaceConfig};
 use crate::console::{ConsoleLog, ConsoleOutput, ConsoleServer};
 use crate::error::VmmError;
 use crate::isolation::seccomp::{self, Mode, Thread};
@@ -27,6 +27,7 @@ use crate::signals;
 use crate::snapshot::Snapshot;
 use crate::vcpu::install_kick_signal;
 use crate::virtio::balloon::BalloonControl;
+use crate::virtio::console::ConsolePort;
 use crate::virtio::net::Tap;
 use crate::virtio::vsock::UnixHost;
 
@@ -160,6 +161,8 @@ pub fn run(launch: &Launch) -> Result<ExitStatus, VmmError> {
                     .as_ref()
                     .map_or(0, |balloon| BalloonConfig::pages(balloon.size_mib)),
             )),
+            virtio_console: (config.console.device == ConsoleDevice::Virtio)
+                .then(|| Arc::new(ConsolePort::new(Arc::clone(&console)))),
             console,
             seccomp,
         };

@@ -32,6 +32,7 @@ use crate::platform::{EjectReporter, Platform};
 use crate::vcpu::{EndReporter, ExitHandler, Vcpu, VcpuThreads};
 use crate::virtio::balloon::{BalloonControl, BalloonStatus};
 use crate::virtio::block::{DiskEvent, DiskLink, DiskWatcher};
+use crate::virtio::console::ConsolePort;
 use crate::virtio::net::Tap;
 use crate::virtio::vsock::UnixHost;
 
@@ -92,6 +93,8 @@ pub struct HostResources {
     pub balloon: Arc<BalloonControl>,
     /// Where the guest's output goes.
     pub console: Arc<ConsoleOutput>,
+    /// The virtio console, if that is the console.
+    pub virtio_console: Option<Arc<ConsolePort>>,
     /// What becomes of system calls that no thread has a need for.
     pub seccomp: Mode,
 }
@@ -184,7 +187,7 @@ impl Machine {
         Ok(machine)
     }
 
-    /// COM1, for the console's input.
+    /// COM1, for input.
     pub fn serial(&self) -> SerialPort {
         self.platform.serial.clone()
     }

@@ -23,6 +23,15 @@ pub enum Tool {
         #[arg(long, value_name = "MIB")]
         resize: Option<u64>,
     },
+    /// Tell a guest with a virtio console the size of the terminal that shows it.
+    ResizeConsole {
+        #[command(flatten)]
+        target: Target,
+        /// Characters in a line.
+        columns: u16,
+        /// Lines.
+        rows: u16,
+    },
     /// Add disks and interfaces to a running guest, and remove them.
     #[command(subcommand)]
     Device(DeviceTool),
@@ -155,6 +164,11 @@ impl Tool {
                     None => show(&client.balloon()?),
                 }
             }
+            Self::ResizeConsole {
+                target,
+                columns,
+                rows,
+            } => Ok(VmmClient::connect(target.api_socket)?.resize_console(columns, rows)?),
             Self::Device(tool) => tool.run(),
             Self::Snapshot(tool) => tool.run(),
         }

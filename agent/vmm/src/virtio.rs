@@ -4,13 +4,16 @@ pub mod balloon;
 pub mod block;
 mod capabilities;
 mod common_config;
+pub mod console;
 pub mod net;
 mod persist;
 mod queue;
 pub mod rng;
+mod served_queue;
 mod transport;
 mod used_ring;
 pub mod vsock;
+mod worker;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, Ordering};

@@ -46,6 +46,10 @@ fn wrong_devices_and_limits_name_their_fields() {
             ["spec.devices.vsock.cid", "3 to"],
         ),
         (
+            "devices: {console: {size: 3}}",
+            ["spec.devices.console", "size"],
+        ),
+        (
             "devices: {watchdog: {action: Explode}}",
             ["spec.devices.watchdog.action", "Explode"],
         ),

@@ -5,9 +5,10 @@ use std::os::fd::AsFd;
 
 use clap::Args;
 use futures::TryStreamExt;
-use keelson_api::proto::ConsoleInput;
-use rustix::termios::{OptionalActions, Termios, tcgetattr, tcsetattr};
+use keelson_api::proto::{ConsoleInput, TerminalSize};
+use rustix::termios::{OptionalActions, Termios, tcgetattr, tcgetwinsize, tcsetattr};
 use tokio::io::AsyncReadExt;
+use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 
@@ -20,7 +21,7 @@ const ESCAPE: u8 = 0x1d;
 const PENDING_LIMIT: usize = 16;
 const CHUNK: usize = 4096;
 
-/// Use a guest's serial console; Ctrl-] leaves it.
+/// Use a guest's console; Ctrl-] leaves it. A guest with a virtio console follows the terminal's size.
 #[derive(Args)]
 pub struct Console {
     /// The guest.
@@ -33,7 +34,8 @@ impl Console {
         let (sender, receiver) = mpsc::channel(PENDING_LIMIT);
         let first = ConsoleInput {
             name: self.name.clone(),
-            data: Vec::new(),
+            size: terminal_size(),
+            ..ConsoleInput::default()
         };
         sender.send(first).await.map_err(anyhow::Error::from)?;
         let output = client.guests.console(ReceiverStream::new(receiver)).await?;
@@ -41,6 +43,9 @@ impl Console {
         let terminal = RawTerminal::enter()?;
         if terminal.is_some() {
             eprint!("connected to {}; Ctrl-] leaves\r\n", self.name);
+        }
+        if terminal.is_some() {
+            tokio::spawn(send_sizes(sender.clone()));
         }
         let reading = tokio::spawn(send_input(sender, terminal.is_some()));
         let left = async {
@@ -87,8 +92,8 @@ async fn send_input(sender: mpsc::Sender<ConsoleInput>, escapes: bool) -> bool {
         let data = data[..escape.unwrap_or(length)].to_vec();
         if sender
             .send(ConsoleInput {
-                name: String::new(),
                 data,
+                ..ConsoleInput::default()
             })
             .await
             .is_err()
@@ -99,6 +104,35 @@ async fn send_input(sender: mpsc::Sender<ConsoleInput>, escapes: bool) -> bool {
             return true;
         }
     }
+}
+
+/// Sends the terminal's size each time that it changes (SIGWINCH).
+async fn send_sizes(sender: mpsc::Sender<ConsoleInput>) {
+    let Ok(mut changes) = signal(SignalKind::window_change()) else {
+        return;
+    };
+    loop {
+        tokio::select! {
+            change = changes.recv() => if change.is_none() { return },
+            () = sender.closed() => return,
+        }
+        let message = ConsoleInput {
+            size: terminal_size(),
+            ..ConsoleInput::default()
+        };
+        if message.size.is_some() && sender.send(message).await.is_err() {
+            return;
+        }
+    }
+}
+
+/// The size of the terminal that is standard input, if it is one that knows its size.
+fn terminal_size() -> Option<TerminalSize> {
+    let size = tcgetwinsize(std::io::stdin().as_fd()).ok()?;
+    (size.ws_col > 0 && size.ws_row > 0).then(|| TerminalSize {
+        columns: size.ws_col.into(),
+        rows: size.ws_row.into(),
+    })
 }
 
 /// Standard input in raw mode, until this is dropped.

@@ -44,6 +44,13 @@ pub enum Request {
         /// What it is to give back in all, in MiB; at least 16 MiB must be left.
         size_mib: u64,
     },
+    /// The terminal that shows the console has another size, which a virtio console tells its guest.
+    ResizeConsole {
+        /// Characters in a line.
+        columns: u16,
+        /// Lines.
+        rows: u16,
+    },
     /// Send every later [`Event`] on this connection.
     Subscribe,
     /// Send the guest, while it runs, to another process. After the answer the connection is the stream
@@ -145,8 +152,8 @@ pub enum Response<T> {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ErrorBody {
     /// A stable word for programs: `bad_request`, `not_running`, `too_many_clients`,
-    /// `not_paused`, `pause_failed`, `snapshot_failed`, `no_balloon`, `out_of_range`, `migrating`,
-    /// `migration_failed`, `not_migrating`, `not_loaded`, `released`, `paused`, `incoming`,
+    /// `not_paused`, `pause_failed`, `snapshot_failed`, `no_balloon`, `no_console_size`, `out_of_range`,
+    /// `migrating`, `migration_failed`, `not_migrating`, `not_loaded`, `released`, `paused`, `incoming`,
     /// `not_incoming`, `out_of_memory`; of devices `name_taken`, `no_free_slot`, `invalid_device`,
     /// `backend_unusable`, `memory_not_shared`, `no_descriptor`, `hotplug_failed`, `no_device`, `busy`,
     /// `not_released`.

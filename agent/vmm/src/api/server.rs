@@ -17,9 +17,9 @@ use super::{
     Acknowledged, Answer, Connection, Control, ControlSender, ErrorBody, GuestState, Hotplug,
     MAX_LINE, Reply, Request, Response, SharedState,
 };
-use crate::console::ConsoleServer;
-use crate::devices::serial::SerialPort;
+use crate::console::{ConsoleInput, ConsoleServer};
 use crate::isolation::seccomp::{self, Mode, Thread};
+use crate::virtio::console::ConsoleSize;
 
 /// Clients at once; a further one gets an error line.
 const MAX_CLIENTS: usize = 32;
@@ -45,7 +45,7 @@ pub(crate) struct ApiServer {
 
 /// What the thread is told by the one that owns the guest.
 enum Command {
-    Attach(SerialPort),
+    Attach(Box<dyn ConsoleInput>),
     /// The answer for the client with this number.
     Answer(u64, Answer),
     Finish,
@@ -59,9 +59,9 @@ pub(crate) struct ApiThread {
 }
 
 impl ApiThread {
-    /// The guest boots with a new serial port.
-    pub(crate) fn attach(&self, serial: SerialPort) {
-        self.send(Command::Attach(serial));
+    /// What is typed goes to this device from now on.
+    pub(crate) fn attach(&self, device: Box<dyn ConsoleInput>) {
+        self.send(Command::Attach(device));
     }
 
     /// Delivers what is left to log and clients, and ends.
@@ -170,7 +170,7 @@ impl ApiServer {
     fn run_commands(&mut self) -> bool {
         while let Ok(command) = self.commands.try_recv() {
             match command {
-                Command::Attach(serial) => self.console.attach(serial),
+                Command::Attach(device) => self.console.attach(device),
                 Command::Answer(number, answer) => self.deliver(number, answer),
                 Command::Finish => return true,
             }
@@ -320,6 +320,9 @@ impl Client {
             Request::Balloon => Control::Balloon(self.reply(guest)),
             Request::ResizeBalloon { size_mib } => {
                 Control::ResizeBalloon(size_mib, self.reply(guest))
+            }
+            Request::ResizeConsole { columns, rows } => {
+                Control::ResizeConsole(ConsoleSize { columns, rows }, self.reply(guest))
             }
             Request::AddDisk(disk) => {
                 Control::Hotplug(Hotplug::AddDisk(Box::new(disk), self.reply(guest)))

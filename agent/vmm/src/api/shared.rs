@@ -11,6 +11,7 @@ use super::{
 };
 use crate::config::{DiskConfig, InterfaceConfig};
 use crate::migration::{MigrationLimits, ProgressCell};
+use crate::virtio::console::ConsoleSize;
 
 /// Events that wait for the API thread; the oldest go first if it is that far behind.
 const MAX_EVENTS: usize = 1024;
@@ -34,6 +35,8 @@ pub(crate) enum Control {
     Balloon(Reply),
     /// Change what the balloon is to have, in MiB.
     ResizeBalloon(u64, Reply),
+    /// The console's terminal has another size.
+    ResizeConsole(ConsoleSize, Reply),
     /// Send the guest to another process.
     Migrate(MigrationLimits, Connection),
     /// Take a guest from another process.
@@ -56,6 +59,7 @@ impl Control {
             | Self::Snapshot(_, reply)
             | Self::Balloon(reply)
             | Self::ResizeBalloon(_, reply)
+            | Self::ResizeConsole(_, reply)
             | Self::ReleaseMigration(reply)
             | Self::CancelMigration(reply) => reply.refuse(kind, message),
             Self::Hotplug(request) => request.refuse(kind, message),

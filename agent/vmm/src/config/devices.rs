@@ -1,5 +1,6 @@
 //! The devices that a guest may have beside disks and interfaces.
 
+use std::fmt;
 use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
@@ -155,4 +156,32 @@ pub enum VhostUse {
     /// A thread.
     #[default]
     Off,
+}
+
+/// The device that is a guest's console.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ConsoleDevice {
+    /// COM1, a 16550A (`ttyS0` of Linux).
+    #[default]
+    Serial,
+    /// A virtio console (virtio 1.2, 5.3; `hvc0` of Linux), which takes a slot of the PCI bus.
+    Virtio,
+}
+
+impl ConsoleDevice {
+    // Serde hands `skip_serializing_if` a reference.
+    #[allow(clippy::trivially_copy_pass_by_ref)]
+    pub(super) fn is_serial(&self) -> bool {
+        *self == Self::Serial
+    }
+}
+
+impl fmt::Display for ConsoleDevice {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Serial => "serial",
+            Self::Virtio => "virtio",
+        })
+    }
 }

@@ -18,7 +18,7 @@ fn whole() -> Value {
         },
         "memory": {"size_mib": 64, "hugepages": "2MiB", "prefault": true, "numa_node": 0, "shared": true},
         "kernel": {"image": "/vmlinux", "initrd": "/initrd", "command_line": "console=ttyS0"},
-        "console": {"socket": "/run/console.sock", "log": "/run/console.log", "log_limit_mib": 16},
+        "console": {"device": "virtio", "socket": "/run/console.sock", "log": "/run/console.log", "log_limit_mib": 16},
         "disks": [{"id": "root", "socket": "/run/root.sock", "read_only": false, "queues": 1, "queue_size": 256}],
         "interfaces": [{"id": "eth0", "tap": "tap0", "mac": "52:54:00:00:00:01", "mtu": 1500}],
         "balloon": {"size_mib": 0, "deflate_on_oom": true, "free_page_reporting": true, "statistics": true},

@@ -6,8 +6,7 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::sync::Arc;
 
 use super::replay::Replay;
-use super::{ConsoleLog, ConsoleOutput};
-use crate::devices::serial::SerialPort;
+use super::{ConsoleInput, ConsoleLog, ConsoleOutput};
 
 /// What a client that connects gets of the output before.
 const REPLAY_BYTES: usize = 64 << 10;
@@ -26,7 +25,7 @@ pub struct ConsoleServer {
     replay: Replay,
     clients: Vec<Client>,
     input: Vec<u8>,
-    serial: Option<SerialPort>,
+    device: Option<Box<dyn ConsoleInput>>,
     buffer: Vec<u8>,
 }
 
@@ -46,14 +45,14 @@ impl ConsoleServer {
             replay: Replay::new(REPLAY_BYTES),
             clients: Vec::new(),
             input: Vec::new(),
-            serial: None,
+            device: None,
             buffer: Vec::new(),
         }
     }
 
-    /// Takes the serial port of a new boot as the one that gets the input.
-    pub fn attach(&mut self, serial: SerialPort) {
-        self.serial = Some(serial);
+    /// Takes the device of a new boot as the one that gets the input.
+    pub fn attach(&mut self, device: Box<dyn ConsoleInput>) {
+        self.device = Some(device);
         self.feed_guest();
     }
 
@@ -137,10 +136,8 @@ impl ConsoleServer {
     }
 
     fn feed_guest(&mut self) {
-        if let Some(serial) = &self.serial
-            && !self.input.is_empty()
-        {
-            let taken = serial.send(&self.input);
+        if let Some(device) = &self.device {
+            let taken = device.send(&self.input);
             self.input.drain(..taken);
         }
     }

@@ -9,7 +9,7 @@ use vm_superio::{Serial, Trigger};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use crate::boot::layout;
-use crate::console::ConsoleOutput;
+use crate::console::{ConsoleInput, ConsoleOutput};
 use crate::error::VmmError;
 use crate::interrupts::InterruptRouter;
 
@@ -76,9 +76,13 @@ impl SerialPort {
             tracing::debug!("serial port: {e}");
         }
     }
+}
 
-    /// Offers input to the guest; returns how many bytes the FIFO took.
-    pub fn send(&self, input: &[u8]) -> usize {
+impl ConsoleInput for SerialPort {
+    fn send(&self, input: &[u8]) -> usize {
+        if input.is_empty() {
+            return 0;
+        }
         let mut serial = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         // A full FIFO is an error of vm-superio, and no bytes taken here.
         serial.enqueue_raw_bytes(input).unwrap_or(0)

@@ -14,8 +14,10 @@ use vmm_sys_util::eventfd::EventFd;
 use super::input::Input;
 use super::rings::{self, activation, event, fill_buffers, fill_queue, layout};
 use crate::config::BalloonConfig;
+use crate::console::{ConsoleInput, ConsoleOutput};
 use crate::memory::GuestMemory;
 use crate::virtio::balloon::{Balloon, BalloonControl};
+use crate::virtio::console::{Console, ConsolePort, ConsoleSize};
 use crate::virtio::net::{ControlQueue, PacketQueue as NetQueue, Receiver, TapQueue, Transmitter};
 use crate::virtio::rng::Rng;
 use crate::virtio::vsock::{Host, LISTENER, Muxer, PacketQueue, Service};
@@ -40,7 +42,33 @@ pub fn balloon(input: &[u8]) {
     let _ = control.status();
 }
 
+/// The console, with input that waits.
+///
+/// # Panics
+/// Where something doesn't hold that must: a defect, which the fuzzer reports.
+pub fn console(input: &[u8]) {
+    const TYPED: [u8; 40] = *b"this is what somebody types at a console";
+    let output = Arc::new(ConsoleOutput::new().expect("an eventfd"));
+    let port = Arc::new(ConsolePort::new(Arc::clone(&output)));
+    let mut console = Console::new(Arc::clone(&port));
+    let typing = Arc::clone(&port);
+    device_with(&mut console, 2, input, move || {
+        assert!(typing.send(&TYPED) <= TYPED.len());
+        typing.resize(ConsoleSize {
+            columns: 1,
+            rows: 1,
+        });
+    });
+    // Without a driver there is nobody to type to.
+    assert_eq!(port.send(&TYPED), 0);
+}
+
 fn device(device: &mut dyn VirtioDevice, queues: u16, input: &[u8]) {
+    device_with(device, queues, input, || {});
+}
+
+/// `host` is what the host does while the device serves its driver.
+fn device_with(device: &mut dyn VirtioDevice, queues: u16, input: &[u8], host: impl Fn()) {
     let mut input = Input(input);
     let memory = rings::memory();
     let features = device.features() & !(u64::from(input.byte() & 0x3f) | event_idx(&mut input));
@@ -58,10 +86,12 @@ fn device(device: &mut dyn VirtioDevice, queues: u16, input: &[u8]) {
         device.notify(queue);
     }
     device.ask_for_statistics();
+    host();
     let _ = device.pause();
     let state = device.save();
     assert_eq!(device.restore(&state), Ok(()));
     let _ = device.activate(activation(&memory, queues, features, true));
+    host();
     device.reset();
 }
 

@@ -95,14 +95,14 @@ impl Guest<'_> {
         let track = restore.track_dirty_pages;
         let machine =
             Machine::restore(&self.host, &self.config, &snapshot, track, &self.reporters)?;
-        self.api.attach(machine.serial());
+        self.attach_console(&machine);
         self.shared.booted();
         Ok(machine)
     }
 
     fn boot(&self, placement: &Placement) -> Result<Machine, VmmError> {
         let machine = Machine::start(&self.host, &self.config, placement, &self.reporters)?;
-        self.api.attach(machine.serial());
+        self.attach_console(&machine);
         self.shared.booted();
         Ok(machine)
     }
@@ -164,6 +164,7 @@ impl Guest<'_> {
             Control::Snapshot(request, reply) => self.snapshot(machine, run, &request, reply),
             Control::Balloon(reply) => self.balloon(machine, run.paused, reply),
             Control::ResizeBalloon(size_mib, reply) => self.resize_balloon(size_mib, reply),
+            Control::ResizeConsole(size, reply) => self.resize_console(size, reply),
             Control::Migrate(limits, connection) => self.depart(machine, run, limits, connection),
             Control::ReleaseMigration(reply) => self.release(run, reply),
             Control::CancelMigration(reply) => self.cancel_departure(machine, run, reply),

@@ -343,7 +343,7 @@ impl Guest<'_> {
                 return Err(e);
             }
         };
-        self.api.attach(machine.serial());
+        self.attach_console(&machine);
         self.shared.set_state(GuestState::Arrived);
         answer.loaded()?;
         Ok((machine, Run::arrived(answer)))

@@ -1,5 +1,7 @@
 //! What the API asks of a guest.
 
+use std::sync::Arc;
+
 use super::life::Guest;
 use super::migration::Run;
 use crate::api::{
@@ -9,6 +11,7 @@ use crate::api::{
 use crate::config::BalloonConfig;
 use crate::machine::{Kind, Machine, Order};
 use crate::memory::PAGE;
+use crate::virtio::console::ConsoleSize;
 
 impl Guest<'_> {
     pub(super) fn balloon(&self, machine: &Machine, paused: bool, reply: Reply) {
@@ -36,6 +39,25 @@ impl Guest<'_> {
             return reply.refuse("out_of_range", e.to_string());
         }
         self.host.balloon.resize(BalloonConfig::pages(size_mib));
+        acknowledge(reply);
+    }
+
+    /// What is typed goes to this machine's console.
+    pub(super) fn attach_console(&self, machine: &Machine) {
+        self.api.attach(match &self.host.virtio_console {
+            Some(port) => Box::new(Arc::clone(port)),
+            None => Box::new(machine.serial()),
+        });
+    }
+
+    pub(super) fn resize_console(&self, size: ConsoleSize, reply: Reply) {
+        let Some(port) = &self.host.virtio_console else {
+            return reply.refuse(
+                "no_console_size",
+                "the guest's console is its serial port, which has no size",
+            );
+        };
+        port.resize(size);
         acknowledge(reply);
     }
 

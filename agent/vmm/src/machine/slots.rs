@@ -15,14 +15,16 @@ use crate::migration::DiskIdentity;
 use crate::pci::{PciBus, PciFunction};
 use crate::virtio::balloon::Balloon;
 use crate::virtio::block::{Block, DiskLink};
+use crate::virtio::console::Console;
 use crate::virtio::net::Net;
 use crate::virtio::rng::Rng;
 use crate::virtio::vsock::Vsock;
 use crate::virtio::{VirtioDevice, VirtioPci};
 
-/// PCI class codes: mass storage, Ethernet, and a device that fits no class.
+/// PCI class codes: mass storage, Ethernet, communication, and a device that fits no class.
 pub(super) const CLASS_STORAGE: u32 = 0x01_8000;
 pub(super) const CLASS_ETHERNET: u32 = 0x02_0000;
+const CLASS_COMMUNICATION: u32 = 0x07_8000;
 const CLASS_OTHER: u32 = 0xff_0000;
 #[allow(clippy::cast_possible_truncation, reason = "the window is below 4 GiB")]
 const PCI_WINDOW: u32 = layout::PCI_WINDOW as u32;
@@ -187,6 +189,10 @@ impl<'a> SlotBuilder<'a> {
         if let (Some(vsock), Some(socket)) = (&config.vsock, &host.vsock) {
             let vsock = Vsock::new(vsock.cid, socket.clone(), host.seccomp);
             self.add("vsock", Box::new(vsock), CLASS_OTHER)?;
+        }
+        if let Some(port) = &host.virtio_console {
+            let console = Console::new(Arc::clone(port));
+            self.add("console", Box::new(console), CLASS_COMMUNICATION)?;
         }
         self.add_health(host, config, reporters)?;
         Ok(disks)

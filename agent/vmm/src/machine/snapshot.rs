@@ -489,6 +489,13 @@ pub(crate) fn check_fits(config: &GuestConfig, was: &GuestConfig) -> Result<(), 
         let message = "cpu.topology was another one".to_owned();
         return Err(SnapshotError::Mismatch(message));
     }
+    if was.console.device != config.console.device {
+        return differs(
+            "console.device",
+            &was.console.device,
+            &config.console.device,
+        );
+    }
     if was.memory.size_mib != config.memory.size_mib {
         return differs(
             "memory.size_mib",

@@ -13,9 +13,8 @@ use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
 use virtio_bindings::virtio_ids::VIRTIO_ID_BALLOON;
-use virtio_queue::{DescriptorChain, Queue, QueueOwnedT, QueueT};
-use vmm_sys_util::eventfd::EventFd;
 
+use super::served_queue::{Broken, ServedQueue};
 use super::{
     Activation, ActivationError, DeviceHealth, FEATURE_EVENT_IDX, FEATURE_INDIRECT,
     FEATURE_VERSION_1, VirtioDevice,
@@ -135,23 +134,14 @@ struct BalloonState {
 
 struct Active {
     memory: GuestMemory,
-    inflate: Option<Served>,
-    deflate: Option<Served>,
-    statistics: Option<Served>,
-    reporting: Vec<Served>,
+    inflate: Option<ServedQueue>,
+    deflate: Option<ServedQueue>,
+    statistics: Option<ServedQueue>,
+    reporting: Vec<ServedQueue>,
     /// The buffer that the driver gets back when statistics are wanted.
     held: Option<u16>,
     health: DeviceHealth,
 }
-
-struct Served {
-    index: u16,
-    queue: Queue,
-    call: EventFd,
-}
-
-/// Why the device can't go on: the driver broke the rules.
-type Broken = virtio_queue::Error;
 
 impl Balloon {
     /// A balloon whose size `control` says.
@@ -297,13 +287,8 @@ impl Active {
             health: activation.health,
         };
         for queue in activation.queues {
-            let opened = queue.layout.open(queue.index, &memory, event_idx);
-            let served = Served {
-                index: queue.index,
-                queue: opened.map_err(|e| ActivationError(e.to_string()))?,
-                call: queue.call,
-            };
-            match queue.index {
+            let served = ServedQueue::open(queue, &memory, event_idx)?;
+            match served.index {
                 0 => active.inflate = Some(served),
                 1 => active.deflate = Some(served),
                 2 if has_statistics => active.statistics = Some(served),
@@ -315,25 +300,25 @@ impl Active {
     }
 
     fn serve(&mut self, index: u16, control: &BalloonControl) -> Result<(), Broken> {
-        let memory = Arc::clone(&self.memory);
+        let memory = &self.memory;
         if let Some(served) = self.inflate.as_mut().filter(|served| served.index == index) {
-            return served.serve(&memory, |chain| pages::give_back_listed(&memory, chain));
-        }
-        if let Some(served) = self.deflate.as_mut().filter(|served| served.index == index) {
+            served.serve(|chain| {
+                pages::give_back_listed(memory, chain);
+                0
+            })?;
+        } else if let Some(served) = self.deflate.as_mut().filter(|served| served.index == index) {
             // The pages are the guest's again when it touches them.
-            return served.serve(&memory, |_| {});
-        }
-        let reporting = self.reporting.iter_mut();
-        if let Some(served) = reporting.into_iter().find(|served| served.index == index) {
+            served.serve(|_| 0)?;
+        } else if let Some(served) = self.reporting.iter_mut().find(|s| s.index == index) {
             let mut bytes = 0;
-            let result = served.serve(&memory, |chain| {
-                bytes += pages::give_back_buffers(&memory, chain);
+            let result = served.serve(|chain| {
+                bytes += pages::give_back_buffers(memory, chain);
+                0
             });
             control.observed().reported_bytes += bytes;
-            return result;
-        }
-        if self.statistics.as_ref().is_some_and(|s| s.index == index) {
-            return self.take_statistics(control);
+            result?;
+        } else if self.statistics.as_ref().is_some_and(|s| s.index == index) {
+            self.take_statistics(control)?;
         }
         Ok(())
     }
@@ -343,74 +328,26 @@ impl Active {
         let Some(served) = &mut self.statistics else {
             return Ok(());
         };
-        let memory = Arc::clone(&self.memory);
-        for _ in 0..served.queue.size() {
-            let Some(chain) = served.pop(&memory)? else {
+        for _ in 0..served.size() {
+            let Some(chain) = served.pop()? else {
                 break;
             };
             if let Some(held) = self.held.replace(chain.head_index()) {
-                served.put(&memory, held)?;
+                served.put(held, 0)?;
             }
-            let statistics = BalloonStatistics::read(&memory, chain);
+            let statistics = BalloonStatistics::read(&self.memory, chain);
             let mut observed = control.observed();
             observed.statistics = Some((statistics, Instant::now()));
             observed.count += 1;
             control.arrived.notify_all();
         }
-        served.finish(&memory)
+        served.finish()
     }
 
     fn return_statistics(&mut self) -> Result<(), Broken> {
         if let (Some(served), Some(held)) = (&mut self.statistics, self.held.take()) {
-            served.put(&self.memory, held)?;
-            served.finish(&self.memory)?;
-        }
-        Ok(())
-    }
-}
-
-impl Served {
-    /// Takes at most a queue's worth of chains; the guest's next notification brings the others.
-    fn serve(
-        &mut self,
-        memory: &GuestMemory,
-        mut each: impl FnMut(DescriptorChain<GuestMemory>),
-    ) -> Result<(), Broken> {
-        for _ in 0..self.queue.size() {
-            let Some(chain) = self.pop(memory)? else {
-                break;
-            };
-            let head = chain.head_index();
-            each(chain);
-            self.put(memory, head)?;
-        }
-        self.finish(memory)
-    }
-
-    fn pop(
-        &mut self,
-        memory: &GuestMemory,
-    ) -> Result<Option<DescriptorChain<GuestMemory>>, Broken> {
-        // Asks for the next notification; a request that came just before has none.
-        for _ in 0..2 {
-            if let Some(chain) = self.queue.iter(Arc::clone(memory))?.next() {
-                return Ok(Some(chain));
-            }
-            if !self.queue.enable_notification(&**memory)? {
-                break;
-            }
-        }
-        Ok(None)
-    }
-
-    fn put(&mut self, memory: &GuestMemory, head: u16) -> Result<(), Broken> {
-        self.queue.add_used(&**memory, head, 0)
-    }
-
-    fn finish(&mut self, memory: &GuestMemory) -> Result<(), Broken> {
-        if self.queue.needs_notification(&**memory)? {
-            // Fails only with the event's counter at its maximum.
-            let _ = self.call.write(1);
+            served.put(held, 0)?;
+            served.finish()?;
         }
         Ok(())
     }

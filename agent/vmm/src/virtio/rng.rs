@@ -3,13 +3,10 @@
 //! It is asked for a few bytes at boot and then rarely, so it works on the notifying vCPU's thread
 //! and needs no thread of its own.
 
-use std::sync::Arc;
-
 use virtio_bindings::virtio_ids::VIRTIO_ID_RNG;
-use virtio_queue::{Queue, QueueT};
 use vm_memory::Bytes;
-use vmm_sys_util::eventfd::EventFd;
 
+use super::served_queue::{Broken, ServedQueue};
 use super::{
     Activation, ActivationError, DeviceHealth, FEATURE_EVENT_IDX, FEATURE_INDIRECT,
     FEATURE_VERSION_1, VirtioDevice,
@@ -28,8 +25,7 @@ pub struct Rng {
 
 struct Active {
     memory: GuestMemory,
-    queue: Queue,
-    call: EventFd,
+    queue: ServedQueue,
     health: DeviceHealth,
 }
 
@@ -53,15 +49,11 @@ impl VirtioDevice for Rng {
         let Some(active) = activation.queues.into_iter().next() else {
             return Ok(());
         };
-        let queue = active
-            .layout
-            .open(active.index, &activation.memory, event_idx)
-            .map_err(|e| ActivationError(e.to_string()))?;
+        let queue = ServedQueue::open(active, &activation.memory, event_idx)?;
         let (memory, health) = (activation.memory, activation.health);
         self.active = Some(Active {
             memory,
             queue,
-            call: active.call,
             health,
         });
         // Requests may be there already, notified while the device wasn't active.
@@ -89,18 +81,10 @@ impl VirtioDevice for Rng {
 }
 
 impl Active {
-    fn serve(&mut self) -> Result<(), virtio_queue::Error> {
+    fn serve(&mut self) -> Result<(), Broken> {
         let mut random = [0; MAX_BYTES];
-        // At most a queue's worth of requests: the guest's next notification brings the others.
-        for _ in 0..self.queue.size() {
-            let Some(chain) = self.queue.pop_descriptor_chain(Arc::clone(&self.memory)) else {
-                // Asks for the next notification; a request that came just before has none.
-                if self.queue.enable_notification(&*self.memory)? {
-                    continue;
-                }
-                break;
-            };
-            let head = chain.head_index();
+        let memory = &self.memory;
+        self.queue.serve(|chain| {
             let mut given = 0;
             for descriptor in chain.writable() {
                 let length = (descriptor.len() as usize).min(MAX_BYTES - given);
@@ -108,18 +92,13 @@ impl Active {
                 if length == 0 || !fill_random(bytes) {
                     break;
                 }
-                if self.memory.write_slice(bytes, descriptor.addr()).is_err() {
+                if memory.write_slice(bytes, descriptor.addr()).is_err() {
                     break;
                 }
                 given += length;
             }
-            let given = u32::try_from(given).unwrap_or(0);
-            self.queue.add_used(&*self.memory, head, given)?;
-        }
-        if self.queue.needs_notification(&*self.memory)? {
-            // Fails only with the event's counter at its maximum.
-            let _ = self.call.write(1);
-        }
+            u32::try_from(given).unwrap_or(0)
+        })?;
         Ok(())
     }
 }

@@ -19,6 +19,7 @@ use std::sync::Arc;
 
 use virtio_bindings::virtio_ids::VIRTIO_ID_VSOCK;
 
+use super::worker::Worker;
 use super::{
     Activation, ActivationError, FEATURE_EVENT_IDX, FEATURE_INDIRECT, FEATURE_VERSION_1,
     VirtioDevice,
@@ -31,7 +32,6 @@ pub use muxer::LISTENER;
 pub use muxer::Muxer;
 #[cfg(any(test, feature = "fuzzing"))]
 pub use queues::{PacketQueue, Service};
-use worker::Worker;
 
 /// Receive, transmit, events.
 const QUEUE_SIZES: [u16; 3] = [256, 256, 16];
@@ -41,7 +41,7 @@ pub struct Vsock {
     cid: u64,
     seccomp: Mode,
     host: Arc<dyn Fn() -> Box<dyn Host> + Send + Sync>,
-    worker: Option<Worker>,
+    worker: Option<Worker<Muxer>>,
     /// The connections of a device that is paused.
     paused: Option<Muxer>,
 }
@@ -91,7 +91,7 @@ impl VirtioDevice for Vsock {
             None => Muxer::new(self.cid, (self.host)())
                 .map_err(ActivationError::of("watch the device's socket"))?,
         };
-        self.worker = Worker::start(muxer, activation, reset, self.seccomp)?;
+        self.worker = worker::start(muxer, activation, reset, self.seccomp)?;
         Ok(())
     }
 

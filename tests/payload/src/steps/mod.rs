@@ -36,6 +36,9 @@
 //! | `vsock-refused` | `port` (1025) | nobody must listen there |
 //! | `vsock-wait-reset` | `ms` (600000) | waits for the event that says that all connections are gone |
 //! | `vsock-hostile` | | breaks the rules of sockets; the device must go on |
+//! | `hvc-echo` | `ms` (600000) | prints what is typed on a virtio console until the line `end`, and says when its size changes |
+//! | `hvc-flood` | `buffers` (256), `ms` (60000) | prints buffers of 64 KiB on a virtio console, and waits for input |
+//! | `hvc-hostile` | | breaks the rules of a console's queues; the device must survive a reset |
 //! | `panic` | `times` (1) | tells the panic device |
 //! | `watchdog` | `ms` (1000), `feeds` (0) | starts the watchdog, feeds it, and stops to |
 //! | `remember` | `mib` (16), `ms` (600000) | fills memory; for each console line `next` checks it and changes some, at `done` ends |
@@ -58,6 +61,7 @@ mod machine;
 mod network;
 mod snapshot;
 mod socket;
+mod terminal;
 
 use crate::acpi::Tables;
 use crate::arguments::{self, Step};
@@ -164,6 +168,9 @@ fn take(machine: &Machine<'_>, step: Step<'_>) -> Result<(), Error> {
         "vsock-refused" => socket::refused(machine, arguments),
         "vsock-wait-reset" => socket::wait_reset(machine, arguments),
         "vsock-hostile" => socket::hostile(machine, arguments),
+        "hvc-echo" => terminal::echo(machine, arguments),
+        "hvc-flood" => terminal::flood(machine, arguments),
+        "hvc-hostile" => terminal::hostile(machine, arguments),
         "panic" => health::panic(machine, arguments),
         "watchdog" => health::watchdog(machine, arguments),
         "remember" => snapshot::remember(arguments),

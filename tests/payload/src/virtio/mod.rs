@@ -5,6 +5,7 @@ pub mod device;
 pub mod net;
 pub mod queue;
 pub mod socket;
+pub mod terminal;
 
 /// `VIRTIO_F_RING_INDIRECT_DESC` (6).
 pub const FEATURE_INDIRECT: u64 = 1 << 28;

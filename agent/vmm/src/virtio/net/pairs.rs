@@ -7,9 +7,10 @@ use std::sync::Arc;
 
 use super::tap::Tap;
 use super::vhost::VhostPair;
-use super::worker::Worker;
+use super::worker;
 use crate::isolation::seccomp::Mode;
 use crate::memory::GuestMemory;
+use crate::virtio::worker::Worker;
 use crate::virtio::{ActivationError, ActiveQueue, DeviceHealth};
 
 /// What the queue pairs of one driver have in common.
@@ -60,7 +61,7 @@ struct Pair {
 }
 
 enum Mover {
-    Thread(#[allow(dead_code, reason = "it ends when it is dropped")] Worker),
+    Thread(#[allow(dead_code, reason = "it ends when it is dropped")] Worker<()>),
     Kernel(VhostPair),
 }
 
@@ -155,7 +156,7 @@ fn start(
             Err(e) => tracing::warn!("{}: a thread does vhost-net's work: {e}", host.id),
         }
     }
-    Worker::start(host, index, driver.clone(), share()?).map(Mover::Thread)
+    worker::start(host, index, driver.clone(), share()?).map(Mover::Thread)
 }
 
 impl PairQueues {

@@ -3,109 +3,79 @@
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::Arc;
-use std::thread::JoinHandle;
 
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
-use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
+use vmm_sys_util::eventfd::EventFd;
 
 use super::pairs::{Driver, HostSide, PairQueues};
 use super::queues::{BrokenQueue, PacketQueue, Receiver, Transmitter, Turn};
 use super::tap::{Tap, TapQueue};
-use crate::isolation::seccomp::{self, Thread};
+use crate::isolation::seccomp::Thread;
+use crate::virtio::worker::{ThreadKind, Worker, stop_event};
 use crate::virtio::{ActivationError, ActiveQueue, DeviceHealth, FEATURE_EVENT_IDX};
-
-/// The thread's needs are small and known; the default of 8 MiB would only be address space.
-const STACK_BYTES: usize = 128 << 10;
 
 const TAP: u64 = 0;
 const RECEIVE_KICK: u64 = 1;
 const TRANSMIT_KICK: u64 = 2;
 const STOP: u64 = 3;
 
-/// A running thread. Dropping stops and joins it.
-pub struct Worker {
-    stop: EventFd,
-    thread: Option<JoinHandle<()>>,
-}
-
-impl Worker {
-    /// Starts to serve pair `index`, whose queue of the TAP is attached.
-    pub fn start(
-        host: &HostSide,
-        index: u16,
-        driver: Driver,
-        queues: PairQueues,
-    ) -> Result<Self, ActivationError> {
-        let Driver {
-            memory,
-            features,
-            health,
-        } = driver;
-        let PairQueues { receive, transmit } = queues;
-        let (tap, mtu, seccomp) = (Arc::clone(&host.tap), host.mtu, host.seccomp);
-        let Some(tap_queue) = tap.queue(index) else {
-            return Err(ActivationError(format!("the TAP has no queue {index}")));
-        };
-        let event_idx = features & FEATURE_EVENT_IDX != 0;
-        let open = |queue: &ActiveQueue| {
-            queue
-                .layout
-                .open(queue.index, &memory, event_idx)
-                .map_err(|e| ActivationError(e.to_string()))
-        };
-        let (receive_queue, transmit_queue) = (open(&receive)?, open(&transmit)?);
-        let event = |step| ActivationError::of(step);
-        let stop = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).map_err(event("create an eventfd"))?;
-        let epoll = Epoll::new().map_err(event("create an epoll instance"))?;
-        let edge = EventSet::IN | EventSet::EDGE_TRIGGERED;
-        for (fd, set, token) in [
-            (tap_queue.as_raw_fd(), edge, TAP),
-            (receive.kick.as_raw_fd(), EventSet::IN, RECEIVE_KICK),
-            (transmit.kick.as_raw_fd(), EventSet::IN, TRANSMIT_KICK),
-            (stop.as_raw_fd(), EventSet::IN, STOP),
-        ] {
-            watch(&epoll, fd, set, token).map_err(event("watch the interface's events"))?;
-        }
-        let thread = std::thread::Builder::new()
-            .name(format!("net{index}-{}", host.id))
-            .stack_size(STACK_BYTES)
-            .spawn(move || {
-                if let Err(e) = seccomp::apply(Thread::Net, seccomp) {
-                    tracing::error!("{e}");
-                    return health.needs_reset();
-                }
-                let incoming = PacketQueue::new(receive_queue, Arc::clone(&memory));
-                let service = Service {
-                    tap,
-                    index,
-                    epoll,
-                    receiver: Receiver::new(incoming, features, mtu),
-                    transmitter: Transmitter::new(PacketQueue::new(transmit_queue, memory)),
-                    receive_kick: receive.kick,
-                    receive_call: receive.call,
-                    transmit_kick: transmit.kick,
-                    transmit_call: transmit.call,
-                };
-                service.run(&health);
-            })
-            .map_err(event("start the interface's thread"))?;
-        Ok(Self {
-            stop,
-            thread: Some(thread),
-        })
+/// Starts to serve pair `index`, whose queue of the TAP is attached.
+pub fn start(
+    host: &HostSide,
+    index: u16,
+    driver: Driver,
+    queues: PairQueues,
+) -> Result<Worker<()>, ActivationError> {
+    let Driver {
+        memory,
+        features,
+        health,
+    } = driver;
+    let PairQueues { receive, transmit } = queues;
+    let (tap, mtu) = (Arc::clone(&host.tap), host.mtu);
+    let Some(tap_queue) = tap.queue(index) else {
+        return Err(ActivationError(format!("the TAP has no queue {index}")));
+    };
+    let event_idx = features & FEATURE_EVENT_IDX != 0;
+    let open = |queue: &ActiveQueue| {
+        queue
+            .layout
+            .open(queue.index, &memory, event_idx)
+            .map_err(|e| ActivationError(e.to_string()))
+    };
+    let (receive_queue, transmit_queue) = (open(&receive)?, open(&transmit)?);
+    let event = |step| ActivationError::of(step);
+    let stop = stop_event()?;
+    let epoll = Epoll::new().map_err(event("create an epoll instance"))?;
+    let edge = EventSet::IN | EventSet::EDGE_TRIGGERED;
+    for (fd, set, token) in [
+        (tap_queue.as_raw_fd(), edge, TAP),
+        (receive.kick.as_raw_fd(), EventSet::IN, RECEIVE_KICK),
+        (transmit.kick.as_raw_fd(), EventSet::IN, TRANSMIT_KICK),
+        (stop.as_raw_fd(), EventSet::IN, STOP),
+    ] {
+        watch(&epoll, fd, set, token).map_err(event("watch the interface's events"))?;
     }
-}
-
-impl Drop for Worker {
-    fn drop(&mut self) {
-        // Fails only with the event's counter at its maximum, when the thread is awake anyway.
-        let _ = self.stop.write(1);
-        if let Some(thread) = self.thread.take()
-            && thread.join().is_err()
-        {
-            tracing::error!("an interface's thread panicked");
-        }
-    }
+    let kind = ThreadKind {
+        name: format!("net{index}-{}", host.id),
+        calls: Thread::Net,
+        seccomp: host.seccomp,
+    };
+    Worker::start(kind, stop, health, move |health| {
+        let incoming = PacketQueue::new(receive_queue, Arc::clone(&memory));
+        let service = Service {
+            tap,
+            index,
+            epoll,
+            receiver: Receiver::new(incoming, features, mtu),
+            transmitter: Transmitter::new(PacketQueue::new(transmit_queue, memory)),
+            receive_kick: receive.kick,
+            receive_call: receive.call,
+            transmit_kick: transmit.kick,
+            transmit_call: transmit.call,
+        };
+        service.run(health);
+    })
 }
 
 struct Service {

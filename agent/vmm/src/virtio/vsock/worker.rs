@@ -2,18 +2,17 @@
 
 use std::io;
 use std::os::fd::AsRawFd;
-use std::thread::JoinHandle;
 use std::time::Instant;
 
 use vmm_sys_util::epoll::{ControlOperation, EpollEvent, EventSet};
-use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
+use vmm_sys_util::eventfd::EventFd;
 
 use super::muxer::{LISTENER, Muxer, watch};
 use super::queues::{BrokenQueue, PacketQueue, Service};
-use crate::isolation::seccomp::{self, Mode, Thread};
+use crate::isolation::seccomp::{Mode, Thread};
+use crate::virtio::worker::{ThreadKind, Worker, stop_event};
 use crate::virtio::{Activation, ActivationError, DeviceHealth, FEATURE_EVENT_IDX};
 
-const STACK_BYTES: usize = 128 << 10;
 const EVENTS: usize = 32;
 /// How long the thread sleeps at most, in milliseconds, so that a deadline's arithmetic stays small.
 const LONGEST_WAIT_MS: u128 = 60_000;
@@ -23,106 +22,70 @@ const RECEIVE_KICK: u64 = 0;
 const TRANSMIT_KICK: u64 = 1;
 const STOP: u64 = 2;
 
-/// A running thread.
-pub struct Worker {
-    stop: EventFd,
-    thread: Option<JoinHandle<Option<Muxer>>>,
-}
-
-impl Worker {
-    /// Starts to serve the queues, with the connections of `muxer`; `None` if the driver didn't
-    /// enable both. With `reset`, the driver is told that its connections are gone.
-    pub fn start(
-        muxer: Muxer,
-        activation: Activation,
-        reset: bool,
-        seccomp: Mode,
-    ) -> Result<Option<Self>, ActivationError> {
-        let Activation {
-            memory,
-            features,
-            queues,
-            health,
-            resumed: _,
-        } = activation;
-        let event_idx = features & FEATURE_EVENT_IDX != 0;
-        let mut packets = Vec::with_capacity(3);
-        let mut kicks = Vec::with_capacity(3);
-        for queue in queues {
-            let opened = queue.layout.open(queue.index, &memory, event_idx);
-            let opened = opened.map_err(|e| ActivationError(e.to_string()))?;
-            packets.push((
-                queue.index,
-                PacketQueue::new(opened, memory.clone(), queue.call),
-            ));
-            kicks.push((queue.index, queue.kick));
-        }
-        let mut take = |index| {
-            let at = packets.iter().position(|(number, _)| *number == index)?;
-            Some(packets.swap_remove(at).1)
-        };
-        let (Some(receive), Some(transmit)) = (take(0), take(1)) else {
-            return Ok(None);
-        };
-        if reset && let Some(mut events) = take(2) {
-            Service::reset_transport(&mut events).map_err(|e| ActivationError(e.to_string()))?;
-        }
-        let event = |step| ActivationError::of(step);
-        let stop = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).map_err(event("create an eventfd"))?;
-        // The events' queue has buffers only: nothing follows from its notifications.
-        kicks.retain(|(index, _)| *index < 2);
-        for (descriptor, token) in kicks
-            .iter()
-            .map(|(index, kick)| (kick.as_raw_fd(), u64::from(*index)))
-            .chain([(stop.as_raw_fd(), STOP)])
-        {
-            watch(muxer.epoll(), descriptor, EventSet::IN, token)
-                .map_err(event("watch the socket device's events"))?;
-        }
-        let mut server = Server {
-            service: Service::new(muxer, receive, transmit),
-            kicks: kicks.into_iter().map(|(_, kick)| kick).collect(),
-            stop: stop.try_clone().map_err(event("share an eventfd"))?,
-        };
-        let thread = std::thread::Builder::new()
-            .name("vsock".into())
-            .stack_size(STACK_BYTES)
-            .spawn(move || {
-                if let Err(e) = seccomp::apply(Thread::Vsock, seccomp) {
-                    tracing::error!("{e}");
-                    health.needs_reset();
-                    return None;
-                }
-                server.run(&health);
-                Some(server.finish())
-            })
-            .map_err(event("start the socket device's thread"))?;
-        Ok(Some(Self {
-            stop,
-            thread: Some(thread),
-        }))
+/// Starts to serve the queues, with the connections of `muxer`, which the thread ends with; `None` if the
+/// driver didn't enable both. With `reset`, the driver is told that its connections are gone.
+pub fn start(
+    muxer: Muxer,
+    activation: Activation,
+    reset: bool,
+    seccomp: Mode,
+) -> Result<Option<Worker<Muxer>>, ActivationError> {
+    let Activation {
+        memory,
+        features,
+        queues,
+        health,
+        resumed: _,
+    } = activation;
+    let event_idx = features & FEATURE_EVENT_IDX != 0;
+    let mut packets = Vec::with_capacity(3);
+    let mut kicks = Vec::with_capacity(3);
+    for queue in queues {
+        let opened = queue.layout.open(queue.index, &memory, event_idx);
+        let opened = opened.map_err(|e| ActivationError(e.to_string()))?;
+        packets.push((
+            queue.index,
+            PacketQueue::new(opened, memory.clone(), queue.call),
+        ));
+        kicks.push((queue.index, queue.kick));
     }
-
-    /// Stops and joins the thread, and gives back the connections.
-    pub fn stop(mut self) -> Option<Muxer> {
-        self.join()
+    let mut take = |index| {
+        let at = packets.iter().position(|(number, _)| *number == index)?;
+        Some(packets.swap_remove(at).1)
+    };
+    let (Some(receive), Some(transmit)) = (take(0), take(1)) else {
+        return Ok(None);
+    };
+    if reset && let Some(mut events) = take(2) {
+        Service::reset_transport(&mut events).map_err(|e| ActivationError(e.to_string()))?;
     }
-
-    fn join(&mut self) -> Option<Muxer> {
-        // Fails only with the event's counter at its maximum, when the thread is awake anyway.
-        let _ = self.stop.write(1);
-        let joined = self.thread.take()?.join();
-        joined.unwrap_or_else(|_| {
-            tracing::error!("the socket device's thread panicked");
-            None
-        })
+    let event = |step| ActivationError::of(step);
+    let stop = stop_event()?;
+    // The events' queue has buffers only: nothing follows from its notifications.
+    kicks.retain(|(index, _)| *index < 2);
+    for (descriptor, token) in kicks
+        .iter()
+        .map(|(index, kick)| (kick.as_raw_fd(), u64::from(*index)))
+        .chain([(stop.as_raw_fd(), STOP)])
+    {
+        watch(muxer.epoll(), descriptor, EventSet::IN, token)
+            .map_err(event("watch the socket device's events"))?;
     }
-}
-
-impl Drop for Worker {
-    fn drop(&mut self) {
-        self.join();
-    }
+    let mut server = Server {
+        service: Service::new(muxer, receive, transmit),
+        kicks: kicks.into_iter().map(|(_, kick)| kick).collect(),
+        stop: stop.try_clone().map_err(event("share an eventfd"))?,
+    };
+    let kind = ThreadKind {
+        name: "vsock".to_owned(),
+        calls: Thread::Vsock,
+        seccomp,
+    };
+    let worker = Worker::start(kind, stop, health, move |health| {
+        server.run(health);
+        server.finish()
+    })?;
+    Ok(Some(worker))
 }
 
 struct Server {

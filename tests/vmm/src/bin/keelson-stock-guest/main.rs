@@ -10,6 +10,8 @@ use std::net::TcpListener;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::process::Command;
+use std::sync::OnceLock;
+use std::time::Instant;
 
 use keelson_vmm::api::{AfterSnapshot, SnapshotKind, SnapshotRequest};
 use keelson_vmm_tests::{Backend, Guest, GuestBuilder, wait_until};
@@ -28,6 +30,7 @@ fn main() {
     let [kernel, initrd, chosen @ ..] = &arguments[..] else {
         panic!("usage: keelson-stock-guest KERNEL INITRD [STEP…]");
     };
+    tell("starts");
     let stock = Stock { kernel, initrd };
     for step in STEPS {
         if chosen.is_empty() || chosen.iter().any(|chosen| chosen == step) {
@@ -179,17 +182,29 @@ impl Stock<'_> {
         run(Command::new("ip").args(["link", "delete", "stock0"]));
     }
 
-    /// The kernel's own drivers of balloon, sockets, watchdog and panic device.
+    /// The kernel's own drivers of console, balloon, sockets, watchdog and panic device.
     fn finds_its_devices(&self) {
         let builder = self.builder(1, 256);
         let socket = builder.directory().join("vsock.sock");
         let mut guest = builder
+            .set(
+                "/kernel/command_line",
+                "console=ttyS0 console=hvc0 quiet panic=-1",
+            )
+            .set("/console/device", "virtio")
             .set("/balloon", json!({}))
             .set("/vsock", json!({"socket": socket}))
             .set("/watchdog", json!({}))
             .set("/panic", json!({"action": "exit"}))
             .start();
         guest.wait_for_line("keelson-guest: ready");
+        say("its shell is on hvc0", &guest.shell("tty"), "/dev/hvc0");
+        say("which knows its size", &guest.shell("stty size"), "24 80");
+        let resized = guest.client().resize_console(132, 43);
+        resized.expect("it can be resized");
+        wait_until("another size of the terminal", || {
+            (guest.shell("stty size") == "43 132").then_some(())
+        });
         guest.shell("load-devices");
         let balloon = || guest.client().balloon().expect("it has a balloon");
         let total = wait_until("statistics", || balloon().statistics?.total_bytes);
@@ -221,6 +236,11 @@ impl Stock<'_> {
             (ready == 2).then_some(())
         });
         println!("stock-guest: its watchdog resets it");
+        say(
+            "its console has the same size still",
+            &guest.shell("stty size"),
+            "43 132",
+        );
         guest.shell("load-devices");
         guest.type_line("echo c > /proc/sysrq-trigger");
         let ended = guest.wait();
@@ -319,7 +339,14 @@ fn take_kind(guest: &Guest, directory: &Path, kind: SnapshotKind, then: AfterSna
 
 fn say(what: &str, found: &str, wanted: &str) {
     assert_eq!(found, wanted, "{what}");
-    println!("stock-guest: {what}");
+    tell(what);
+}
+
+/// Says what was seen, and how long after the program's start: what takes long in the lab is to be seen.
+fn tell(what: &str) {
+    static START: OnceLock<Instant> = OnceLock::new();
+    let seconds = START.get_or_init(Instant::now).elapsed().as_secs();
+    println!("stock-guest: {seconds:3} s: {what}");
 }
 
 fn run(command: &mut Command) {

@@ -1,5 +1,6 @@
 //! `keelson-vmm`: runs one guest, and looks after snapshots.
 
+mod log_limit;
 mod tool;
 
 use std::path::PathBuf;
@@ -13,9 +14,12 @@ use keelson_vmm::isolation::JailUser;
 use keelson_vmm::isolation::seccomp::Mode;
 use keelson_vmm::isolation::supervisor::{self, Role};
 use keelson_vmm::snapshot::Snapshot;
+use tracing_subscriber::Layer;
 use tracing_subscriber::filter::Targets;
 use tracing_subscriber::layer::SubscriberExt;
 use tracing_subscriber::util::SubscriberInitExt;
+
+use log_limit::LogLimit;
 
 /// Runs one guest on /dev/kvm.
 ///
@@ -91,7 +95,9 @@ fn main() -> ExitCode {
         Ok(filter) => filter,
         Err(e) => return fail(2, &format!("--log-level {}: {e}", arguments.log_level)),
     };
-    let output = tracing_subscriber::fmt::layer().with_writer(std::io::stderr);
+    let output = tracing_subscriber::fmt::layer()
+        .with_writer(std::io::stderr)
+        .with_filter(LogLimit::new());
     tracing_subscriber::registry()
         .with(output)
         .with(filter)

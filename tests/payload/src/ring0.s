@@ -8,7 +8,7 @@
 .set SPURIOUS, 127
 .set LAPIC_EOI, 0xfee000b0
 .set COM1, 0x3f8
-.set SERVICES, 10
+.set SERVICES, 12
 
 .section .text.ring0, "ax"
 
@@ -117,6 +117,29 @@ service_triple_fault:               # an empty IDT, so the next exception can't 
     lidt    [empty_idt_pointer]
     ud2
 
+# A register that the processor doesn't have is a general protection fault (see exception_13), and 1.
+service_read_msr:                   # rsi = register, rdx = where its value goes
+    mov     r8, rdx
+    mov     ecx, esi
+msr_read:
+    rdmsr
+    shl     rdx, 32
+    or      rax, rdx
+    mov     qword ptr [r8], rax
+    xor     eax, eax
+    iretq
+service_write_msr:                  # rsi = register, rdx = value
+    mov     ecx, esi
+    mov     eax, edx
+    shr     rdx, 32
+msr_write:
+    wrmsr
+    xor     eax, eax
+    iretq
+msr_refused:
+    mov     eax, 1
+    iretq
+
 service_stop:
     cli
     hlt
@@ -142,7 +165,18 @@ exception_\vector:
     push    \vector
     jmp     fault
 .endr
-.irp vector, 8,10,11,12,13,14,17,21,29,30
+exception_13:
+    cmp     qword ptr [rsp + 8], offset msr_read
+    je      1f
+    cmp     qword ptr [rsp + 8], offset msr_write
+    je      1f
+    push    13
+    jmp     fault
+1:  mov     qword ptr [rsp + 8], offset msr_refused
+    add     rsp, 8
+    iretq
+
+.irp vector, 8,10,11,12,14,17,21,29,30
 exception_\vector:
     push    \vector
     jmp     fault
@@ -198,6 +232,7 @@ services:
     .quad service_out8, service_out16, service_out32
     .quad service_in8, service_in16, service_in32
     .quad service_triple_fault, service_stop
+    .quad service_read_msr, service_write_msr
 
 
 # Handler addresses by vector, from which ring 3 fills in the IDT.

@@ -19,6 +19,8 @@ const IN16: u64 = 6;
 const IN32: u64 = 7;
 const TRIPLE_FAULT: u64 = 8;
 const STOP: u64 = 9;
+const READ_MSR: u64 = 10;
+const WRITE_MSR: u64 = 11;
 
 /// The width of a port access.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -66,6 +68,25 @@ pub fn port_in(port: u16, width: Width) -> u32 {
     // SAFETY: reading a port touches no memory.
     let value = unsafe { supervisor_call(service, u64::from(port), 0) };
     (value & 0xffff_ffff) as u32
+}
+
+/// Reads a model-specific register; `None` if the processor has none of this number.
+pub fn read_msr(register: u32) -> Option<u64> {
+    let mut value = 0_u64;
+    let place = (&raw mut value) as u64;
+    // SAFETY: the stub writes the value's eight bytes.
+    let refused = unsafe { supervisor_call(READ_MSR, u64::from(register), place) };
+    (refused == 0).then_some(value)
+}
+
+/// Writes a model-specific register; returns whether the processor took it.
+///
+/// # Safety
+/// Some registers make the processor access memory, or move it.
+pub unsafe fn write_msr(register: u32, value: u64) -> bool {
+    // SAFETY: the caller's.
+    let refused = unsafe { supervisor_call(WRITE_MSR, u64::from(register), value) };
+    refused == 0
 }
 
 /// Resets the processor by a fault that can't be delivered.

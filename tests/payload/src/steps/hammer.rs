@@ -2,8 +2,8 @@
 //! must survive all of them. Left out is only what ends or moves it by design: resets, sleep, the console,
 //! the interrupt controllers, BARs, and where an MSI goes.
 
-use super::Machine;
 use super::block::mix;
+use super::{Machine, msr};
 use crate::arguments::Arguments;
 use crate::console::say;
 use crate::error::Error;
@@ -14,22 +14,28 @@ use crate::supervisor::{self, Width};
 /// Capabilities with the place of virtio registers.
 const VENDOR_CAPABILITY: u8 = 0x09;
 
-struct Random {
+/// Numbers that are the same each time for a seed.
+pub struct Random {
     state: u64,
 }
 
 impl Random {
+    /// Those of a seed.
+    pub fn new(seed: u64) -> Self {
+        Self { state: mix(seed) }
+    }
+
     fn next(&mut self) -> u64 {
         self.state = self.state.wrapping_add(1);
         mix(self.state)
     }
 
-    fn below(&mut self, limit: u64) -> u64 {
+    pub fn below(&mut self, limit: u64) -> u64 {
         self.next() % limit.max(1)
     }
 
     /// Small numbers and edges are likelier to be taken for something.
-    fn value(&mut self) -> u64 {
+    pub fn value(&mut self) -> u64 {
         match self.below(6) {
             0 => self.below(16),
             1 => u64::MAX,
@@ -43,9 +49,7 @@ impl Random {
 pub fn run(machine: &Machine<'_>, arguments: &Arguments<'_>) -> Result<(), Error> {
     arguments.allow(&["seed", "rounds"])?;
     let rounds = arguments.number("rounds", 2000)?;
-    let mut random = Random {
-        state: mix(arguments.number("seed", 1)?),
-    };
+    let mut random = Random::new(arguments.number("seed", 1)?);
     let mut ports = 0;
     for _ in 0..rounds {
         ports += u64::from(touch_port(&mut random));
@@ -59,6 +63,73 @@ pub fn run(machine: &Machine<'_>, arguments: &Arguments<'_>) -> Result<(), Error
     }
     say!("hammer ok ports={ports} registers={registers}");
     Ok(())
+}
+
+/// Everything, with what ends or moves the machine. Whatever becomes of it, it is one of a machine's ends.
+pub fn wild(machine: &Machine<'_>, arguments: &Arguments<'_>) -> Result<(), Error> {
+    const LOCAL_APIC: u64 = 0xfee0_0000;
+    const IO_APIC: u64 = 0xfec0_0000;
+    arguments.allow(&["seed", "rounds", "msrs"])?;
+    let rounds = arguments.number("rounds", 20_000)?;
+    let with_msrs = arguments.ranged("msrs", 0, 0, 1)? == 1;
+    let mut random = Random::new(arguments.number("seed", 1)?);
+    // SAFETY: registers in the low 4 GiB, which are mapped.
+    let controllers = unsafe {
+        [
+            Window::new(LOCAL_APIC, 0x1000),
+            Window::new(IO_APIC, 0x1000),
+        ]
+    };
+    say!("hammer-wild ready");
+    for _ in 0..rounds {
+        match random.below(5) {
+            0 => wild_port(&mut random),
+            1 if with_msrs => msr::write_anything(&mut random),
+            2 => {
+                let controller = random.below(2) as usize;
+                touch(&mut random, &controllers[controller], true)?;
+            }
+            _ => {
+                let at = random.below(6);
+                if let Some(function) = machine.functions()?.nth(at as usize) {
+                    touch(&mut random, function.configuration(), true)?;
+                    // Where its registers are now, if they are anywhere.
+                    let _ = hammer_registers(&mut random, &function, 1);
+                }
+            }
+        }
+    }
+    say!("hammer-wild ok");
+    Ok(())
+}
+
+/// Any port but COM1's, on which the payload says what it does.
+fn wild_port(random: &mut Random) {
+    let port = random.below(0x1_0000) as u16;
+    // Ports with something behind them are likelier.
+    let port = if random.below(2) == 0 {
+        const KNOWN: [u16; 8] = [0x20, 0x60, 0x70, 0xa0, 0xcf8, 0xcfc, 0x600, 0x610];
+        KNOWN[random.below(8) as usize] + (port & 7)
+    } else {
+        port
+    };
+    if (0x3f0..0x400).contains(&port) {
+        return;
+    }
+    let width = width(random);
+    if random.below(2) == 0 {
+        supervisor::port_in(port, width);
+    } else {
+        supervisor::port_out(port, (random.value() & 0xffff_ffff) as u32, width);
+    }
+}
+
+fn width(random: &mut Random) -> Width {
+    match random.below(3) {
+        0 => Width::Byte,
+        1 => Width::Word,
+        _ => Width::Long,
+    }
 }
 
 fn touch_port(random: &mut Random) -> bool {
@@ -80,11 +151,7 @@ fn touch_port(random: &mut Random) -> bool {
     {
         return false;
     }
-    let width = match random.below(3) {
-        0 => Width::Byte,
-        1 => Width::Word,
-        _ => Width::Long,
-    };
+    let width = width(random);
     if random.below(2) == 0 {
         supervisor::port_in(port, width);
     } else {

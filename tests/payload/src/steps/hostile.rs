@@ -216,6 +216,26 @@ impl Setting {
 }
 
 /// Publishes a broken chain, and says whether the device answered it.
+/// Over and over: says that a queue has more than fits, and resets the device.
+pub fn break_queue(machine: &Machine<'_>, arguments: &Arguments<'_>) -> Result<(), Error> {
+    arguments.allow(&["kind", "times"])?;
+    let kind = arguments.number("kind", 4)? as u16;
+    let times = arguments.number("times", 1000)?;
+    for _ in 0..times {
+        let mut device = machine.device(kind, 0)?;
+        device.negotiate(0)?;
+        let queue = device.queue(0, 16)?;
+        device.start()?;
+        queue.available().write16(2, 0x7000);
+        queue.notify_always()?;
+        drop(device);
+        memory::release_all();
+        interrupts::release_vectors();
+    }
+    say!("break-queue ok times={times}");
+    Ok(())
+}
+
 fn break_chain(
     machine: &Machine<'_>,
     arguments: &Arguments<'_>,

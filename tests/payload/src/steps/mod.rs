@@ -49,6 +49,9 @@
 //! | `plug-serve` | `ms` (600000) | takes devices and lets go of them until the power button is pressed |
 //! | `plug-hostile` | | lets go of what nobody asked for |
 //! | `hammer` | `seed` (1), `rounds` (2000) | random accesses to ports and device registers |
+//! | `hammer-wild` | `seed` (1), `rounds` (20000), `msrs` (0) | the same to all there is: resets, BARs, interrupt controllers, and model-specific registers |
+//! | `msr-sweep` | `seed` (1) | reads model-specific registers, writes them, and puts them back |
+//! | `break-queue` | `kind` (4), `times` (1000) | breaks a device's queue 0 and resets the device |
 
 mod balloon;
 mod block;
@@ -58,6 +61,7 @@ mod health;
 mod hostile;
 mod hotplug;
 mod machine;
+mod msr;
 mod network;
 mod snapshot;
 mod socket;
@@ -181,6 +185,9 @@ fn take(machine: &Machine<'_>, step: Step<'_>) -> Result<(), Error> {
         "plug-serve" => hotplug::serve(machine, arguments),
         "plug-hostile" => hotplug::hostile(machine, arguments),
         "hammer" => hammer::run(machine, arguments),
+        "hammer-wild" => hammer::wild(machine, arguments),
+        "msr-sweep" => msr::sweep(arguments),
+        "break-queue" => hostile::break_queue(machine, arguments),
         _ => Err(Error::UnknownStep),
     }
 }

@@ -23,4 +23,4 @@ pub use guest::{Ended, Guest, GuestBuilder};
 pub use namespaces::Namespaces;
 pub use pattern::pattern_sector;
 pub use relay::{Fate, Relay};
-pub use waiting::wait_until;
+pub use waiting::{be_patient, wait_until};

@@ -1,22 +1,29 @@
 //! Waiting for what another process does.
 
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-/// Far beyond what anything here takes: only a hang reaches it.
-const PATIENCE: Duration = Duration::from_mins(1);
+/// In seconds, far beyond what anything here takes: only a hang reaches it.
+static PATIENCE: AtomicU64 = AtomicU64::new(60);
 const PAUSE: Duration = Duration::from_millis(5);
+
+/// Lets everything take longer, where the machine under the tests is emulated itself.
+pub fn be_patient(limit: Duration) {
+    PATIENCE.store(limit.as_secs(), Ordering::Relaxed);
+}
 
 /// Calls `ready` until it gives something.
 ///
 /// # Panics
-/// If that takes a minute; `what` says what was waited for.
+/// If that takes a minute, or what [`be_patient`] was told; `what` says what was waited for.
 pub fn wait_until<T>(what: &str, mut ready: impl FnMut() -> Option<T>) -> T {
     let start = Instant::now();
+    let patience = Duration::from_secs(PATIENCE.load(Ordering::Relaxed));
     loop {
         if let Some(value) = ready() {
             return value;
         }
-        assert!(start.elapsed() < PATIENCE, "no {what} within {PATIENCE:?}");
+        assert!(start.elapsed() < patience, "no {what} within {patience:?}");
         std::thread::sleep(PAUSE);
     }
 }

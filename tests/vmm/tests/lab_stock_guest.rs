@@ -1,11 +1,16 @@
 //! Stock Debian guests, in the lab: see `src/bin/keelson-stock-guest`.
 
+use std::fs;
 use std::path::Path;
 
-use keelson_lab::{Exec, FileCopy, KernelFiles, Lab, LabOptions, guest_initrd};
+use keelson_lab::{
+    Exec, ExitStatus, FileCopy, KernelFiles, Lab, LabOptions, StreamFrame, guest_initrd,
+};
 
 /// KVM under emulation: everything takes its time.
 const LIMIT_SECONDS: u64 = 420;
+/// Bytes of the lab's console that are shown when it fails.
+const CONSOLE_SHOWN: usize = 4000;
 
 #[test]
 fn stock_guests_do_what_they_should() {
@@ -13,8 +18,6 @@ fn stock_guests_do_what_they_should() {
 }
 
 #[test]
-#[ignore = "under emulation on a busy machine four vCPUs take longer to boot than a step may; on a quiet one, \
-            run it with --run-ignored only"]
 fn a_stock_guest_takes_devices_while_it_runs_and_is_cloned_with_them() {
     take(&["hotplug"]);
 }
@@ -57,12 +60,37 @@ fn take(steps: &[&str]) {
         timeout_seconds: Some(LIMIT_SECONDS),
         ..Exec::default()
     };
-    let shown = lab
-        .output(&exec, b"")
-        .unwrap_or_else(|error| panic!("{error}"));
-    println!("{}", shown.text());
-    let errors = String::from_utf8_lossy(&shown.stderr);
-    assert!(shown.status.success(), "{errors}");
-    assert!(shown.text().ends_with("all passed"), "{errors}");
+    let (shown, status) = follow(&lab, &exec);
+    assert!(status.success(), "{status:?}");
+    assert!(shown.ends_with("all passed\n"), "{status:?}");
     lab.shut_down().expect("the lab can be shut down");
+}
+
+/// Runs a command; shows what it prints as it comes, so that it is to be seen how far it came whatever ends
+/// it, and returns what was on its standard output.
+fn follow(lab: &Lab, exec: &Exec) -> (String, ExitStatus) {
+    let mut running = lab.spawn(exec).expect("the lab starts commands");
+    running.input().close().expect("it needs no input");
+    let mut shown = String::new();
+    loop {
+        match running.next_frame() {
+            Ok(StreamFrame::Stdout(piece)) => {
+                let piece = String::from_utf8_lossy(&piece).into_owned();
+                print!("{piece}");
+                shown += &piece;
+            }
+            Ok(StreamFrame::Stderr(piece)) => eprint!("{}", String::from_utf8_lossy(&piece)),
+            Ok(StreamFrame::Ended(status)) => return (shown, status),
+            Err(error) => {
+                let console = fs::read(&lab.state().console).unwrap_or_default();
+                let console = String::from_utf8_lossy(&console).into_owned();
+                let start = console.len().saturating_sub(CONSOLE_SHOWN);
+                let start = console.ceil_char_boundary(start);
+                panic!(
+                    "{error}; the lab's console ends with: {}",
+                    &console[start..]
+                );
+            }
+        }
+    }
 }

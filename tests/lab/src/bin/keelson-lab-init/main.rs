@@ -64,6 +64,7 @@ fn first_stage() -> Result<()> {
 fn second_stage() -> Result<()> {
     let late = std::env::var(LATE_MODULES).unwrap_or_default();
     mounts::mount_rest(&late)?;
+    let _machine = kvm_check::hold_machine();
     let token = std::env::var(TOKEN).context("the first stage gave no token")?;
     let server = Command::new("/proc/self/exe")
         .arg("serve")

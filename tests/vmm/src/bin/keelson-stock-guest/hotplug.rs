@@ -10,10 +10,10 @@ use keelson_vmm::config::{DiskConfig, InterfaceConfig};
 use keelson_vmm_tests::{Backend, Guest, GuestBuilder};
 use serde_json::json;
 
-use super::{CLONES, Stock, run, say, take};
+use super::{CLONES, Stock, run, say, take, tell};
 
 const VCPUS: u8 = 4;
-const MEMORY_MIB: u64 = 160;
+const MEMORY_MIB: u64 = 128;
 /// Until a device is there; the guest's shell has no seconds with fractions to wait for.
 const MOUNT: &str = "n=0; while [ ! -b /dev/vda ] && [ $n -lt 300 ]; do usleep 100000; n=$((n+1)); done; \
                      mount -t ext4 /dev/vda /data";
@@ -30,7 +30,7 @@ impl Stock<'_> {
             .arg(&image)
             .arg("8M"));
         tap();
-        let builder = self.builder(VCPUS, MEMORY_MIB);
+        let builder = self.virtio_console(VCPUS, MEMORY_MIB);
         let mut guest = builder.set("/memory/shared", true).start();
         guest.wait_for_line("keelson-guest: ready");
         say("four vCPUs boot", &guest.shell("nproc"), "4");
@@ -88,7 +88,7 @@ impl Stock<'_> {
         let began = Instant::now();
         let copy = place.join("copy");
         fs::copy(image, &copy).expect("the image can be copied");
-        let builder = self.builder(VCPUS, MEMORY_MIB);
+        let builder = self.virtio_console(VCPUS, MEMORY_MIB);
         let socket = builder.directory().join("data.sock");
         let backend = Backend::start(&copy, &socket, &[]);
         let builder: GuestBuilder = builder
@@ -118,11 +118,11 @@ impl Stock<'_> {
         clone.client().kill().expect("it can be killed");
         clone.wait();
         drop(backend);
-        println!(
-            "stock-guest: clone {number} ran after {} ms and was checked after {} ms",
+        tell(&format!(
+            "clone {number} ran after {} ms and was checked after {} ms",
             running.as_millis(),
             began.elapsed().as_millis()
-        );
+        ));
     }
 }
 

@@ -11,13 +11,15 @@ use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::process::Command;
 use std::sync::OnceLock;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use keelson_vmm::api::{AfterSnapshot, SnapshotKind, SnapshotRequest};
-use keelson_vmm_tests::{Backend, Guest, GuestBuilder, wait_until};
+use keelson_vmm_tests::{Backend, Guest, GuestBuilder, be_patient, wait_until};
 use serde_json::json;
 
 const CLONES: usize = 10;
+/// How long a step of a guest may take whose processors are emulated, on a busy machine.
+const PATIENCE: Duration = Duration::from_mins(3);
 /// The host's address, and the guest's.
 const HOST: &str = "10.79.0.1";
 const GUEST: &str = "10.79.0.2";
@@ -30,6 +32,7 @@ fn main() {
     let [kernel, initrd, chosen @ ..] = &arguments[..] else {
         panic!("usage: keelson-stock-guest KERNEL INITRD [STEP…]");
     };
+    be_patient(PATIENCE);
     tell("starts");
     let stock = Stock { kernel, initrd };
     for step in STEPS {
@@ -64,6 +67,14 @@ impl Stock<'_> {
             .set("/kernel/command_line", "console=ttyS0 quiet panic=-1")
             .set("/vcpus", vcpus)
             .set("/memory/size_mib", memory_mib)
+    }
+
+    /// The same with its shell on a virtio console.
+    fn virtio_console(&self, vcpus: u8, memory_mib: u64) -> GuestBuilder {
+        let command_line = "console=ttyS0 console=hvc0 quiet panic=-1";
+        self.builder(vcpus, memory_mib)
+            .set("/kernel/command_line", command_line)
+            .set("/console/device", "virtio")
     }
 
     fn goes_on_from_a_snapshot_with_its_disk(&self) {
@@ -184,14 +195,9 @@ impl Stock<'_> {
 
     /// The kernel's own drivers of console, balloon, sockets, watchdog and panic device.
     fn finds_its_devices(&self) {
-        let builder = self.builder(1, 256);
+        let builder = self.virtio_console(1, 256);
         let socket = builder.directory().join("vsock.sock");
         let mut guest = builder
-            .set(
-                "/kernel/command_line",
-                "console=ttyS0 console=hvc0 quiet panic=-1",
-            )
-            .set("/console/device", "virtio")
             .set("/balloon", json!({}))
             .set("/vsock", json!({"socket": socket}))
             .set("/watchdog", json!({}))

@@ -7,7 +7,7 @@ use std::time::Instant;
 
 use keelson_vmm::api::{AfterSnapshot, RemovalRequest};
 use keelson_vmm::config::{DiskConfig, InterfaceConfig};
-use keelson_vmm_tests::{Backend, Guest, GuestBuilder};
+use keelson_vmm_tests::{Backend, Guest, GuestBuilder, wait_until};
 use serde_json::json;
 
 use super::{CLONES, Stock, run, say, take, tell};
@@ -34,6 +34,13 @@ impl Stock<'_> {
         let mut guest = builder.set("/memory/shared", true).start();
         guest.wait_for_line("keelson-guest: ready");
         say("four vCPUs boot", &guest.shell("nproc"), "4");
+        say("its shell is on hvc0", &guest.shell("tty"), "/dev/hvc0");
+        say("which knows its size", &guest.shell("stty size"), "24 80");
+        let resized = guest.client().resize_console(132, 43);
+        resized.expect("it can be resized");
+        wait_until("another size of the terminal", || {
+            (guest.shell("stty size") == "43 132").then_some(())
+        });
         let socket = guest.directory().join("data.sock");
         let backend = Backend::start(&image, &socket, &[]);
         add_disk(&guest, &socket);

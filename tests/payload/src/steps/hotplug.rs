@@ -46,8 +46,11 @@ pub fn wait(machine: &Machine<'_>, arguments: &Arguments<'_>) -> Result<(), Erro
     let deadline = Deadline::after_milliseconds(arguments.number("ms", 60_000)?);
     let slots = Slots::find(machine)?;
     let line = machine.tables()?.event_interrupt()?;
+    let vector = Vector::allocate()?;
     say!("plug-wait ready");
-    let inserted = on_event(line, deadline, "new device", || some(slots.inserted()))?;
+    let inserted = on_event(line, &vector, deadline, "new device", || {
+        some(slots.inserted())
+    })?;
     let slot = inserted.trailing_zeros();
     if !is_there(machine, slot)? {
         return Err(Error::Unexpected {
@@ -65,8 +68,9 @@ pub fn release(machine: &Machine<'_>, arguments: &Arguments<'_>) -> Result<(), E
     let deadline = Deadline::after_milliseconds(arguments.number("ms", 60_000)?);
     let slots = Slots::find(machine)?;
     let line = machine.tables()?.event_interrupt()?;
+    let vector = Vector::allocate()?;
     say!("plug-release ready");
-    let asked = on_event(line, deadline, "request for a device", || {
+    let asked = on_event(line, &vector, deadline, "request for a device", || {
         some(slots.asked())
     })?;
     let slot = asked.trailing_zeros();
@@ -88,9 +92,11 @@ pub fn serve(machine: &Machine<'_>, arguments: &Arguments<'_>) -> Result<(), Err
     let slots = Slots::find(machine)?;
     let events = machine.tables()?.port_region(*b"EVRG")?;
     let line = machine.tables()?.event_interrupt()?;
+    // There are not many of them, and none is given back.
+    let vector = Vector::allocate()?;
     say!("plug-serve ready");
     loop {
-        let seen = on_event(line, deadline, "power button", || {
+        let seen = on_event(line, &vector, deadline, "power button", || {
             let pressed = supervisor::port_in(events, Width::Byte) & POWER_BUTTON;
             let (inserted, asked) = (slots.inserted(), slots.asked());
             (pressed | inserted | asked != 0).then_some((pressed, inserted, asked))
@@ -145,11 +151,11 @@ fn bits(bits: u32) -> impl Iterator<Item = u32> {
 /// Looks at each event until there is something.
 fn on_event<T>(
     line: InterruptLine,
+    vector: &Vector,
     deadline: Deadline,
     what: &'static str,
     mut look: impl FnMut() -> Option<T>,
 ) -> Result<T, Error> {
-    let vector = Vector::allocate()?;
     route(line, u64::from(vector.number()))?;
     let seen = wait_for(deadline, what, || Ok(look()));
     route(line, MASKED)?;

@@ -16,7 +16,9 @@ const PROGRAMS: [&str; 4] = ["keelson", "keelsond", "keelson-vmm", "keelson-blk"
 const BOOT_SECONDS: u64 = 500;
 const ADDRESS: &str = "10.72.0.2";
 
+// ./test --run-ignored only -E 'binary(lab_cloud_image)'
 #[test]
+#[ignore = "it takes four to eight minutes of both processors of a small machine"]
 fn a_debian_cloud_guest_becomes_what_its_object_says() {
     let folder = TempDir::new().unwrap();
     let lab = boot(folder.path());

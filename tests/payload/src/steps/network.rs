@@ -8,12 +8,15 @@ use crate::console::say;
 use crate::error::Error;
 use crate::net::frame::{BROADCAST, ECHO_DATA_LIMIT, Echo, Frame, Operation, Station, Syn};
 use crate::net::host::Host;
+use crate::virtio::device::wait_for;
 use crate::virtio::net::{self, Network, PAIR_LIMIT};
 
 const RESOLVE_MILLISECONDS: u64 = 5000;
 const PING_MILLISECONDS: u64 = 5000;
 /// What isn't answered in this time is lost.
 const LOST_MILLISECONDS: u64 = 2000;
+/// Between two pings of a stream, so that a small machine gets on with other things as well.
+const PAUSE_MILLISECONDS: u64 = 1;
 
 pub fn resolve(machine: &Machine<'_>, arguments: &Arguments<'_>) -> Result<(), Error> {
     arguments.allow(&["interface", "address", "target"])?;
@@ -72,6 +75,8 @@ pub fn stream(machine: &Machine<'_>, arguments: &Arguments<'_>) -> Result<(), Er
         if sent == 1 {
             say!("net-stream ready lost={lost}");
         }
+        let pause = Deadline::after_milliseconds(PAUSE_MILLISECONDS);
+        let _line_or_time = wait_for(pause, "line", || Ok(line_waits().then_some(())));
     }
     let line = &mut [0; 64];
     next_line(line, limit)?;

@@ -74,7 +74,7 @@ fn boot(folder: &Path) -> Lab {
         files.push(copy(&image.join(name), &format!("/cloud/{name}")));
     }
     files.push(copy(&manifest, "/lab/manifest.yaml"));
-    files.push(copy(&key, "/root/key"));
+    files.push(copy(&key, "/lab/key"));
     Lab::boot(&LabOptions {
         files,
         tools: vec!["ssh".into()],
@@ -143,7 +143,7 @@ fn ssh(lab: &Lab, command: &str) -> String {
     run(
         lab,
         &format!(
-            "ssh -i /root/key -o BatchMode=yes -o StrictHostKeyChecking=no -o UserKnownHostsFile=/dev/null \
+            "ssh -i /lab/key -o BatchMode=yes -o StrictHostKeyChecking=no -o UserKnownHostsFile=/dev/null \
              -o LogLevel=ERROR -o ConnectTimeout=60 admin@{ADDRESS} \"{command}\""
         ),
     )

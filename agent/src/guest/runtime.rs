@@ -151,16 +151,7 @@ impl GuestRuntime for Runtime {
     /// What could not be set up, and why. What was set up until then stays, for
     /// [`Self::tear_down`].
     async fn start(&mut self, plan: &Plan, restarts: u32, lease: Option<LeaseCheck>) -> Result<()> {
-        self.tear_down(&[]).await?;
-        self.paths.create()?;
-        self.lease = lease;
-        if self.lease.is_some() {
-            self.mark_leased()?;
-        }
-        failpoint(&self.name, "start-folder-made");
-        if let Some(seed) = &plan.hardware.seed {
-            seed.write(&self.paths.cloud_init_image())?;
-        }
+        self.make_folder(plan, lease, "start-folder-made").await?;
         let programs = self.agent.config.programs()?;
         for (disk, spec) in &plan.hardware.disks {
             disk_image::prepare(spec).await?;
@@ -433,6 +424,26 @@ impl Runtime {
             machine.process.limit(&plan.limits)?;
             running.limits = plan.limits;
             write_atomically(&self.paths.plan(), running)?;
+        }
+        Ok(())
+    }
+
+    /// Makes the folder of a guest of whom nothing is left, with its mark and its seed.
+    async fn make_folder(
+        &mut self,
+        plan: &Plan,
+        lease: Option<LeaseCheck>,
+        made: &'static str,
+    ) -> Result<()> {
+        self.tear_down(&[]).await?;
+        self.paths.create()?;
+        self.lease = lease;
+        if self.lease.is_some() {
+            self.mark_leased()?;
+        }
+        failpoint(&self.name, made);
+        if let Some(seed) = &plan.hardware.seed {
+            seed.write(&self.paths.cloud_init_image())?;
         }
         Ok(())
     }

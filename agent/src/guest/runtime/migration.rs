@@ -40,16 +40,7 @@ impl MovableRuntime for Runtime {
         running: RunningPlan,
         lease: Option<LeaseCheck>,
     ) -> Result<()> {
-        self.tear_down(&[]).await?;
-        self.paths.create()?;
-        self.lease = lease;
-        if self.lease.is_some() {
-            self.mark_leased()?;
-        }
-        failpoint(&self.name, "arrive-folder-made");
-        if let Some(seed) = &plan.hardware.seed {
-            seed.write(&self.paths.cloud_init_image())?;
-        }
+        self.make_folder(plan, lease, "arrive-folder-made").await?;
         for port in &plan.ports {
             self.agent.network.prepare_port(port).await?;
         }

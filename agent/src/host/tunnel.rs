@@ -6,6 +6,7 @@ use std::net::{IpAddr, SocketAddr, UdpSocket};
 
 use futures::TryStreamExt;
 use keelson_api::NetworkSpec;
+use keelson_controlplane::StoreUrl;
 use keelson_ebpf::{RemoteInterface, TunnelCounters};
 use rtnetlink::LinkVxlan;
 use rtnetlink::packet_route::address::AddressAttribute;
@@ -139,9 +140,10 @@ pub fn refuse_address(address: IpAddr) -> Option<String> {
 
 /// `HOST:PORT` of the state store's servers.
 fn servers(url: &str) -> Vec<String> {
-    let (_, rest) = url.split_once(':').unwrap_or_default();
-    let (endpoints, _) = rest.split_once('?').unwrap_or((rest, ""));
-    let endpoints = endpoints.split(',');
+    let Ok(StoreUrl::Etcd(options)) = url.parse() else {
+        return Vec::new();
+    };
+    let endpoints = options.endpoints.iter();
     endpoints
         .filter_map(|endpoint| endpoint.split_once("://"))
         .map(|(_, server)| server.trim_end_matches('/').to_owned())

@@ -104,6 +104,14 @@ impl Datapath {
             }))
     }
 
+    pub(crate) fn remove_counters(&mut self, ifindex: u32) -> Result<(), DatapathError> {
+        for direction in [Direction::FromGuest, Direction::ToGuest] {
+            ignore_missing(self.object.dropped.remove(&counter_key(ifindex, direction)))
+                .map_err(DatapathError::map("write", map_name::DROPPED))?;
+        }
+        Ok(())
+    }
+
     pub(crate) fn zero_counters(&mut self, ifindex: u32) -> Result<(), DatapathError> {
         for direction in [Direction::FromGuest, Direction::ToGuest] {
             let zeros = slots::per_cpu(DirectionTallies::default())?;

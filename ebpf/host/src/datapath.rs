@@ -4,11 +4,10 @@ use std::collections::BTreeMap;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::path::PathBuf;
 
-use keelson_ebpf_common::{ALLOW_ALL, Direction, NO_ADDRESS, PolicyEntry, flag, map_name};
+use keelson_ebpf_common::{ALLOW_ALL, NO_ADDRESS, PolicyEntry, flag, map_name};
 
 use crate::address::{self, MacAddress};
 use crate::compile::{MAX_ENTRIES, compile};
-use crate::counters::counter_key;
 use crate::error::DatapathError;
 use crate::hook::{self, GUEST_HOOKS, HookChoice, HookMode, Hooks, Target};
 use crate::nat::{Nat, uplinks};
@@ -430,10 +429,7 @@ impl Datapath {
         self.forget_nat(entry.slot)?;
         ignore_missing(self.object.policies.remove(&ifindex))
             .map_err(DatapathError::map("write", map_name::POLICIES))?;
-        for direction in [Direction::FromGuest, Direction::ToGuest] {
-            ignore_missing(self.object.dropped.remove(&counter_key(ifindex, direction)))
-                .map_err(DatapathError::map("write", map_name::DROPPED))?;
-        }
+        self.remove_counters(ifindex)?;
         grace_period::wait();
         self.applied.remove(&ifindex);
         self.rule_counters

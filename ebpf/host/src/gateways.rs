@@ -6,7 +6,7 @@ use keelson_ebpf_common::{GatewayEntry, map_name};
 
 use crate::datapath::Datapath;
 use crate::error::DatapathError;
-use crate::hook::{self, GATEWAY_HOOKS, HookMode, Hooks, Target};
+use crate::hook::{self, GATEWAY_HOOKS, HookMode, Target};
 use crate::object::Object;
 use crate::rule_tables::ignore_missing;
 use crate::{grace_period, interface};
@@ -67,13 +67,7 @@ impl Datapath {
                 .map_err(DatapathError::map("write", map_name::GATEWAYS))?;
             grace_period::wait();
         }
-        let target = target(name, ifindex, mode);
-        if hook::ensure(&mut self.object, &self.root, target)? == Hooks::Dead {
-            // Links that are left of an earlier interface with this index.
-            hook::remove_links(&self.root, ifindex)?;
-            hook::ensure(&mut self.object, &self.root, target)?;
-        }
-        Ok(())
+        hook::ensure_anew(&mut self.object, &self.root, target(name, ifindex, mode))
     }
 
     fn forget_gateway(&mut self, ifindex: u32, entry: &GatewayEntry) -> Result<(), DatapathError> {

@@ -14,6 +14,7 @@ use aya::util::KernelVersion;
 use keelson_ebpf_common::program_name;
 
 use crate::error::DatapathError;
+use crate::interface;
 use crate::kernel;
 use crate::object::{Object, chain};
 use crate::pin_root::{self, PinRoot};
@@ -173,6 +174,19 @@ pub fn ensure(
         }
     }
     Ok(Hooks::InForce)
+}
+
+/// As [`ensure`]; links that are left of an earlier interface with this index are removed first.
+pub fn ensure_anew(
+    object: &mut Object,
+    root: &PinRoot,
+    target: Target<'_>,
+) -> Result<(), DatapathError> {
+    if ensure(object, root, target)? == Hooks::Dead {
+        remove_links(root, target.ifindex)?;
+        ensure(object, root, target)?;
+    }
+    Ok(())
 }
 
 fn attach_one(
@@ -360,6 +374,17 @@ pub fn detach(root: &PinRoot, target: Target<'_>) -> Result<(), DatapathError> {
     Ok(())
 }
 
+/// As [`detach`]; of an interface that is gone, or whose index another one has, these links are removed.
+pub fn forget(root: &PinRoot, target: Target<'_>) -> Result<(), DatapathError> {
+    if interface::name(target.ifindex).as_deref() == Some(target.name) {
+        return detach(root, target);
+    }
+    for &hook in target.hooks {
+        remove_link(root, target.ifindex, hook)?;
+    }
+    Ok(())
+}
+
 fn detach_clsact(interface: &str, hook: Hook) -> Result<(), String> {
     use aya::programs::Link as _;
 
@@ -383,8 +408,7 @@ pub fn remove_links(root: &PinRoot, ifindex: u32) -> Result<(), DatapathError> {
     Ok(())
 }
 
-/// Removes the link of one hook.
-pub fn remove_link(root: &PinRoot, ifindex: u32, hook: Hook) -> Result<(), DatapathError> {
+fn remove_link(root: &PinRoot, ifindex: u32, hook: Hook) -> Result<(), DatapathError> {
     pin_root::remove(&root.link(ifindex, hook.program))
 }
 

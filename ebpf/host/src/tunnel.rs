@@ -14,7 +14,7 @@ use crate::address::{MacAddress, to_map};
 use crate::counters::{self, DirectionCounters};
 use crate::datapath::{Datapath, entries};
 use crate::error::DatapathError;
-use crate::hook::{self, HookMode, Hooks, TUNNEL_HOOKS, Target};
+use crate::hook::{self, HookMode, TUNNEL_HOOKS, Target};
 use crate::object::Object;
 use crate::rule_tables::ignore_missing;
 use crate::{grace_period, interface, stations};
@@ -238,13 +238,7 @@ impl Datapath {
 
     fn ensure_tunnel(&mut self, tunnel: &TunnelEntry) -> Result<(), DatapathError> {
         let name = interface::from_bytes(&tunnel.name);
-        let target = target(&name, tunnel);
-        if hook::ensure(&mut self.object, &self.root, target)? == Hooks::Dead {
-            // A link that is left of an earlier interface with this index.
-            hook::remove_links(&self.root, tunnel.ifindex)?;
-            hook::ensure(&mut self.object, &self.root, target)?;
-        }
-        Ok(())
+        hook::ensure_anew(&mut self.object, &self.root, target(&name, tunnel))
     }
 
     fn forget_tunnel(&mut self, tunnel: &TunnelEntry) -> Result<(), DatapathError> {
@@ -252,27 +246,10 @@ impl Datapath {
             return Ok(());
         }
         let name = interface::from_bytes(&tunnel.name);
-        if interface::name(tunnel.ifindex).as_ref() == Some(&name) {
-            hook::detach(&self.root, target(&name, tunnel))?;
-        } else {
-            for hook in TUNNEL_HOOKS {
-                hook::remove_link(&self.root, tunnel.ifindex, hook)?;
-            }
-        }
+        hook::forget(&self.root, target(&name, tunnel))?;
         self.write_tunnel(TunnelEntry::default())?;
         grace_period::wait();
-        ignore_missing(
-            self.object
-                .dropped
-                .remove(&counters::counter_key(tunnel.ifindex, Direction::ToGuest)),
-        )
-        .map_err(DatapathError::map("write", map_name::DROPPED))?;
-        ignore_missing(
-            self.object
-                .dropped
-                .remove(&counters::counter_key(tunnel.ifindex, Direction::FromGuest)),
-        )
-        .map_err(DatapathError::map("write", map_name::DROPPED))
+        self.remove_counters(tunnel.ifindex)
     }
 
     fn write_tunnel(&mut self, tunnel: TunnelEntry) -> Result<(), DatapathError> {

@@ -7,7 +7,7 @@ use keelson_ebpf_common::{UplinkEntry, map_name};
 use super::Nat;
 use crate::datapath::Datapath;
 use crate::error::DatapathError;
-use crate::hook::{self, HookMode, Hooks, Target, UPLINK_HOOKS};
+use crate::hook::{self, HookMode, Target, UPLINK_HOOKS};
 use crate::interface;
 use crate::object::Object;
 use crate::rule_tables::ignore_missing;
@@ -87,24 +87,12 @@ impl Datapath {
         name: &str,
         entry: &UplinkEntry,
     ) -> Result<(), DatapathError> {
-        let target = target(name, ifindex, entry);
-        if hook::ensure(&mut self.object, &self.root, target)? == Hooks::Dead {
-            // Links that are left of an earlier interface with this index.
-            hook::remove_links(&self.root, ifindex)?;
-            hook::ensure(&mut self.object, &self.root, target)?;
-        }
-        Ok(())
+        hook::ensure_anew(&mut self.object, &self.root, target(name, ifindex, entry))
     }
 
     fn forget_uplink(&mut self, ifindex: u32, entry: &UplinkEntry) -> Result<(), DatapathError> {
         let name = interface::from_bytes(&entry.name);
-        if interface::name(ifindex).as_ref() == Some(&name) {
-            hook::detach(&self.root, target(&name, ifindex, entry))?;
-        } else {
-            for hook in UPLINK_HOOKS {
-                hook::remove_link(&self.root, ifindex, hook)?;
-            }
-        }
+        hook::forget(&self.root, target(&name, ifindex, entry))?;
         ignore_missing(self.object.uplinks.remove(&ifindex))
             .map_err(DatapathError::map("write", map_name::UPLINKS))
     }

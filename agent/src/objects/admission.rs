@@ -1,6 +1,7 @@
 //! Admission: a manifest is checked whole, against everything there is, before anything of it is
 //! written; then it is written whole.
 
+use std::cell::OnceCell;
 use std::collections::BTreeSet;
 
 use jiff::Timestamp;
@@ -15,7 +16,7 @@ use super::allocation::{Allocation, holder};
 use super::store::{ObjectStore, World};
 use super::{checks, uplink_checks};
 use crate::fleet::Fleet;
-use crate::host::{HostPorts, Inventory};
+use crate::host::Inventory;
 use crate::{AgentError, error::Result};
 
 /// How often admission is tried against others' admissions.
@@ -139,6 +140,8 @@ impl Admission<'_> {
     /// against the host and against everything else.
     fn merge(&self, world: &World, objects: &[Object]) -> Result<Vec<Applied>> {
         let mut errors = Vec::new();
+        let ports = OnceCell::new();
+        let ports = self.fleet.is_exclusive().then_some(&ports);
         let mut merged: Vec<_> = objects
             .iter()
             .map(|object| inherit(world, object.clone(), &mut errors))
@@ -189,14 +192,12 @@ impl Admission<'_> {
                 Object::Host(_) => {}
                 Object::Network(network) => {
                     checks::network(network, &after, &mut report);
-                    let ports = self.ports_of_this_host();
                     uplink_checks::network(network, &after, ports, &mut report);
                     if let Err(message) = allocation.take_vni(network) {
                         report("spec.overlay.vni", message);
                     }
                 }
                 Object::PortForward(forward) => {
-                    let ports = self.ports_of_this_host();
                     uplink_checks::port_forward(forward, &after, ports, &mut report);
                 }
                 Object::SecurityGroup(group) => {
@@ -266,11 +267,6 @@ impl Admission<'_> {
 }
 
 impl Admission<'_> {
-    /// Which ports this host uses itself, where it is the one that the objects are for.
-    fn ports_of_this_host(&self) -> Option<fn() -> Result<HostPorts>> {
-        self.fleet.is_exclusive().then_some(HostPorts::read)
-    }
-
     /// Whether what is on the host `host` can be looked at here.
     fn is_here(&self, host: Option<&str>) -> bool {
         self.fleet.is_exclusive() || host == Some(self.fleet.host())

@@ -1,5 +1,7 @@
 //! What uplinks and forwarded ports must be, given the host and the other objects.
 
+use std::cell::OnceCell;
+
 use keelson_api::{
     Interface, Kind, Network, Object, PortForward, PortRange, ServiceProtocol, Uplink,
     VirtualMachine,
@@ -10,14 +12,14 @@ use super::store::World;
 use crate::error::Result;
 use crate::host::HostPorts;
 
-/// Reads the ports that this host uses itself; `None` where the objects may be for other hosts.
-pub(super) type ReadPorts = Option<fn() -> Result<HostPorts>>;
+/// The ports that this host uses itself, read when first asked for; `None` where the objects may be for other hosts.
+pub(super) type OwnPorts<'a> = Option<&'a OnceCell<Result<HostPorts>>>;
 
 /// Checks a network's uplink against those of other networks, against forwards, and against what the host uses.
 pub(super) fn network(
     network: &Network,
     after: &World,
-    ports: ReadPorts,
+    ports: OwnPorts<'_>,
     report: &mut impl FnMut(&str, String),
 ) {
     let name = &network.metadata.name;
@@ -52,7 +54,7 @@ pub(super) fn network(
 pub(super) fn port_forward(
     forward: &PortForward,
     after: &World,
-    ports: ReadPorts,
+    ports: OwnPorts<'_>,
     report: &mut impl FnMut(&str, String),
 ) {
     let spec = &forward.spec;
@@ -165,10 +167,10 @@ fn refuse_used(
     protocol: Option<ServiceProtocol>,
     range: PortRange,
     field: &str,
-    ports: ReadPorts,
+    ports: OwnPorts<'_>,
     report: &mut impl FnMut(&str, String),
 ) {
-    match ports.map(|read| read()) {
+    match ports.map(|ports| ports.get_or_init(HostPorts::read)) {
         None => {}
         Some(Err(error)) => report(field, format!("can't be checked: {error}")),
         Some(Ok(ports)) => {

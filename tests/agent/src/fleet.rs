@@ -4,6 +4,7 @@ use std::fs;
 use std::net::TcpListener;
 use std::path::{Path, PathBuf};
 
+use keelson_state_tests::{Cluster, Program};
 use keelson_vmm_tests::{Namespaces, wait_until};
 use serde_json::Value;
 use tempfile::TempDir;
@@ -12,6 +13,22 @@ use crate::{Host, Link};
 
 /// How long a host's lease lasts, in seconds: long enough for a machine that is busy.
 pub const LEASE_SECONDS: u64 = 10;
+
+/// A cluster of `keelson-state` in namespaces of the test's own, with what clients call its members.
+///
+/// # Panics
+/// If a member doesn't start.
+pub fn cluster(members: usize) -> (Namespaces, Cluster, Vec<String>) {
+    let namespaces = Namespaces::enter_for_agent();
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .expect("a runtime can be built");
+    let cluster = runtime.block_on(Cluster::start(Program::KeelsonState, members, &[]));
+    let urls = (0..members).map(|at| cluster.client_url(at).to_owned());
+    let urls = urls.collect();
+    (namespaces, cluster, urls)
+}
 
 /// Hosts `a`, `b` and so on, each with a way of its own to the state store, and storage that they share.
 pub struct Fleet {

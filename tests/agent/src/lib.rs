@@ -13,7 +13,7 @@ mod link;
 mod manifest;
 mod metrics;
 
-pub use fleet::{Fleet, LEASE_SECONDS, migration_settings, settings, shared_disk};
+pub use fleet::{Fleet, LEASE_SECONDS, cluster, migration_settings, settings, shared_disk};
 pub use host::{Host, Said};
 pub use link::Link;
 pub use manifest::{Guest, disk, network, security_group};

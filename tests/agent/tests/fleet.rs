@@ -2,26 +2,15 @@
 
 use std::time::Instant;
 
-use keelson_agent_tests::{Fleet, Guest, Host, LEASE_SECONDS, disk, settings, shared_disk};
-use keelson_state_tests::{Cluster, Program};
-use keelson_vmm_tests::{Namespaces, wait_until};
+use keelson_agent_tests::{
+    Fleet, Guest, Host, LEASE_SECONDS, cluster, disk, settings, shared_disk,
+};
+use keelson_vmm_tests::wait_until;
 use rustix::process::{Pid, Signal, kill_process};
 
 /// The exit codes that `keelson --help` lists.
 const FAILED: i32 = 1;
 const MISSING: i32 = 5;
-
-fn cluster(members: usize) -> (Namespaces, Cluster, Vec<String>) {
-    let namespaces = Namespaces::enter_for_agent();
-    let runtime = tokio::runtime::Builder::new_current_thread()
-        .enable_all()
-        .build()
-        .expect("a runtime can be built");
-    let cluster = runtime.block_on(Cluster::start(Program::KeelsonState, members, &[]));
-    let urls = (0..members).map(|at| cluster.client_url(at).to_owned());
-    let urls = urls.collect();
-    (namespaces, cluster, urls)
-}
 
 /// A guest that counts its boots on its disk, and fails over.
 fn counting(name: &str) -> Guest {

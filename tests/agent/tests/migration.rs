@@ -2,9 +2,9 @@
 
 use std::collections::BTreeSet;
 
-use keelson_agent_tests::{Fleet, Guest, disk, shared_disk};
-use keelson_state_tests::{Cluster, Program};
-use keelson_vmm_tests::{Namespaces, wait_until};
+use keelson_agent_tests::{Fleet, Guest, cluster, disk, shared_disk};
+use keelson_state_tests::Cluster;
+use keelson_vmm_tests::wait_until;
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
 
@@ -37,13 +37,7 @@ const DESTINATION_POINTS: [&str; 10] = [
 ];
 
 fn fleet(hosts: usize) -> (Fleet, Cluster) {
-    let namespaces = Namespaces::enter_for_agent();
-    let runtime = tokio::runtime::Builder::new_current_thread()
-        .enable_all()
-        .build()
-        .expect("a runtime can be built");
-    let cluster = runtime.block_on(Cluster::start(Program::KeelsonState, 1, &[]));
-    let urls = [cluster.client_url(0).to_owned()];
+    let (namespaces, cluster, urls) = cluster(1);
     // Longer than an agent is gone on a machine that is busy.
     let fleet = Fleet::start_with_leases(namespaces, hosts, "cluster", &urls, 90);
     (fleet, cluster)

@@ -1,20 +1,14 @@
 //! Networks that span hosts: agents on one state store, each in a network namespace of its own, linked by
 //! Ethernet.
 
-use keelson_agent_tests::{Fleet, Guest, security_group};
-use keelson_state_tests::{Cluster, Program};
-use keelson_vmm_tests::{Namespaces, wait_until};
+use keelson_agent_tests::{Fleet, Guest, cluster, security_group};
+use keelson_state_tests::Cluster;
+use keelson_vmm_tests::wait_until;
 use serde_json::Value;
 
 fn fleet(hosts: u8) -> (Fleet, Cluster) {
-    let namespaces = Namespaces::enter_for_agent();
-    let runtime = tokio::runtime::Builder::new_current_thread()
-        .enable_all()
-        .build()
-        .expect("a runtime can be built");
-    let cluster = runtime.block_on(Cluster::start(Program::KeelsonState, 1, &[]));
-    let url = cluster.client_url(0).to_owned();
-    let fleet = Fleet::start_apart(namespaces, hosts, "cluster", &[url]);
+    let (namespaces, cluster, urls) = cluster(1);
+    let fleet = Fleet::start_apart(namespaces, hosts, "cluster", &urls);
     (fleet, cluster)
 }
 

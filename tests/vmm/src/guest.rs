@@ -247,7 +247,10 @@ impl Guest {
         let written = console.write_all(line.as_bytes());
         written.expect("the console takes input");
         wait_until(&format!("answer to {command:?}"), || {
-            assert!(self.is_running(), "the guest has ended: {}", self.log());
+            if let Some(status) = self.process.0.try_wait().expect("a child can be asked for") {
+                let errors = read_text(&self.directory.path().join("stderr"));
+                panic!("the guest has ended, {status}: {}{errors}", self.log());
+            }
             let log = self.log();
             let (_, rest) = log.get(before..)?.split_once("begin42")?;
             let (printed, rest) = rest.split_once("end42-")?;

@@ -1,23 +1,10 @@
 use anyhow::{Context, Result, bail};
 use kvm_bindings::kvm_userspace_memory_region;
-use kvm_ioctls::{Kvm, VcpuExit, VmFd};
+use kvm_ioctls::{Kvm, VcpuExit};
 
 /// `mov al, 42; out 0x10, al; hlt`, in real mode.
 const CODE: [u8; 5] = [0xb0, 42, 0xe6, 0x10, 0xf4];
 const PAGE: usize = 4096;
-
-/// A virtual machine that nobody uses, for as long as it is held; `None` without KVM.
-///
-/// With its first virtual machine, and with the end of its last, the kernel patches a jump in its scheduler
-/// (`preempt_notifier_key`), by way of an `int3`. Emulated processors now and then take that one from a
-/// translation that is out of date, when nobody expects it any more, and the kernel panics in `__schedule`.
-/// While there is one, tests' machines may come and go without that.
-pub fn hold_machine() -> Option<VmFd> {
-    let machine = Kvm::new().and_then(|kvm| kvm.create_vm());
-    machine
-        .inspect_err(|error| eprintln!("keelson-lab-init: no virtual machine to hold: {error}"))
-        .ok()
-}
 
 /// Runs three instructions in a real KVM guest, and says what it saw.
 pub fn check_kvm() -> Result<String> {

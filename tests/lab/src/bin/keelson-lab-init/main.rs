@@ -6,6 +6,7 @@
 
 mod commands;
 mod files;
+mod held_machines;
 mod kvm_check;
 mod mounts;
 mod server;
@@ -64,7 +65,7 @@ fn first_stage() -> Result<()> {
 fn second_stage() -> Result<()> {
     let late = std::env::var(LATE_MODULES).unwrap_or_default();
     mounts::mount_rest(&late)?;
-    let _machine = kvm_check::hold_machine();
+    let _machines = held_machines::HeldMachines::hold();
     let token = std::env::var(TOKEN).context("the first stage gave no token")?;
     let server = Command::new("/proc/self/exe")
         .arg("serve")

@@ -66,8 +66,10 @@ pub fn follow(
                 }
                 if !devices.contains_key(&event.interface) {
                     devices = read_devices(&agent).await?;
-                    // Not asked for again, if it is no guest's.
-                    devices.entry(event.interface.clone()).or_default();
+                    // Not asked for again, if it is no guest's: a bridge, or the tunnel.
+                    devices
+                        .entry(event.interface.clone())
+                        .or_insert_with(|| (String::new(), event.interface.clone()));
                 }
                 let (guest, interface) = &devices[&event.interface];
                 if request.name.is_empty() || request.name == *guest {

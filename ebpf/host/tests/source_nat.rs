@@ -8,7 +8,7 @@ use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::os::fd::AsRawFd as _;
 use std::time::Duration;
 
-use keelson_ebpf::{DropReason, HookChoice, SourceNat};
+use keelson_ebpf::{Direction, DropReason, Happening, HookChoice, Observed, SourceNat};
 use network::ip;
 use network::machine::{connect, datagrams, exchange, talk};
 use network::uplink::{
@@ -193,6 +193,12 @@ fn ports_run_out_for_the_guest_that_wants_more() {
         ..nat()
     };
     scene.datapath.set_nat(&[few], &[]).expect("valid");
+    let mut reader = scene.datapath.take_event_reader().expect("the first");
+    let drops = Observed {
+        drops: true,
+        flows: false,
+    };
+    scene.datapath.observe(drops).expect("observed");
     let [mirror, _] = scene.outside_at(MIRROR);
     let (sockets, refused) = scene.guests[0].run(move || {
         let mut sockets = Vec::new();
@@ -213,6 +219,17 @@ fn ports_run_out_for_the_guest_that_wants_more() {
     let counters = scene.datapath.counters("tap1").expect("attached");
     let dropped = counters.from_guest.dropped_for(DropReason::PortsExhausted);
     assert_eq!(dropped.packets, refused);
+    // Each is told as the guest's own, though it had left the guest's interface already.
+    let exhausted = Happening::Dropped(DropReason::PortsExhausted);
+    let mut events = reader.read(100);
+    events.retain(|event| event.happening == exhausted);
+    assert_eq!(events.len() as u64, refused);
+    for event in events {
+        assert_eq!(
+            (event.interface.as_str(), event.direction),
+            ("tap1", Direction::FromGuest)
+        );
+    }
     for socket in &sockets {
         seen(socket).expect("the others go on");
     }

@@ -6,7 +6,10 @@ mod network;
 use std::fs;
 use std::net::{IpAddr, SocketAddr, UdpSocket};
 
-use keelson_ebpf::{DropReason, HookChoice, InterfacePolicy, MacAddress, Service, ServiceBackend};
+use keelson_ebpf::{
+    Direction, DropReason, Happening, HookChoice, InterfacePolicy, MacAddress, Observed, Service,
+    ServiceBackend,
+};
 use network::frames::{self, Ends};
 use network::hosts::{Hosts, MTU, NETWORK, PORT, Underlay, VNI, policy, remote};
 use network::machine::{Machine, connect, datagrams, exchange, talk};
@@ -168,7 +171,16 @@ fn only_the_senders_host_may_send() {
         // And by the identifier of another network.
         ("10.50.0.2", encapsulated(VNI + 1, own, &hosts)),
     ];
-    let count = u64::try_from(forged.len()).expect("few");
+    let count = forged.len();
+    let mut reader = hosts.one.run(|inside| {
+        let drops = Observed {
+            drops: true,
+            flows: false,
+        };
+        inside.datapath().observe(drops).expect("observed");
+        let reader = inside.datapath().take_event_reader();
+        reader.expect("the first")
+    });
     let real = encapsulated(VNI, own, &hosts);
     hosts.other.run(move |_| {
         ip("addr add 10.50.0.99/24 dev under0");
@@ -191,7 +203,18 @@ fn only_the_senders_host_may_send() {
     let received = counters.received;
     assert_eq!(received.passed.packets, 1, "{received:?}");
     let dropped = received.dropped_for(DropReason::UnknownPeer);
-    assert_eq!(dropped.packets, count, "{received:?}");
+    assert_eq!(dropped.packets, count as u64, "{received:?}");
+    let events = hosts.one.run(move |_| reader.read(100));
+    let unknown = Happening::Dropped(DropReason::UnknownPeer);
+    let told: Vec<_> = events
+        .iter()
+        .filter(|event| event.happening == unknown && event.direction == Direction::ToGuest)
+        .collect();
+    assert_eq!(told.len(), count, "{events:?}");
+    assert!(
+        told.iter().all(|event| event.interface == "vx0"),
+        "{told:?}"
+    );
 }
 
 #[test]

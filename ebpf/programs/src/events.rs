@@ -3,7 +3,7 @@
 
 use aya_ebpf::helpers::generated::bpf_ktime_get_ns;
 use aya_ebpf::programs::TcContext;
-use keelson_ebpf_common::{Direction, Event, from_ipv4};
+use keelson_ebpf_common::{Direction, DropReason, Event, from_ipv4, happening};
 
 use crate::frame;
 use crate::ip::protocol;
@@ -20,10 +20,10 @@ pub fn is_observed(kind: u8) -> bool {
         .is_some_and(|observed| observed >> (kind & 7) & 1 == 1)
 }
 
-/// Reports a packet. Reads its headers by itself, as far as they are there, since what it reports on
-/// may be that they are wrong.
+/// Reports a packet of the interface `ifindex`. Reads its headers by itself, as far as they are there,
+/// since what it reports on may be that they are wrong.
 #[inline(always)]
-pub fn report(packet: &TcContext, direction: Direction, kind: u8, reason: u8) {
+fn report(packet: &TcContext, ifindex: u32, direction: Direction, kind: u8, reason: u8) {
     let Some(mut entry) = EVENTS.reserve::<Event>(0) else {
         return;
     };
@@ -52,7 +52,7 @@ pub fn report(packet: &TcContext, direction: Direction, kind: u8, reason: u8) {
     entry.write(Event {
         // SAFETY: the helper has no preconditions.
         time_ns: unsafe { bpf_ktime_get_ns() },
-        ifindex: frame::ifindex(packet),
+        ifindex,
         length: packet.len(),
         source,
         destination,
@@ -82,6 +82,15 @@ fn ports_of(ip_protocol: u8, first: u32) -> (u16, u16) {
 #[inline(always)]
 pub fn report_if_observed(packet: &TcContext, direction: Direction, kind: u8, reason: u8) {
     if is_observed(kind) {
-        report(packet, direction, kind, reason);
+        report(packet, frame::ifindex(packet), direction, kind, reason);
+    }
+}
+
+/// Reports that a packet of the interface `ifindex` is dropped, which it has left or comes to, if someone
+/// waits for that.
+#[inline(always)]
+pub fn report_dropped(packet: &TcContext, ifindex: u32, direction: Direction, reason: DropReason) {
+    if is_observed(happening::DROPPED) {
+        report(packet, ifindex, direction, happening::DROPPED, reason as u8);
     }
 }

@@ -104,6 +104,8 @@ pub fn service_from_host(packet: TcContext) -> i32 {
         Some(Ok(passed)) => pass(passed),
         Some(Err(reason)) => {
             counters::count_dropped(0, Direction::ToGuest, packet.len(), reason);
+            let bridge = frame::ifindex(&packet);
+            events::report_dropped(&packet, bridge, Direction::ToGuest, reason);
             TC_ACT_SHOT
         }
     }
@@ -143,7 +145,9 @@ pub fn claim_port(packet: TcContext) -> i32 {
 #[inline(always)]
 fn refuse(packet: &TcContext, refused: &Refused) -> i32 {
     let direction = Direction::FromGuest;
-    counters::count_dropped(refused.ifindex, direction, packet.len(), refused.reason);
+    let Refused { reason, ifindex } = *refused;
+    counters::count_dropped(ifindex, direction, packet.len(), reason);
+    events::report_dropped(packet, ifindex, direction, reason);
     TC_ACT_SHOT
 }
 
@@ -171,6 +175,7 @@ pub fn from_tunnel(packet: TcContext) -> i32 {
         Err(reason) => {
             let (ifindex, direction) = (frame::ifindex(&packet), Direction::ToGuest);
             counters::count_dropped(ifindex, direction, packet.len(), reason);
+            events::report_dropped(&packet, ifindex, direction, reason);
             TC_ACT_SHOT
         }
     }
@@ -223,7 +228,7 @@ fn go_on(
         }
         Err(reason) => {
             counters::count_dropped(ifindex, direction, length, reason);
-            events::report_if_observed(packet, direction, happening::DROPPED, reason as u8);
+            events::report_dropped(packet, ifindex, direction, reason);
             capture::end(packet, policy, direction, length, reason as u8);
             TC_ACT_SHOT
         }

@@ -129,11 +129,14 @@ fn text(packet: &PacketEvent) -> String {
             end(&packet.destination, packet.destination_port)
         )
     };
+    let device = if packet.guest.is_empty() {
+        packet.interface.clone()
+    } else {
+        format!("{}/{}", packet.guest, packet.interface)
+    };
     format!(
-        "{}   {direction} {}/{}   {what}   {}{ends}   {} bytes",
+        "{}   {direction} {device}   {what}   {}{ends}   {} bytes",
         Timestamp::from_nanosecond(packet.unix_nanoseconds.into()).map_or(String::new(), time),
-        packet.guest,
-        packet.interface,
         packet.protocol,
         packet.bytes
     )

@@ -33,7 +33,8 @@ pub struct LabOptions {
     pub kernel: String,
     /// Memory of the lab, in MiB; at least 512.
     pub memory_mib: u32,
-    /// Emulated processors, 1 to 16. Each is a thread of QEMU.
+    /// Emulated processors, 1 to 16. Each is a thread of QEMU. Two do more, but now and then lose an interrupt
+    /// between them while KVM is at work, after which a guest or the lab may stand still: 1, by default.
     pub cpus: u8,
     /// Size of the root disk, in MiB; a sparse file.
     pub disk_mib: u64,
@@ -77,7 +78,7 @@ impl Default for LabOptions {
         Self {
             kernel: "6.12".to_owned(),
             memory_mib: 2048,
-            cpus: 2,
+            cpus: 1,
             disk_mib: 8192,
             files: Vec::new(),
             tools: Vec::new(),

@@ -66,7 +66,7 @@ pub struct UpArguments {
     #[arg(long, default_value_t = 2048)]
     pub memory: u32,
     /// Emulated processors.
-    #[arg(long, default_value_t = 2)]
+    #[arg(long, default_value_t = 1)]
     pub cpus: u8,
     /// Size of the root disk in MiB; the file is sparse.
     #[arg(long, default_value_t = 8192)]

@@ -247,7 +247,7 @@ impl Stock<'_> {
         let cpu = json!({
             "topology": {"sockets": 1, "cores": 2, "threads": 2},
             "template": "x86-64-v2",
-            "pinning": [[0], [1], [0], [1]],
+            "pinning": [[0], [0], [0], [0]],
         });
         let mut guest = self.builder(4, 128).set("/cpu", cpu).start();
         guest.wait_for_line("keelson-guest: ready");

@@ -30,6 +30,9 @@ const TRY_AGAIN: Duration = Duration::from_secs(10);
 const LOOK: Duration = Duration::from_secs(10);
 const BACKOFF_FIRST: Duration = Duration::from_secs(1);
 const BACKOFF_LIMIT: Duration = Duration::from_mins(1);
+/// Between two reconciliations of which the first failed, at most: what guests wait for after the state
+/// store is back.
+const RETRY_LIMIT: Duration = Duration::from_secs(10);
 /// Why a guest ended that the guard killed.
 pub(super) const FENCED: &str = "Fenced";
 /// A guest that ran so long starts again without delay.
@@ -79,16 +82,27 @@ impl GuestActor {
 
     async fn run(mut self) {
         self.adopt().await;
+        // Reconciliations that failed since one that did not.
+        let mut failed = 0_u32;
         loop {
             self.bell.looking();
-            let next = match self.reconcile().await {
+            let reconciled = self.reconcile().await;
+            failed = reconciled
+                .as_ref()
+                .map_or_else(|_| failed.saturating_add(1), |_| 0);
+            let next = match reconciled {
                 Ok(Next::After(delay)) => Some(delay),
                 Ok(Next::Changed) => None,
                 Ok(Next::Gone) if self.bell.close() => return,
                 Ok(Next::Gone) => Some(Duration::ZERO),
                 Err(error) => {
-                    tracing::warn!(guest = self.name, %error, "reconciling failed; trying again");
-                    Some(BACKOFF_FIRST)
+                    let delay = BACKOFF_FIRST * 2_u32.saturating_pow((failed - 1).min(16));
+                    // Ever more seldom: a state store may be gone for hours.
+                    if failed.is_power_of_two() {
+                        let guest = &self.name;
+                        tracing::warn!(guest, failed, %error, "reconciling failed; trying again");
+                    }
+                    Some(delay.min(RETRY_LIMIT))
                 }
             };
             tokio::select! {

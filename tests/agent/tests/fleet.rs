@@ -1,6 +1,6 @@
 //! Hosts that share a state store: where guests run, and what happens when a host is lost.
 
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use keelson_agent_tests::{
     Fleet, Guest, Host, LEASE_SECONDS, cluster, disk, settings, shared_disk,
@@ -11,6 +11,7 @@ use rustix::process::{Pid, Signal, kill_process};
 /// The exit codes that `keelson --help` lists.
 const FAILED: i32 = 1;
 const MISSING: i32 = 5;
+const UNAVAILABLE: i32 = 6;
 
 /// A guest that counts its boots on its disk, and fails over.
 fn counting(name: &str) -> Guest {
@@ -32,7 +33,8 @@ fn other_than(host: usize) -> usize {
 
 #[test]
 fn guests_of_a_dead_host_run_elsewhere() {
-    let (namespaces, _cluster, urls) = cluster(3);
+    // Each host has a member of the store, which dies with it.
+    let (namespaces, mut cluster, urls) = cluster(3);
     let mut fleet = Fleet::start(namespaces, 3, "cluster", &urls);
     let mut manifest = String::new();
     for name in ["one", "two", "three"] {
@@ -51,6 +53,7 @@ fn guests_of_a_dead_host_run_elsewhere() {
 
     let dead = places[0];
     let asked = other_than(dead);
+    cluster.kill(dead);
     fleet.hosts[dead].kill_agent();
     let died = Instant::now();
     for program in ["keelsond", "keelson-vmm", "keelson-blk"] {
@@ -76,6 +79,7 @@ fn guests_of_a_dead_host_run_elsewhere() {
         assert_eq!(fleet.place_of(asked, guest), Some(*place));
     }
     // The host comes back, and leaves the guest where it is.
+    cluster.run(dead);
     fleet.hosts[dead].start_agent();
     wait_until("the host's lease", || {
         let ready = fleet.host_condition(asked, name, "Ready");
@@ -151,6 +155,54 @@ fn a_host_without_its_store_kills_what_may_run_elsewhere_before_it_does() {
     assert_eq!(fleet.hosts[0].processes("keelson-vmm").len(), 1);
 }
 
+/// Longer than any time limit of the agents', for which an hour is no different.
+#[test]
+fn without_any_store_guests_run_on_or_are_killed_as_they_say() {
+    let (namespaces, mut cluster, urls) = cluster(3);
+    let mut fleet = Fleet::start(namespaces, 2, "cluster", &urls);
+    let mut manifest =
+        shared_disk("moves", &fleet.shared_image("moves")) + &counting("moves").manifest();
+    for host in ["a", "b"] {
+        let stays = Guest::new(&format!("stays-{host}"), "hang");
+        manifest += &stays.field(&format!("host: {host}")).manifest();
+    }
+    fleet.hosts[0].apply(&manifest).done();
+    let place = fleet.wait_until_running(0, "moves");
+    let process = |fleet: &Fleet, guest: &str| {
+        fleet.hosts[0].object("vm", guest)["status"]["processId"].clone()
+    };
+    let stay = ["stays-a", "stays-b"].map(|guest| {
+        fleet.wait_until_running(0, guest);
+        process(&fleet, guest)
+    });
+    (0..3).for_each(|member| cluster.kill(member));
+    wait_until("the end of what might run elsewhere", || {
+        (fleet.hosts[place].processes("keelson-vmm").len() == 1).then_some(())
+    });
+    std::thread::sleep(Duration::from_secs(3 * LEASE_SECONDS));
+    for host in &mut fleet.hosts {
+        assert!(host.agent_lives());
+        assert_eq!(host.processes("keelson-vmm").len(), 1, "what stays runs on");
+    }
+    let late = Guest::new("late", "hang").manifest();
+    fleet.hosts[0]
+        .apply(&late)
+        .refused(UNAVAILABLE, &["state store unavailable"]);
+
+    (0..3).for_each(|member| cluster.run(member));
+    let now = fleet.wait_until_running(0, "moves");
+    fleet.hosts[now].wait_for_console("moves", "payload: blk-boot-count ok boots=2");
+    for (guest, before) in ["stays-a", "stays-b"].iter().zip(stay) {
+        fleet.hosts[0].wait_for_phase(guest, "Running");
+        assert_eq!(process(&fleet, guest), before, "{guest}");
+    }
+    fleet.hosts[0].apply(&late).done();
+    fleet.wait_until_running(0, "late");
+    let machines = fleet.hosts.iter();
+    let machines = machines.map(|host| host.processes("keelson-vmm").len());
+    assert_eq!(machines.sum::<usize>(), 4);
+}
+
 #[test]
 fn without_its_agent_a_guest_runs_on_or_is_killed_as_it_says() {
     let (namespaces, _cluster, urls) = cluster(1);
@@ -207,7 +259,7 @@ fn a_restarted_agent_keeps_its_host_and_its_guests() {
         fleet.hosts[0].start_agent();
     }
     // Longer than any lease that was not renewed.
-    std::thread::sleep(std::time::Duration::from_secs(seconds + 1));
+    std::thread::sleep(Duration::from_secs(seconds + 1));
     let status = fleet.hosts[0].object("vm", "web")["status"].clone();
     assert_eq!(status["processId"], before, "{status}");
     assert_eq!(status["placement"]["state"], "Leased", "{status}");
@@ -219,7 +271,7 @@ fn a_restarted_agent_keeps_its_host_and_its_guests() {
         status["placement"]["state"] == "Held"
     });
     fleet.hosts[0].kill_agent();
-    std::thread::sleep(std::time::Duration::from_secs(seconds + 1));
+    std::thread::sleep(Duration::from_secs(seconds + 1));
     assert_eq!(fleet.hosts[0].processes("keelson-vmm").len(), 1);
 }
 

@@ -43,14 +43,21 @@ impl fmt::Display for Failure {
             Self::Other(error) => write!(formatter, "{error:#}"),
             Self::Manifest(error) => write!(formatter, "{error}"),
             Self::TimedOut(message) => formatter.write_str(message),
-            Self::Agent(status) if status.code() == Code::Unavailable => write!(
-                formatter,
-                "the agent can't be reached ({}); is keelsond running, and is this its socket?",
-                cause(status)
-            ),
+            // What the agent itself says of what it lacks has no cause in the transport.
+            Self::Agent(status) if status.code() == Code::Unavailable && has_cause(status) => {
+                write!(
+                    formatter,
+                    "the agent can't be reached ({}); is keelsond running, and is this its socket?",
+                    cause(status)
+                )
+            }
             Self::Agent(status) => formatter.write_str(status.message()),
         }
     }
+}
+
+fn has_cause(status: &Status) -> bool {
+    std::error::Error::source(status).is_some()
 }
 
 /// The innermost reason of a transport failure, which says the most.

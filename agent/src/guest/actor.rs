@@ -1,26 +1,22 @@
 //! The task that keeps one guest as its object desires.
 
 mod migration;
+mod placement;
 
 use std::sync::Arc;
 use std::time::Duration;
 
-use futures::FutureExt;
-use futures::future::{BoxFuture, select_all};
-use keelson_api::{
-    Disk, Failover, Kind, Phase, PlacementState, PowerState, RestartPolicy, VirtualMachine,
-};
-use keelson_vmm::api::{ExitReason, ExitStatus};
+use keelson_api::{Kind, Phase, PowerState, RestartPolicy, VirtualMachine};
 use tokio::time::Instant;
 
 use self::migration::Moving;
+use self::placement::Permit;
+use super::exit::GuestExit;
 use super::layer::GuestRuntime;
 use super::mailbox::{Bell, GuestMailbox};
 use super::plan::Plan;
 use super::status::{StatusWriter, is_pending};
 use crate::failpoint::failpoint;
-use crate::fleet::{LeaseCheck, is_movable};
-use crate::host::Exit;
 use crate::objects::Stored;
 use crate::{Agent, AgentError, error::Result};
 
@@ -245,119 +241,6 @@ impl GuestActor {
             .await
     }
 
-    /// Whether the guest may be started here, and on which terms, once that is said in its object.
-    async fn may_start(&self, guest: &VirtualMachine) -> Result<Permit> {
-        if self.agent.fleet.is_exclusive() {
-            self.status.starting(guest).await?;
-            return Ok(Permit::Free);
-        }
-        let leased = self.is_leasable(guest).await?;
-        let state = if leased {
-            self.agent.fleet.arm_guard().await?;
-            PlacementState::Leased
-        } else {
-            PlacementState::Held
-        };
-        // The very lease that is compared: if the host has another one later, much may have happened.
-        let lease = self.agent.fleet.lease_check();
-        if !self.status.claim(guest, state, &lease).await? {
-            tracing::info!(
-                guest = self.name,
-                "not started: it is placed elsewhere, or this host's lease ended"
-            );
-            return Ok(Permit::NotNow);
-        }
-        Ok(if leased {
-            Permit::Leased(lease)
-        } else {
-            Permit::Free
-        })
-    }
-
-    /// Whether the guest is to run on the host's lease, so that it can be started elsewhere.
-    async fn is_leasable(&self, guest: &VirtualMachine) -> Result<bool> {
-        Ok(guest.spec.failover == Failover::Restart && self.is_movable(guest).await?)
-    }
-
-    async fn is_movable(&self, guest: &VirtualMachine) -> Result<bool> {
-        let mut disks = Vec::new();
-        for attachment in &guest.spec.disks {
-            match self.agent.objects.get_typed::<Disk>(&attachment.disk).await {
-                Ok(disk) => disks.push(disk.object),
-                Err(AgentError::NotFound { .. }) => return Ok(false),
-                Err(error) => return Err(error),
-            }
-        }
-        Ok(is_movable(guest, disks.iter().map(|disk| &disk.spec)))
-    }
-
-    /// Whether the guest is to leave this host, which is drained.
-    async fn is_leaving(&self, guest: &VirtualMachine) -> Result<bool> {
-        Ok(self.agent.fleet.is_draining() && self.is_movable(guest).await?)
-    }
-
-    /// Gives up a guest of which nothing runs, so that it is placed elsewhere.
-    async fn release(&mut self, guest: &VirtualMachine) -> Result<Next> {
-        self.runtime.tear_down(&interface_names(guest)).await?;
-        self.stopping_since = None;
-        self.status.released(guest).await?;
-        let message = "nothing of it is left on this host, which is being drained";
-        let events = &self.agent.events;
-        events
-            .normal(Kind::VirtualMachine, &self.name, "Released", message)
-            .await;
-        Ok(Next::Gone)
-    }
-
-    /// Removes what is here of a guest that is placed elsewhere.
-    async fn leave(&mut self, guest: &VirtualMachine) -> Result<Next> {
-        let status = &guest.status;
-        let is_ours = status.host.as_deref() == Some(self.agent.fleet.host());
-        if status.placement.is_none() && is_ours && self.runtime.is_running() {
-            self.status.take_over(guest).await?;
-            return Ok(Next::After(Duration::ZERO));
-        }
-        if let Some(exit) = self.runtime.take_exit().await {
-            let events = &self.agent.events;
-            events
-                .warning(Kind::VirtualMachine, &self.name, exit.reason, &exit.message)
-                .await;
-        }
-        if self.runtime.is_running() {
-            let message = "it runs here, but was placed elsewhere";
-            let events = &self.agent.events;
-            events
-                .warning(Kind::VirtualMachine, &self.name, "Killed", message)
-                .await;
-            self.runtime.kill().await;
-        }
-        self.runtime.tear_down(&interface_names(guest)).await?;
-        Ok(Next::Gone)
-    }
-
-    /// Puts a running guest on the host's lease or takes it off, as its object desires.
-    async fn adjust_terms(&mut self, guest: &VirtualMachine) -> Result<()> {
-        if self.agent.fleet.is_exclusive() {
-            return Ok(());
-        }
-        match (self.is_leasable(guest).await?, self.runtime.is_leased()) {
-            (true, false) => {
-                self.agent.fleet.arm_guard().await?;
-                // The object says so with the next status, after what makes it true.
-                self.runtime.put_on_lease(self.agent.fleet.lease_check())
-            }
-            (false, true)
-                if self
-                    .status
-                    .change_terms(guest, PlacementState::Held)
-                    .await? =>
-            {
-                self.runtime.take_off_lease()
-            }
-            _ => Ok(()),
-        }
-    }
-
     /// Keeps what runs up to date with the object, and the object's status with what runs.
     async fn maintain(&mut self, guest: &VirtualMachine) -> Result<Next> {
         self.stopping_since = None;
@@ -513,77 +396,6 @@ impl GuestActor {
         self.failures = self.failures.saturating_add(1);
         self.not_before = Some(Instant::now() + delay.min(BACKOFF_LIMIT));
     }
-}
-
-/// Whether a guest may be started.
-#[derive(Clone, Debug)]
-enum Permit {
-    /// Whatever becomes of the host's lease.
-    Free,
-    /// As long as this lease lasts.
-    Leased(LeaseCheck),
-    /// It may not.
-    NotNow,
-}
-
-/// How a guest ended.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct GuestExit {
-    /// Whether the guest, or a person, wanted that.
-    pub clean: bool,
-    /// One CamelCase word.
-    pub reason: &'static str,
-    /// For people.
-    pub message: String,
-}
-
-impl GuestExit {
-    /// Puts together what keelson-vmm said before it ended, if that was heard, and how its process
-    /// ended.
-    pub fn new(said: Option<ExitStatus>, process: &Exit) -> Self {
-        match said {
-            Some(ExitStatus { reason, message }) => {
-                let (clean, reason) = match reason {
-                    ExitReason::Shutdown => (true, "GuestShutDown"),
-                    ExitReason::Reboot => (true, "GuestRebooted"),
-                    ExitReason::Killed => (true, "Killed"),
-                    ExitReason::TripleFault => (false, "TripleFault"),
-                    ExitReason::GuestPanic => (false, "GuestPanicked"),
-                    ExitReason::Watchdog => (false, "WatchdogExpired"),
-                    ExitReason::Error => (false, "MachineFailed"),
-                };
-                Self {
-                    clean,
-                    reason,
-                    message,
-                }
-            }
-            None if process.code == Some(0) => Self {
-                clean: true,
-                reason: "GuestShutDown",
-                message: "the guest shut down".into(),
-            },
-            None => Self {
-                clean: false,
-                reason: "MachineEnded",
-                message: match process.code {
-                    Some(code) => format!("keelson-vmm exited with {code}: {}", process.last_line),
-                    None => format!(
-                        "keelson-vmm was killed or ended unseen: {}",
-                        process.last_line
-                    ),
-                },
-            },
-        }
-    }
-}
-
-/// Waits until the first of several processes has ended; for ever where there is none.
-pub fn first_ended(waits: Vec<BoxFuture<'_, ()>>) -> BoxFuture<'_, ()> {
-    if waits.is_empty() {
-        return futures::future::pending().boxed();
-    }
-    select_all(waits).map(drop).boxed()
 }
 
 /// Whether a guest ended by itself and its restart policy leaves it so.

@@ -6,7 +6,7 @@ use std::time::Duration;
 use async_trait::async_trait;
 use keelson_api::{DeviceState, DeviceStatus};
 
-use super::actor::GuestExit;
+use super::exit::GuestExit;
 use super::movable::MovableRuntime;
 use super::plan::{Plan, RunningPlan};
 use super::runtime::{Problem, Runtime};

@@ -5,6 +5,7 @@ mod cloud_init;
 mod device;
 mod disk_backend;
 mod disk_image;
+mod exit;
 mod groups;
 mod jail;
 mod layer;

@@ -17,8 +17,8 @@ use keelson_vmm::api::{ExitStatus, GuestState};
 use tokio::sync::Notify;
 use tokio::task::JoinHandle;
 
-use super::actor::{GuestExit, first_ended};
 use super::device::Device;
+use super::exit::{GuestExit, first_ended};
 use super::jail::JailUser;
 use super::layer::GuestRuntime;
 use super::machine::Origin;

@@ -8,7 +8,7 @@ use async_trait::async_trait;
 use parking_lot::Mutex;
 use tokio::sync::Notify;
 
-use super::actor::GuestExit;
+use super::exit::GuestExit;
 use super::layer::{GuestLayer, GuestRuntime};
 use super::plan::{Plan, RunningPlan};
 use super::runtime::Problem;

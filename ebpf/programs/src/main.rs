@@ -45,7 +45,7 @@ use aya_ebpf::bindings::{TC_ACT_SHOT, TC_ACT_UNSPEC};
 use aya_ebpf::helpers::generated::bpf_redirect;
 use aya_ebpf::macros::classifier;
 use aya_ebpf::programs::TcContext;
-use keelson_ebpf_common::{Direction, DropReason, NOT_DROPPED, PolicyEntry, happening};
+use keelson_ebpf_common::{Direction, DropReason, NOT_DROPPED, PolicyEntry};
 
 use crate::mappings::Refused;
 

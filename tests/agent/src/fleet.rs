@@ -75,7 +75,8 @@ impl Fleet {
         };
         for (index, name) in (1..=count).zip(["a", "b", "c", "d"]) {
             let link = Link::by("10.50.0.254", servers);
-            let mut host = Host::of_fleet(namespaces, &store_url(scheme, &link));
+            let store = store_url(scheme, &link, LEASE_SECONDS);
+            let mut host = Host::of_fleet(namespaces, &store);
             host.set_apart(bridge, &format!("10.50.0.{index}/24"));
             host.configure(&settings(name, LEASE_SECONDS));
             host.start_agent();
@@ -103,7 +104,8 @@ impl Fleet {
         };
         for name in ["a", "b", "c", "d"].iter().take(count) {
             let link = Link::to(servers);
-            let mut host = Host::of_fleet(namespaces, &store_url(scheme, &link));
+            let store = store_url(scheme, &link, lease_seconds);
+            let mut host = Host::of_fleet(namespaces, &store);
             host.configure(&(settings(name, lease_seconds) + &migration_settings()));
             host.start_agent();
             fleet.hosts.push(host);
@@ -173,10 +175,13 @@ pub fn migration_settings() -> String {
     format!("migration_listen = \"{address}\"\n")
 }
 
-fn store_url(scheme: &str, link: &Link) -> String {
+/// Several tries fit into a lease.
+fn store_url(scheme: &str, link: &Link, lease_seconds: u64) -> String {
     format!(
-        "{scheme}:{}?timeout_ms=1500&connect_timeout_ms=500",
-        link.urls()
+        "{scheme}:{}?timeout_ms={}&connect_timeout_ms={}",
+        link.urls(),
+        lease_seconds * 150,
+        lease_seconds * 50
     )
 }
 

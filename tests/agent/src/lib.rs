@@ -10,11 +10,13 @@
 mod fleet;
 mod host;
 mod link;
+mod lost_host;
 mod manifest;
 mod metrics;
 
 pub use fleet::{Fleet, LEASE_SECONDS, cluster, migration_settings, settings, shared_disk};
 pub use host::{Host, Said};
 pub use link::Link;
+pub use lost_host::{counting, lose_a_host};
 pub use manifest::{Guest, disk, network, security_group};
 pub use metrics::metrics;

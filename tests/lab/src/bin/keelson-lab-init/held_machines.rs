@@ -20,11 +20,11 @@ pub struct HeldMachines {
 impl HeldMachines {
     /// `None`, and a word of why, without KVM.
     pub fn hold() -> Option<Self> {
-        Self::make()
-            .inspect_err(|error| {
-                eprintln!("keelson-lab-init: no virtual machines to hold: {error}")
-            })
-            .ok()
+        let made = Self::make();
+        if let Err(error) = &made {
+            eprintln!("keelson-lab-init: no virtual machines to hold: {error}");
+        }
+        made.ok()
     }
 
     fn make() -> Result<Self, kvm_ioctls::Error> {

@@ -10,7 +10,7 @@ use keelson_vmm_tests::{be_patient, binary, payload};
 
 /// Everything takes ten times as long there, the kernel's check of eBPF programs most of all.
 const LEASE_SECONDS: u64 = 40;
-const LIMIT_SECONDS: u64 = 420;
+const LIMIT_SECONDS: u64 = 840;
 const FOLDER: &str = "/opt/keelson";
 
 #[test]

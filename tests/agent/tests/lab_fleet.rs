@@ -14,6 +14,7 @@ const LIMIT_SECONDS: u64 = 840;
 const FOLDER: &str = "/opt/keelson";
 
 #[test]
+#[ignore = "takes six minutes, and a machine that does nothing else: members under emulation answer too late beside other tests"]
 fn three_hosts_lose_one() {
     let test = current_exe().expect("a test knows its own path");
     let copy = |from: &Path, to: PathBuf| FileCopy {
@@ -51,7 +52,8 @@ fn three_hosts_lose_one() {
         .output(&exec, b"")
         .unwrap_or_else(|error| panic!("{error}"));
     println!("{}", shown.text());
-    assert!(shown.status.success(), "{shown:?}");
+    let errors = String::from_utf8_lossy(&shown.stderr);
+    assert!(shown.status.success(), "{errors}");
     lab.shut_down().expect("the lab shuts down");
 }
 

@@ -65,9 +65,9 @@ impl Machine<'_> {
             "none",
             "-no-reboot",
             // TCG lacks a few features of this processor model and says so; none matters here.
-            // Without nested paging, since with it an exit from a guest with several vCPUs now and then
-            // fetches the host's next instruction through the guest's nested page table: #PF, #DF, shutdown,
-            // and the guest seems to have had a triple fault, or the lab resets (QEMU 7.2 and 10.0).
+            // Without nested paging: with it the host's first instruction after an exit of a guest with several
+            // vCPUs now and then is a page fault, as if the guest's nested page table were still in use; the
+            // guest seems to have had a triple fault then (QEMU 7.2), or the lab resets (10.0).
             "-accel",
             "tcg,thread=multi",
             "-cpu",

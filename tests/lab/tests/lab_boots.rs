@@ -11,6 +11,7 @@ fn boot(kernel: &str) -> Lab {
     let options = LabOptions {
         kernel: kernel.to_owned(),
         memory_mib: 768,
+        cpus: 2,
         files: vec![FileCopy {
             from: "/etc/passwd".into(),
             to: "/lab/deep/passwd".into(),

@@ -2,8 +2,8 @@
 //!
 //! Some properties of virtual machines are static keys of the kernel's: with the first vCPU that has one, and
 //! with the end of the last, jumps in its scheduler and in KVM's entry into guests are patched, by way of an
-//! `int3`. Emulators before QEMU 8.1 now and then go on executing that one from a translation that is out of
-//! date, when nobody expects it any more, and the kernel panics. With machines that have all of these
+//! `int3`. QEMU 7.2 with several processors now and then goes on executing that one from a translation that is
+//! out of date, when nobody expects it any more, and the kernel panics. With machines that have all of these
 //! properties held from the start, those of tests come and go without any patching.
 
 use kvm_ioctls::{Kvm, VcpuFd, VmFd};

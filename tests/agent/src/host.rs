@@ -1,17 +1,21 @@
 //! A host with its agent, and the command line client.
 
+mod client;
+mod machines;
+mod said;
+mod waiting;
+
 use std::ffi::OsStr;
 use std::fs::{self, File};
-use std::io::Write;
-use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use keelson_vmm_tests::{Namespaces, binary, wait_until};
 use rustix::process::{Pid, Signal, kill_process};
-use serde_json::Value;
 use tempfile::TempDir;
+
+pub use self::said::Said;
 
 /// How long an agent may take to say why it doesn't start.
 const REFUSAL_LIMIT: Duration = Duration::from_mins(1);
@@ -27,45 +31,6 @@ pub struct Host {
     network: Option<Child>,
     /// The namespaces that it lives in.
     pub namespaces: Namespaces,
-}
-
-/// What a command of the client said.
-#[derive(Debug)]
-pub struct Said {
-    /// The exit code.
-    pub code: Option<i32>,
-    /// Standard output.
-    pub output: String,
-    /// Standard error.
-    pub errors: String,
-}
-
-impl Said {
-    /// The output of a command that was done.
-    ///
-    /// # Panics
-    /// If it failed.
-    #[track_caller]
-    pub fn done(self) -> String {
-        assert_eq!(self.code, Some(0), "{}{}", self.output, self.errors);
-        self.output
-    }
-
-    /// Checks that the command was refused with this exit code and that it says all of `words`.
-    ///
-    /// # Panics
-    /// If not.
-    #[track_caller]
-    pub fn refused(&self, code: i32, words: &[&str]) {
-        assert_eq!(self.code, Some(code), "{}{}", self.output, self.errors);
-        for word in words {
-            assert!(
-                self.errors.contains(word),
-                "no {word:?} in {:?}",
-                self.errors
-            );
-        }
-    }
 }
 
 impl Host {
@@ -257,20 +222,6 @@ impl Host {
         &self.pins
     }
 
-    /// Runs keelson-blk on an image.
-    ///
-    /// # Panics
-    /// If it is not built.
-    pub fn blk(&self, arguments: &[&str], image: &Path) -> Said {
-        let output = Command::new(binary("keelson-blk"))
-            .args(arguments)
-            .arg(image)
-            .stdin(Stdio::null())
-            .output()
-            .expect("keelson-blk runs");
-        said(&output)
-    }
-
     /// Starts an agent that must not come up; what it says.
     ///
     /// # Panics
@@ -324,271 +275,6 @@ impl Host {
             agent.wait().expect("a child can be waited for");
         }
     }
-
-    /// Runs the client.
-    ///
-    /// # Panics
-    /// If it is not built.
-    pub fn keelson<S: AsRef<OsStr>>(&self, arguments: &[S]) -> Said {
-        let output = Command::new(binary("keelson"))
-            .env("KEELSON_SOCKET", self.path("run/keelsond.sock"))
-            .args(arguments)
-            .stdin(Stdio::null())
-            .output()
-            .expect("keelson runs");
-        said(&output)
-    }
-
-    /// Runs a command that goes on until it is killed, while `work` is done, and waits until it has
-    /// printed all of `words` on one line.
-    ///
-    /// # Panics
-    /// If the client can't be run, or does not print them in time.
-    pub fn following<S: AsRef<OsStr>>(&self, arguments: &[S], work: impl FnOnce(), words: &[&str]) {
-        let path = self.path("followed");
-        let output = File::create(&path).expect("a file is made");
-        let mut client = Command::new(binary("keelson"))
-            .env("KEELSON_SOCKET", self.path("run/keelsond.sock"))
-            .args(arguments)
-            .stdin(Stdio::null())
-            .stdout(output)
-            .spawn()
-            .expect("keelson runs");
-        // It says nothing when it listens.
-        std::thread::sleep(Duration::from_secs(1));
-        work();
-        wait_until("line with what the command should print", || {
-            let text = fs::read_to_string(&path).unwrap_or_default();
-            text.lines()
-                .any(|line| words.iter().all(|word| line.contains(word)))
-                .then_some(())
-        });
-        client.kill().expect("it runs");
-        client.wait().expect("it ends");
-    }
-
-    /// Asks the keelson-blk of a guest's disk for what it serves.
-    ///
-    /// # Panics
-    /// If it doesn't answer.
-    pub fn served_disk(&self, guest: &str, disk: &str) -> Value {
-        let socket = self.path(&format!("run/vms/{guest}/{disk}.disk.control"));
-        let output = Command::new(binary("keelson-blk"))
-            .args(["control", "--socket"])
-            .arg(socket)
-            .arg("list")
-            .stdin(Stdio::null())
-            .output()
-            .expect("keelson-blk runs");
-        let text = said(&output).done();
-        let listed: Value = serde_json::from_str(&text).expect("JSON");
-        listed["disks"][0].clone()
-    }
-
-    /// Applies a manifest.
-    ///
-    /// # Panics
-    /// If the client can't be run.
-    pub fn apply(&self, manifest: &str) -> Said {
-        let mut client = Command::new(binary("keelson"))
-            .env("KEELSON_SOCKET", self.path("run/keelsond.sock"))
-            .args(["apply", "-f", "-"])
-            .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
-            .stderr(Stdio::piped())
-            .spawn()
-            .expect("keelson runs");
-        let mut input = client.stdin.take().expect("its input is a pipe");
-        // It may refuse before it has read all.
-        let _ = input.write_all(manifest.as_bytes());
-        drop(input);
-        said(&client.wait_with_output().expect("keelson ends"))
-    }
-
-    /// An object as JSON.
-    ///
-    /// # Panics
-    /// If there is none.
-    #[track_caller]
-    pub fn object(&self, kind: &str, name: &str) -> Value {
-        let text = self.keelson(&["get", kind, name, "-o", "json"]).done();
-        serde_json::from_str(&text).expect("the client prints JSON")
-    }
-
-    /// All objects, as their kinds and names in JSON.
-    ///
-    /// # Panics
-    /// If the client fails.
-    pub fn object_names(&self) -> Vec<String> {
-        ["vm", "disk", "net", "sg"]
-            .iter()
-            .flat_map(|kind| {
-                let text = self.keelson(&["get", kind, "-o", "json"]).done();
-                let list: Value = serde_json::from_str(&text).expect("the client prints JSON");
-                let items = list["items"].as_array().cloned().unwrap_or_default();
-                items
-                    .iter()
-                    .map(|item| format!("{kind}/{}", item["metadata"]["name"]))
-                    .collect::<Vec<_>>()
-            })
-            .collect()
-    }
-
-    /// Waits until a guest's status is as `holds` wants it.
-    ///
-    /// # Panics
-    /// With the status that it stays in.
-    #[track_caller]
-    pub fn wait_for_status(
-        &self,
-        guest: &str,
-        what: &str,
-        holds: impl Fn(&Value) -> bool,
-    ) -> Value {
-        self.wait_for_object("vm", guest, what, holds)
-    }
-
-    /// Waits until an object's status is as `holds` wants it.
-    ///
-    /// # Panics
-    /// With the status that it stays in.
-    #[track_caller]
-    pub fn wait_for_object(
-        &self,
-        kind: &str,
-        name: &str,
-        what: &str,
-        holds: impl Fn(&Value) -> bool,
-    ) -> Value {
-        let mut last = Value::Null;
-        let found = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
-            wait_until(what, || {
-                last = self.object(kind, name)["status"].clone();
-                holds(&last).then(|| last.clone())
-            })
-        }));
-        found.unwrap_or_else(|_| panic!("no {what}: {last:#}\n{}", self.agent_log()))
-    }
-
-    /// Waits until a guest is in a phase.
-    ///
-    /// # Panics
-    /// If it doesn't get there.
-    #[track_caller]
-    pub fn wait_for_phase(&self, guest: &str, phase: &str) -> Value {
-        self.wait_for_status(guest, phase, |status| status["phase"] == phase)
-    }
-
-    /// Waits until the reason of a guest's `Ready` condition is `reason`; its message.
-    ///
-    /// # Panics
-    /// If it doesn't get so.
-    #[track_caller]
-    pub fn wait_for_reason(&self, guest: &str, reason: &str) -> String {
-        let status = self.wait_for_status(guest, reason, |status| {
-            ready(status).is_some_and(|ready| ready["reason"] == reason)
-        });
-        ready(&status).expect("it was there")["message"]
-            .as_str()
-            .unwrap_or_default()
-            .to_owned()
-    }
-
-    /// Waits until a guest's console said `text`.
-    ///
-    /// # Panics
-    /// If it doesn't.
-    #[track_caller]
-    pub fn wait_for_console(&self, guest: &str, text: &str) {
-        wait_until(&format!("{text:?} on {guest}'s console"), || {
-            let log = self.keelson(&["logs", guest]).output;
-            log.contains(text).then_some(())
-        });
-    }
-
-    /// Types a line on a guest's console.
-    ///
-    /// # Panics
-    /// If the guest doesn't run.
-    pub fn type_line(&self, guest: &str, line: &str) {
-        let console = self.path(&format!("run/vms/{guest}/console.sock"));
-        let mut console = UnixStream::connect(console).expect("the guest has a console");
-        writeln!(console, "{line}").expect("it takes a line");
-    }
-
-    /// Sends a signal to the guest's keelson-vmm; its process id.
-    ///
-    /// # Panics
-    /// If it doesn't run.
-    pub fn signal_machine(&self, guest: &str, signal: Signal) -> u32 {
-        // A guest may print before its status says that it runs.
-        let id = wait_until("the guest's process", || {
-            self.object("vm", guest)["status"]["processId"].as_u64()
-        });
-        let id = i32::try_from(id).expect("a process id");
-        kill_process(Pid::from_raw(id).expect("not zero"), signal).expect("it is there");
-        id.unsigned_abs()
-    }
-
-    /// The process ids of a program of this host.
-    ///
-    /// # Panics
-    /// If /proc can't be read.
-    pub fn processes(&self, program: &str) -> Vec<u32> {
-        let folder = self.folder().to_string_lossy().into_owned();
-        let line = |id: u32| {
-            let line = fs::read(format!("/proc/{id}/cmdline")).unwrap_or_default();
-            String::from_utf8_lossy(&line).into_owned()
-        };
-        // A jail's inner process has its supervisor's command line.
-        let is_inner = |id: u32| {
-            let status = fs::read_to_string(format!("/proc/{id}/status")).unwrap_or_default();
-            let parent = status.lines().find_map(|line| line.strip_prefix("PPid:"));
-            parent
-                .and_then(|parent| parent.trim().parse().ok())
-                .is_some_and(|parent| line(parent) == line(id))
-        };
-        fs::read_dir("/proc")
-            .expect("/proc can be read")
-            .flatten()
-            .filter_map(|entry| entry.file_name().to_str()?.parse().ok())
-            .filter(|id: &u32| {
-                let line = line(*id);
-                let name = line.split('\0').next().unwrap_or_default().to_owned();
-                name.ends_with(program) && line.contains(&folder) && !is_inner(*id)
-            })
-            .collect()
-    }
-
-    /// The network devices of the host.
-    ///
-    /// # Panics
-    /// If they can't be listed.
-    pub fn devices(&self) -> Vec<String> {
-        let output = Command::new("ip")
-            .args(["-o", "link"])
-            .output()
-            .expect("ip runs");
-        String::from_utf8_lossy(&output.stdout)
-            .lines()
-            .filter_map(|line| Some(line.split(": ").nth(1)?.to_owned()))
-            .collect()
-    }
-
-    /// Packets that a guest's first interface dropped in a direction, for a reason.
-    ///
-    /// # Panics
-    /// If there are no counters.
-    pub fn dropped(&self, guest: &str, direction: &str, reason: &str) -> u64 {
-        let text = self
-            .keelson(&["net", "counters", guest, "-o", "json"])
-            .done();
-        let counters: Value = serde_json::from_str(&text).expect("the client prints JSON");
-        counters
-            .pointer(&format!("/0/{direction}/dropped/{reason}/packets"))
-            .and_then(Value::as_u64)
-            .unwrap_or(0)
-    }
 }
 
 impl Default for Host {
@@ -615,21 +301,5 @@ impl Drop for Host {
             let _ = network.kill();
             let _ = network.wait();
         }
-    }
-}
-
-/// The `Ready` condition of a status.
-fn ready(status: &Value) -> Option<&Value> {
-    let conditions = status["conditions"].as_array()?;
-    conditions
-        .iter()
-        .find(|condition| condition["type"] == "Ready")
-}
-
-fn said(output: &std::process::Output) -> Said {
-    Said {
-        code: output.status.code(),
-        output: String::from_utf8_lossy(&output.stdout).into_owned(),
-        errors: String::from_utf8_lossy(&output.stderr).into_owned(),
     }
 }

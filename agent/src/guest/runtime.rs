@@ -185,13 +185,14 @@ impl GuestRuntime for Runtime {
             incoming: false,
         };
         let machine = self.start_machine(&programs, plan, &origin).await?;
+        // From here on it is killed if something fails.
+        self.follow(machine);
         self.snapshots.forget_restore()?;
         let running = RunningPlan::begin(plan, restarts);
         failpoint(&self.name, "machine-ready");
         write_atomically(&self.paths.plan(), &running)?;
         failpoint(&self.name, "start-plan-written");
         self.running = Some(running);
-        self.follow(machine);
         Ok(())
     }
 

@@ -21,6 +21,7 @@ use crate::config::{BalloonConfig, ConsoleDevice, GuestConfig, InterfaceConfig};
 use crate::console::{ConsoleLog, ConsoleOutput, ConsoleServer};
 use crate::error::VmmError;
 use crate::isolation::seccomp::{self, Mode, Thread};
+use crate::isolation::supervisor::SupervisorLife;
 use crate::isolation::{Jail, JailUser};
 use crate::machine::{HostResources, open_kvm};
 use crate::signals;
@@ -55,6 +56,8 @@ pub struct Launch {
 pub struct JailOptions {
     /// Who its process becomes.
     pub user: JailUser,
+    /// Who keeps it from outside, if anybody does: it ends with that.
+    pub supervisor: Option<SupervisorLife>,
     /// A folder in which snapshots may be taken.
     pub snapshot_directory: Option<PathBuf>,
     /// A folder with the sockets of disks that are added later.
@@ -86,7 +89,7 @@ impl Launch {
             if let Some(directory) = &options.snapshot_directory {
                 jail.allow_write(directory);
             }
-            jail.enter()?;
+            jail.enter(options.supervisor.as_ref())?;
         }
         seccomp::apply(Thread::Owner, self.seccomp)?;
         Ok(())

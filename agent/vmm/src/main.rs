@@ -102,17 +102,20 @@ fn main() -> ExitCode {
         .with(output)
         .with(filter)
         .init();
-    let result = launch(arguments).and_then(|launch| {
-        if launch.jail.is_none() {
+    let result = launch(arguments).and_then(|mut launch| {
+        let Some(jail) = &mut launch.jail else {
             return keelson_vmm::guest::run(&launch);
-        }
+        };
         match supervisor::split()? {
-            Role::Inside => keelson_vmm::guest::run(&launch),
+            Role::Inside(supervisor) => {
+                jail.supervisor = Some(supervisor);
+                keelson_vmm::guest::run(&launch)
+            }
             Role::Supervisor(child) => {
                 let config = launch.config;
                 let mut sockets = vec![launch.api_socket, config.console.socket];
                 sockets.extend(config.vsock.map(|vsock| vsock.socket));
-                std::process::exit(supervisor::supervise(child, &sockets, launch.seccomp).into());
+                std::process::exit(supervisor::supervise(&child, &sockets, launch.seccomp).into());
             }
         }
     });
@@ -154,6 +157,7 @@ fn launch(arguments: RunArguments) -> Result<Launch, VmmError> {
         seccomp: arguments.seccomp,
         jail: arguments.jail.map(|user| JailOptions {
             user,
+            supervisor: None,
             snapshot_directory: canonical(arguments.snapshot_directory),
             disk_directory: canonical(arguments.disk_directory),
         }),

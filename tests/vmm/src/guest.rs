@@ -148,10 +148,19 @@ impl GuestBuilder {
     /// # Panics
     /// If the process can't be started.
     pub fn start(self) -> Guest {
+        self.start_as(|_| {})
+    }
+
+    /// As [`Self::start`], with a command that `prepare` has changed.
+    ///
+    /// # Panics
+    /// As [`Self::start`].
+    pub fn start_as(self, prepare: impl FnOnce(&mut Command)) -> Guest {
         let config = self.directory.path().join("guest.json");
         fs::write(&config, self.config.to_string()).expect("the configuration can be written");
         let errors = File::create(self.directory.path().join("stderr")).expect("a file is made");
-        let child = Command::new(binary("keelson-vmm"))
+        let mut command = Command::new(binary("keelson-vmm"));
+        command
             .arg("--config")
             .arg(&config)
             .arg("--api-socket")
@@ -159,9 +168,9 @@ impl GuestBuilder {
             .args(&self.arguments)
             .stdin(Stdio::null())
             .stdout(Stdio::null())
-            .stderr(errors)
-            .spawn()
-            .expect("keelson-vmm starts");
+            .stderr(errors);
+        prepare(&mut command);
+        let child = command.spawn().expect("keelson-vmm starts");
         let log = self.config["console"]["log"].as_str().unwrap_or_default();
         Guest {
             process: Process(child),

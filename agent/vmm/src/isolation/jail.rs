@@ -18,6 +18,7 @@ use rustix::mount::{
 use rustix::thread::{UnshareFlags, unshare_unsafe};
 
 use super::IsolationError;
+use super::supervisor::SupervisorLife;
 
 /// Where the new root is put together; only this process sees it there.
 const STAGE: &str = "/tmp";
@@ -82,11 +83,11 @@ impl Jail {
         self
     }
 
-    /// Enters it, for good. The process has one thread.
+    /// Enters it, for good, or until its supervisor ends. The process has one thread.
     ///
     /// # Errors
     /// Without the rights, or if a path isn't there. The process is then of no more use.
-    pub fn enter(&self) -> Result<(), IsolationError> {
+    pub fn enter(&self, supervisor: Option<&SupervisorLife>) -> Result<(), IsolationError> {
         let paths = self.resolved()?;
         let flags = UnshareFlags::NEWNS
             | UnshareFlags::NEWNET
@@ -97,6 +98,13 @@ impl Jail {
             .map_err(IsolationError::jail("make the jail's namespaces"))?;
         change_root(&paths)?;
         self.drop_rights()?;
+        // The change of the user forgot it.
+        supervisor
+            .map_or(Ok(()), SupervisorLife::end_with_it)
+            .map_err(|source| IsolationError::Jail {
+                step: "end with the supervisor",
+                source,
+            })?;
         restrict_files(&paths)
     }
 
@@ -146,11 +154,6 @@ impl Jail {
         // SAFETY: prctl with these constants touches no memory.
         check("give up new rights", unsafe {
             libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
-        })?;
-        // The change of the user forgot it: a jail doesn't outlive its supervisor.
-        // SAFETY: as above.
-        check("end with the supervisor", unsafe {
-            libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL)
         })
     }
 }

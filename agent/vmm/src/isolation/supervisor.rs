@@ -1,9 +1,11 @@
 //! The process that stays outside of the jail: it has a PID namespace made, in which the VMM is
 //! process 1, hands on signals, and ends as the VMM ends.
 
-use std::io;
+use std::io::{self, PipeReader, PipeWriter};
 use std::mem::MaybeUninit;
 use std::path::PathBuf;
+
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use super::IsolationError;
 use super::seccomp::{self, Mode, Thread};
@@ -11,9 +13,44 @@ use super::seccomp::{self, Mode, Thread};
 /// Who the calling process is after [`split`].
 pub enum Role {
     /// The VMM, in the new namespace.
-    Inside,
+    Inside(SupervisorLife),
     /// The supervisor: the VMM's process, as seen from outside.
-    Supervisor(i32),
+    Supervisor(Child),
+}
+
+/// The VMM's process, as its supervisor has it.
+#[derive(Debug)]
+pub struct Child {
+    process: i32,
+    /// Closed when the supervisor ends, before the kernel looks for children to signal.
+    _life: PipeWriter,
+}
+
+/// What the VMM knows its supervisor's end by.
+#[derive(Debug)]
+pub struct SupervisorLife(PipeReader);
+
+impl SupervisorLife {
+    /// Has the kernel kill this process when the supervisor ends. A change of the user makes the kernel
+    /// forget it.
+    ///
+    /// # Errors
+    /// If the supervisor has ended: one that ended before it was asked for sends no signal.
+    pub fn end_with_it(&self) -> io::Result<()> {
+        // SAFETY: prctl with these constants touches no memory.
+        if unsafe { libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL) } != 0 {
+            return Err(io::Error::last_os_error());
+        }
+        let mut ended = [PollFd::new(&self.0, PollFlags::empty())];
+        let now = Timespec {
+            tv_sec: 0,
+            tv_nsec: 0,
+        };
+        if poll(&mut ended, Some(&now))? > 0 {
+            return Err(io::Error::other("the supervisor has ended"));
+        }
+        Ok(())
+    }
 }
 
 /// Forks the process into a new PID namespace. It has one thread.
@@ -22,6 +59,7 @@ pub enum Role {
 /// Without the rights.
 pub fn split() -> Result<Role, IsolationError> {
     let failed = |step| move |source| IsolationError::Jail { step, source };
+    let (theirs, ours) = io::pipe().map_err(failed("make a pipe"))?;
     // SAFETY: touches no memory.
     if unsafe { libc::unshare(libc::CLONE_NEWPID) } != 0 {
         return Err(failed("make a PID namespace")(io::Error::last_os_error()));
@@ -29,18 +67,24 @@ pub fn split() -> Result<Role, IsolationError> {
     // SAFETY: the process has one thread, so its copy is whole.
     match unsafe { libc::fork() } {
         0 => {
-            // SAFETY: prctl with these constants touches no memory.
-            unsafe { libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL) };
-            Ok(Role::Inside)
+            drop(ours);
+            let life = SupervisorLife(theirs);
+            life.end_with_it()
+                .map_err(failed("end with the supervisor"))?;
+            Ok(Role::Inside(life))
         }
-        child if child > 0 => Ok(Role::Supervisor(child)),
+        process if process > 0 => Ok(Role::Supervisor(Child {
+            process,
+            _life: ours,
+        })),
         _ => Err(failed("fork")(io::Error::last_os_error())),
     }
 }
 
 /// Waits for the VMM's end, handing on SIGTERM and SIGINT, and removes its sockets. Returns the exit
 /// code.
-pub fn supervise(child: i32, sockets: &[PathBuf], mode: Mode) -> u8 {
+pub fn supervise(child: &Child, sockets: &[PathBuf], mode: Mode) -> u8 {
+    let child = child.process;
     let signals = block(&[libc::SIGTERM, libc::SIGINT, libc::SIGCHLD]);
     if let Err(e) = seccomp::apply(Thread::Supervisor, mode) {
         eprintln!("{e}");

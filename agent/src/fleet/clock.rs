@@ -3,13 +3,14 @@
 use std::time::Duration;
 
 use rustix::time::{ClockId, clock_gettime};
+use serde::{Deserialize, Serialize};
 
 /// The least time between the moment when guests are killed and the lease's end.
 const LEAST_MARGIN: Duration = Duration::from_secs(1);
 
 /// A moment of CLOCK_BOOTTIME: the time since the host booted, which goes on while it is suspended and
 /// which nobody sets. All processes of a host share it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct Instant(Duration);
 
 impl Instant {
@@ -35,6 +36,11 @@ impl Instant {
     #[must_use]
     pub fn plus(self, duration: Duration) -> Self {
         Self(self.0.saturating_add(duration))
+    }
+
+    /// How long ago this moment was; nothing if it is to come, or of an earlier boot that lasted longer.
+    pub fn elapsed(self) -> Duration {
+        Self::now().0.saturating_sub(self.0)
     }
 
     /// How long it is until this moment; nothing if it has come.

@@ -14,6 +14,7 @@ use super::GuestPaths;
 use super::cloud_init::{self, Seed};
 use super::device::Device;
 use super::groups::rules_of;
+use crate::fleet::Instant;
 use crate::host::GuestPort;
 use crate::{Agent, AgentError, error::Result};
 
@@ -75,8 +76,11 @@ pub struct RunningPlan {
     /// Interfaces have come or gone, so that what the kernel and cloud-init were told of them is not all.
     #[serde(default)]
     pub interfaces_changed: bool,
-    /// When, in milliseconds since the Unix epoch.
+    /// When, in milliseconds since the Unix epoch, for people: somebody may set that clock.
     pub started_at_unix_ms: i64,
+    /// Since when it runs on this host, for what is decided by that.
+    #[serde(default)]
+    pub started: Option<Instant>,
     /// Starts before this one that ended by themselves.
     pub restarts: u32,
     /// What of the host its virtual machine may use, which can change while it runs.
@@ -94,16 +98,15 @@ impl RunningPlan {
             removing: BTreeSet::new(),
             interfaces_changed: false,
             started_at_unix_ms: Timestamp::now().as_millisecond(),
+            started: Some(Instant::now()),
             restarts,
             limits: plan.limits,
         }
     }
 
-    /// How long ago that was; `None` if the clock was set back behind it.
+    /// How long ago that was; `None` if an agent started it that did not write it down.
     pub fn running_for(&self) -> Option<Duration> {
-        u64::try_from(Timestamp::now().as_millisecond() - self.started_at_unix_ms)
-            .ok()
-            .map(Duration::from_millis)
+        self.started.map(Instant::elapsed)
     }
 }
 
@@ -221,7 +224,26 @@ fn with_option(command_line: &str, option: &str) -> String {
 
 #[cfg(test)]
 mod tests {
+    use serde_json::json;
+
     use super::*;
+
+    #[test]
+    fn how_long_a_guest_runs_is_not_asked_of_the_wall_clock() {
+        let uptime = Instant::now().time_since_boot();
+        let running = json!({
+            "generation": 1, "restarts": 0,
+            // In the year 2100, as a clock said that was set right since.
+            "started_at_unix_ms": 4_102_444_800_000_i64,
+            "started": Instant::since_boot(Duration::ZERO),
+            "hardware": {
+                "cpus": 1, "memory": "64Mi", "hugepages": null, "disks": [], "interfaces": [],
+                "kernel": { "image": "/kernel", "commandLine": "" },
+            },
+        });
+        let running: RunningPlan = serde_json::from_value(running).expect("a plan");
+        assert!(running.running_for().is_some_and(|ran| ran >= uptime));
+    }
 
     #[test]
     fn options_go_to_the_kernel_and_not_to_init() {

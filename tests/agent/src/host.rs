@@ -5,7 +5,7 @@ mod machines;
 mod said;
 mod waiting;
 
-use std::ffi::OsStr;
+use std::ffi::{OsStr, OsString};
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -27,6 +27,8 @@ pub struct Host {
     /// The state store's URL.
     state: String,
     agent: Option<Child>,
+    /// What the agent finds in its environment.
+    variables: Vec<(OsString, OsString)>,
     /// Holds a network namespace of its own, if it has one.
     network: Option<Child>,
     /// The namespaces that it lives in.
@@ -67,6 +69,7 @@ impl Host {
             pins,
             state,
             agent: None,
+            variables: Vec::new(),
             network: None,
             namespaces,
         }
@@ -181,10 +184,16 @@ impl Host {
         command
             .arg("--config")
             .arg(self.path("keelsond.toml"))
+            .envs(self.variables.iter().cloned())
             .stdin(Stdio::null())
             .stdout(log.try_clone().expect("a descriptor can be duplicated"))
             .stderr(log);
         command
+    }
+
+    /// Has agents that are started from now on find these variables in their environment.
+    pub fn set_variables(&mut self, variables: &[(OsString, OsString)]) {
+        variables.clone_into(&mut self.variables);
     }
 
     /// Starts the agent and waits until it answers.

@@ -1,3 +1,5 @@
+use std::collections::BTreeMap;
+use std::ffi::OsString;
 use std::fs::File;
 use std::net::{Ipv4Addr, TcpListener};
 use std::path::{Path, PathBuf};
@@ -30,6 +32,8 @@ pub struct Cluster {
     members: Vec<Option<Child>>,
     flags: Vec<String>,
     tls: Option<ClientTlsConfig>,
+    /// What each member finds in its environment.
+    variables: BTreeMap<usize, Vec<(OsString, OsString)>>,
 }
 
 impl Cluster {
@@ -91,6 +95,7 @@ impl Cluster {
             members: Vec::new(),
             flags: flags.iter().map(|&flag| flag.to_owned()).collect(),
             tls,
+            variables: BTreeMap::new(),
         };
         cluster.members.resize_with(count, || None);
         for at in 0..count {
@@ -125,6 +130,11 @@ impl Cluster {
         self.run_with(at, flags);
     }
 
+    /// Has a member that is run from now on find these variables in its environment.
+    pub fn set_variables(&mut self, at: usize, variables: &[(OsString, OsString)]) {
+        self.variables.insert(at, variables.to_vec());
+    }
+
     /// Runs a member that is not running.
     pub fn run(&mut self, at: usize) {
         self.run_with(at, &[]);
@@ -153,6 +163,7 @@ impl Cluster {
             .args(["--initial-cluster", &list.join(",")])
             .args(&self.flags)
             .args(flags)
+            .envs(self.variables.get(&at).cloned().unwrap_or_default())
             .stdin(Stdio::null())
             .stdout(log.try_clone().unwrap())
             .stderr(log)

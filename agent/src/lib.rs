@@ -121,7 +121,7 @@ impl Agent {
     pub async fn join_fleet(&self) -> Result<()> {
         let lock = lock_run_directory(&self.config)?;
         self.run_directory.get_or_init(|| lock);
-        self.arrivals.listen(&self.config).await?;
+        self.arrivals.listen(&self.config, &self.network).await?;
         self.fleet.join(self).await
     }
 

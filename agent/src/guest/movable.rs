@@ -7,6 +7,7 @@ use async_trait::async_trait;
 use super::plan::{Plan, RunningPlan};
 use crate::error::Result;
 use crate::fleet::LeaseCheck;
+use crate::migration::GuestFlows;
 
 /// Where a guest's virtual machine is in a move.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -50,6 +51,9 @@ pub trait MovableRuntime: Send + Sync {
 
     /// Keeps the guest stopped, and ends its disks' backends.
     async fn release(&mut self) -> Result<()>;
+
+    /// The flows of its interfaces that can move, and how many can't.
+    async fn leaving_flows(&self) -> Result<(GuestFlows, u32)>;
 
     /// Lets a guest that was released go on here, with its disks.
     async fn take_back(&mut self) -> Result<()>;

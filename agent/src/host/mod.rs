@@ -3,6 +3,7 @@
 mod bridge;
 mod captures;
 mod cgroup;
+mod flows;
 mod guest_configuration;
 mod inventory;
 mod launch;

@@ -13,9 +13,12 @@ use tokio::net::{TcpListener, TcpStream, UnixStream};
 use tokio::sync::{Semaphore, watch};
 use tokio::time::Instant;
 
-use super::connection::{Answer, Greeting, VERSION, receive, send, watch_over};
-use super::{Ring, Ticket};
+use super::connection::{Answer, Carries, Greeting, VERSION, receive, send, watch_over};
+use super::ticket::new_token;
+use super::{Ring, Ticket, flows};
 use crate::config::Config;
+use crate::failpoint::failpoint;
+use crate::host::HostNetwork;
 use crate::{AgentError, error::Result};
 
 /// How many guests may be on their way to a host at once; others wait.
@@ -37,6 +40,10 @@ struct Expected {
     id: String,
     /// Gone when it has been used.
     token: Option<String>,
+    /// There from when the other one was used until it is used itself.
+    flows_token: Option<String>,
+    /// The guest's interfaces.
+    interfaces: Vec<String>,
     api_socket: PathBuf,
     state: watch::Sender<ArrivalState>,
     ring: Ring,
@@ -93,11 +100,11 @@ impl Drop for Arrival {
 }
 
 impl Arrivals {
-    /// Listens where the configuration says, if it does.
+    /// Listens where the configuration says, if it does, for guests whose interfaces are of `network`.
     ///
     /// # Errors
     /// [`AgentError::Io`] where the address can't be bound.
-    pub async fn listen(&self, config: &Config) -> Result<()> {
+    pub async fn listen(&self, config: &Config, network: &HostNetwork) -> Result<()> {
         let Some(address) = config.migration_listen else {
             return Ok(());
         };
@@ -105,7 +112,7 @@ impl Arrivals {
         let listener = TcpListener::bind(address)
             .await
             .map_err(AgentError::io(what))?;
-        tokio::spawn(self.clone().accept(listener));
+        tokio::spawn(self.clone().accept(listener, network.clone()));
         Ok(())
     }
 
@@ -115,11 +122,20 @@ impl Arrivals {
     }
 
     /// Expects a guest, whose virtual machine waits at this API socket.
-    pub fn expect(&self, guest: &str, ticket: &Ticket, api_socket: PathBuf, ring: Ring) -> Arrival {
+    pub fn expect(
+        &self,
+        guest: &str,
+        ticket: &Ticket,
+        interfaces: Vec<String>,
+        api_socket: PathBuf,
+        ring: Ring,
+    ) -> Arrival {
         let (sender, state) = watch::channel(ArrivalState::Coming);
         let expected = Expected {
             id: ticket.id.clone(),
             token: Some(ticket.token.clone()),
+            flows_token: None,
+            interfaces,
             api_socket,
             state: sender,
             ring,
@@ -133,7 +149,7 @@ impl Arrivals {
         }
     }
 
-    async fn accept(self, listener: TcpListener) {
+    async fn accept(self, listener: TcpListener, network: HostNetwork) {
         let permits = Arc::new(Semaphore::new(CONNECTION_LIMIT));
         loop {
             let Ok(permit) = Arc::clone(&permits).acquire_owned().await else {
@@ -141,9 +157,9 @@ impl Arrivals {
             };
             match listener.accept().await {
                 Ok((stream, _)) => {
-                    let arrivals = self.clone();
+                    let (arrivals, network) = (self.clone(), network.clone());
                     tokio::spawn(async move {
-                        if let Err(error) = arrivals.receive(stream).await {
+                        if let Err(error) = arrivals.receive(stream, &network).await {
                             tracing::warn!(%error, "a connection that should bring a guest failed");
                         }
                         drop(permit);
@@ -157,28 +173,36 @@ impl Arrivals {
         }
     }
 
-    async fn receive(&self, mut stream: TcpStream) -> std::io::Result<()> {
+    async fn receive(&self, mut stream: TcpStream, network: &HostNetwork) -> std::io::Result<()> {
         watch_over(&stream)?;
         let greeting: Greeting = receive(&mut stream).await?;
-        let (api_socket, state, ring) = match self.admit(&greeting) {
+        let admitted = match self.admit(&greeting) {
             Ok(admitted) => admitted,
             Err(reason) => {
                 send(&mut stream, &Answer::Refused(reason.clone())).await?;
                 return Err(std::io::Error::other(reason));
             }
         };
-        let ended = carry(&mut stream, api_socket, &state, &ring).await;
-        // Who expects it decides what becomes of it.
-        state.send_replace(ArrivalState::Ended);
-        ring();
-        ended
+        match admitted {
+            Admitted::Guest(coming) => {
+                let ended = carry(&mut stream, &coming).await;
+                // Who expects it decides what becomes of it.
+                coming.state.send_replace(ArrivalState::Ended);
+                (coming.ring)();
+                ended
+            }
+            Admitted::Flows { interfaces, state } => {
+                let guest = &greeting.guest;
+                tokio::select! {
+                    ended = take_flows(&mut stream, network, guest, &interfaces) => ended,
+                    () = state.closed() => Ok(()),
+                }
+            }
+        }
     }
 
     /// Takes the token of a guest that is expected.
-    fn admit(
-        &self,
-        greeting: &Greeting,
-    ) -> std::result::Result<(PathBuf, watch::Sender<ArrivalState>, Ring), String> {
+    fn admit(&self, greeting: &Greeting) -> std::result::Result<Admitted, String> {
         if greeting.version != VERSION {
             return Err(format!(
                 "it speaks version {} of the protocol, this agent {VERSION}",
@@ -189,27 +213,81 @@ impl Arrivals {
         // The same words whatever is wrong: whoever has no token learns nothing.
         let refusal = || "no such guest is expected".to_owned();
         let known = expected.get_mut(&greeting.guest).ok_or_else(refusal)?;
-        if known.id != greeting.id || known.token.as_ref() != Some(&greeting.token) {
+        let token = match greeting.carries {
+            Carries::Guest => &mut known.token,
+            Carries::Flows => &mut known.flows_token,
+        };
+        if known.id != greeting.id || token.as_ref() != Some(&greeting.token) {
             return Err(refusal());
         }
-        known.token = None;
-        Ok((
-            known.api_socket.clone(),
-            known.state.clone(),
-            Arc::clone(&known.ring),
-        ))
+        *token = None;
+        Ok(match greeting.carries {
+            Carries::Guest => {
+                let flows_token = new_token();
+                known.flows_token = Some(flows_token.clone());
+                Admitted::Guest(Coming {
+                    api_socket: known.api_socket.clone(),
+                    state: known.state.clone(),
+                    ring: Arc::clone(&known.ring),
+                    flows_token,
+                })
+            }
+            Carries::Flows => Admitted::Flows {
+                interfaces: known.interfaces.clone(),
+                state: known.state.clone(),
+            },
+        })
     }
+}
+
+/// What a connection with the right token brings.
+enum Admitted {
+    Guest(Coming),
+    Flows {
+        interfaces: Vec<String>,
+        state: watch::Sender<ArrivalState>,
+    },
+}
+
+/// A guest that comes.
+struct Coming {
+    api_socket: PathBuf,
+    state: watch::Sender<ArrivalState>,
+    ring: Ring,
+    flows_token: String,
+}
+
+/// Waits for the guest's flows and puts them in force, behind interfaces that are still down.
+async fn take_flows(
+    stream: &mut TcpStream,
+    network: &HostNetwork,
+    guest: &str,
+    interfaces: &[String],
+) -> std::io::Result<()> {
+    send(stream, &Answer::Welcome { flows_token: None }).await?;
+    let received = flows::receive(stream).await?;
+    let mut taken = 0;
+    let mut problem = None;
+    for (interface, moved) in received.interfaces {
+        // An interface that has come or gone since is none that anything could be known of.
+        if !interfaces.contains(&interface) {
+            continue;
+        }
+        match network.take_flows(guest, &interface, moved).await {
+            Ok(count) => taken += u32::try_from(count).unwrap_or(u32::MAX),
+            Err(error) => problem = Some(error.to_string()),
+        }
+    }
+    failpoint(guest, "arrive-flows-taken");
+    let outcome = problem.map_or(Ok(taken), Err);
+    flows::acknowledge(stream, &outcome).await?;
+    outcome.map(drop).map_err(std::io::Error::other)
 }
 
 /// Carries what the source sends to the virtual machine that waits, until one of them ends, or the guest
 /// isn't expected any more.
-async fn carry(
-    stream: &mut TcpStream,
-    api_socket: PathBuf,
-    state: &watch::Sender<ArrivalState>,
-    ring: &Ring,
-) -> std::io::Result<()> {
-    let socket = api_socket.clone();
+async fn carry(stream: &mut TcpStream, coming: &Coming) -> std::io::Result<()> {
+    let socket = coming.api_socket.clone();
     let asked = tokio::task::spawn_blocking(move || VmmClient::connect(socket)?.receive());
     let mut local = match asked.await.map_err(std::io::Error::other)? {
         Ok(local) => {
@@ -221,12 +299,13 @@ async fn carry(
             return Err(std::io::Error::other(error));
         }
     };
-    send(stream, &Answer::Welcome).await?;
-    let arrived = wait_for_guest(api_socket, state, ring);
+    let flows_token = Some(coming.flows_token.clone());
+    send(stream, &Answer::Welcome { flows_token }).await?;
+    let arrived = wait_for_guest(coming.api_socket.clone(), &coming.state, &coming.ring);
     tokio::select! {
         copied = copy_bidirectional(&mut local, stream) => copied.map(drop),
         () = arrived => Ok(()),
-        () = state.closed() => Ok(()),
+        () = coming.state.closed() => Ok(()),
     }
 }
 

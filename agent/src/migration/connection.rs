@@ -6,7 +6,7 @@ use std::time::Duration;
 use rustix::net::sockopt;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::net::TcpStream;
 
 /// How long a greeting or its answer may take, and the way to the other host.
@@ -17,7 +17,7 @@ const LINE_LIMIT: usize = 4096;
 /// may be gone.
 const SILENCE_LIMIT: Duration = Duration::from_secs(10);
 /// The version of this protocol.
-pub const VERSION: u32 = 1;
+pub const VERSION: u32 = 2;
 
 /// The source's first line.
 #[derive(Debug, Serialize, Deserialize)]
@@ -28,16 +28,33 @@ pub struct Greeting {
     pub guest: String,
     /// The move's id.
     pub id: String,
-    /// The ticket's token.
+    /// The ticket's token, or the one that came with the answer to that.
     pub token: String,
+    /// What the connection is for.
+    #[serde(default)]
+    pub carries: Carries,
+}
+
+/// What a connection is for.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Carries {
+    /// The stream of the guest's virtual machine, both ways.
+    #[default]
+    Guest,
+    /// The guest's flows, when it stands still.
+    Flows,
 }
 
 /// The destination's answer.
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Answer {
-    /// The stream of the guest's virtual machine follows, both ways.
-    Welcome,
+    /// What the connection is for follows.
+    Welcome {
+        /// Of the guest's own connection: the token of the one for its flows, good for one connection.
+        flows_token: Option<String>,
+    },
     /// Why not.
     Refused(String),
 }
@@ -54,14 +71,18 @@ pub fn watch_over(stream: &TcpStream) -> io::Result<()> {
 }
 
 /// Sends one line.
-pub async fn send<T: Serialize>(stream: &mut TcpStream, value: &T) -> io::Result<()> {
+pub async fn send<T: Serialize, S: AsyncWrite + Unpin>(
+    stream: &mut S,
+    value: &T,
+) -> io::Result<()> {
     let mut line = serde_json::to_vec(value)?;
     line.push(b'\n');
-    stream.write_all(&line).await
+    stream.write_all(&line).await?;
+    stream.flush().await
 }
 
 /// Reads one line, and nothing of what follows it.
-pub async fn receive<T: DeserializeOwned>(stream: &mut TcpStream) -> io::Result<T> {
+pub async fn receive<T: DeserializeOwned, S: AsyncRead + Unpin>(stream: &mut S) -> io::Result<T> {
     let mut line = Vec::new();
     let reading = async {
         loop {

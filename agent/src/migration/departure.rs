@@ -1,18 +1,22 @@
 //! The source's side: carries a guest's memory to the destination's agent while the guest runs.
 
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::Duration;
 
 use keelson_api::{Migration, MigrationProgress, VirtualMachine};
 use keelson_vmm::api::{MigrationLimits, MigrationPhase, MigrationStatus};
 use keelson_vmm::client::VmmClient;
+use parking_lot::Mutex;
 use tokio::io::copy_bidirectional;
 use tokio::net::{TcpStream, UnixStream};
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
 
-use super::connection::{Answer, GREETING_LIMIT, Greeting, VERSION, receive, send, watch_over};
-use super::{Ring, Ticket, transitions};
+use super::connection::{
+    Answer, Carries, GREETING_LIMIT, Greeting, VERSION, receive, send, watch_over,
+};
+use super::{GuestFlows, Ring, Ticket, flows, transitions};
 use crate::objects::ObjectStore;
 
 /// How often the virtual machine is asked how it gets on: what the guest stands still longer at worst.
@@ -41,8 +45,12 @@ pub struct Departure {
     /// What the destination left.
     pub ticket: Ticket,
     state: watch::Receiver<DepartureState>,
+    flows: FlowsConnection,
     task: JoinHandle<()>,
 }
+
+/// The connection for the guest's flows, from when it is there until it is used.
+type FlowsConnection = Arc<Mutex<Option<TcpStream>>>;
 
 struct Carrier {
     guest: String,
@@ -51,6 +59,7 @@ struct Carrier {
     limits: MigrationLimits,
     objects: ObjectStore,
     state: watch::Sender<DepartureState>,
+    flows: FlowsConnection,
     ring: Ring,
 }
 
@@ -65,6 +74,7 @@ impl Departure {
         ring: Ring,
     ) -> Self {
         let (sender, state) = watch::channel(DepartureState::Copying);
+        let flows = FlowsConnection::default();
         let defaults = MigrationLimits::default();
         let carrier = Carrier {
             guest: guest.into(),
@@ -80,12 +90,14 @@ impl Departure {
             },
             objects,
             state: sender,
+            flows: Arc::clone(&flows),
             ring,
         };
         Self {
             id: migration.id.clone(),
             ticket,
             state,
+            flows,
             task: tokio::spawn(carrier.run()),
         }
     }
@@ -93,6 +105,18 @@ impl Departure {
     /// How far it is.
     pub fn state(&self) -> DepartureState {
         self.state.borrow().clone()
+    }
+
+    /// Sends the flows of the guest, which stands still; how many the other side took.
+    ///
+    /// # Errors
+    /// Why they did not arrive. They can't be sent again.
+    pub async fn send_flows(&self, guest_flows: &GuestFlows) -> Result<u32, String> {
+        let connection = self.flows.lock().take();
+        let mut stream = connection.ok_or("there is no connection for them")?;
+        flows::send(&mut stream, guest_flows)
+            .await
+            .map_err(|error| error.to_string())
     }
 }
 
@@ -117,7 +141,11 @@ impl Carrier {
 
     /// Carries the guest over until the connection ends; why it did.
     async fn carry(&self) -> Result<String, String> {
-        let mut remote = self.connect().await?;
+        let (mut remote, token) = self.connect(Carries::Guest, &self.ticket.token).await?;
+        // While the guest runs: it doesn't stand still for this one's greetings.
+        let token = token.ok_or("the destination takes no flows")?;
+        let (flows, _) = self.connect(Carries::Flows, &token).await?;
+        *self.flows.lock() = Some(flows);
         let mut local = self.migrate().await?;
         let status = ask_again_and_again(self.api_socket.clone());
         tokio::select! {
@@ -133,7 +161,12 @@ impl Carrier {
         }
     }
 
-    async fn connect(&self) -> Result<TcpStream, String> {
+    /// A connection, and the token for another one.
+    async fn connect(
+        &self,
+        carries: Carries,
+        token: &str,
+    ) -> Result<(TcpStream, Option<String>), String> {
         let ticket = &self.ticket;
         let failed = |error: std::io::Error| {
             format!(
@@ -151,11 +184,12 @@ impl Carrier {
             version: VERSION,
             guest: self.guest.clone(),
             id: ticket.id.clone(),
-            token: ticket.token.clone(),
+            token: token.into(),
+            carries,
         };
         send(&mut stream, &greeting).await.map_err(failed)?;
         match receive(&mut stream).await.map_err(failed)? {
-            Answer::Welcome => Ok(stream),
+            Answer::Welcome { flows_token } => Ok((stream, flows_token)),
             Answer::Refused(reason) => {
                 Err(format!("the agent of {} refused: {reason}", ticket.host))
             }

@@ -11,12 +11,14 @@
 mod arrival;
 mod connection;
 mod departure;
+mod flows;
 mod request;
 mod ticket;
 pub mod transitions;
 
 pub use arrival::{Arrival, ArrivalState, Arrivals};
 pub use departure::{Departure, DepartureState};
+pub use flows::{FLOWS_TIME_LIMIT, FlowCount, GuestFlows};
 pub use request::{cancel, request};
 pub use ticket::Ticket;
 

@@ -44,6 +44,8 @@ pub async fn request(
         terms: None,
         progress: None,
         downtime_milliseconds: None,
+        flows_moved: None,
+        flows_left: None,
         message: String::new(),
     };
     let begin = |guest: &mut VirtualMachine| {

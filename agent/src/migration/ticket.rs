@@ -28,13 +28,11 @@ pub struct Ticket {
 impl Ticket {
     /// A ticket with a token of its own.
     pub fn new(id: &str, host: &str, address: String) -> Self {
-        // 244 random bits, from the kernel.
-        let half = || uuid::Uuid::new_v4().simple().to_string();
         Self {
             id: id.into(),
             host: host.into(),
             address,
-            token: half() + &half(),
+            token: new_token(),
             lease: None,
         }
     }
@@ -82,6 +80,12 @@ impl Ticket {
         let key = KeyRange::key(crate::fleet::host_key(&self.host));
         Some(Compare::lease(key, CompareOp::Equal, self.lease?))
     }
+}
+
+/// 244 random bits, from the kernel.
+pub fn new_token() -> String {
+    let half = || uuid::Uuid::new_v4().simple().to_string();
+    half() + &half()
 }
 
 fn key(guest: &str) -> String {

@@ -7,6 +7,7 @@ use keelson_api::{
     VirtualMachine, VirtualMachineStatus, set_condition,
 };
 
+use super::FlowCount;
 use crate::fleet::claim::{epoch_of, is_placed_on};
 
 /// The move that is under way.
@@ -44,6 +45,7 @@ pub fn hand_over(
     epoch: Option<u64>,
     id: &str,
     stopped_milliseconds: u64,
+    flows: FlowCount,
 ) -> bool {
     let wanted = guest.metadata.deletion_timestamp.is_none()
         && guest.spec.power_state == PowerState::Running;
@@ -58,6 +60,8 @@ pub fn hand_over(
     };
     migration.phase = MigrationPhase::Moved;
     migration.downtime_milliseconds = Some(stopped_milliseconds);
+    migration.flows_moved = Some(flows.moved);
+    migration.flows_left = Some(flows.left);
     let host = migration.destination.clone();
     let status = &mut guest.status;
     let message = format!("it was moved to {host}");

@@ -5,6 +5,8 @@ use std::path::PathBuf;
 
 use aya::maps::MapError;
 
+use crate::moved_flows::BadFlow;
+
 /// Everything that this crate's calls can fail with.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
@@ -134,6 +136,14 @@ pub enum DatapathError {
         what: String,
         /// What is wrong with it.
         problem: String,
+    },
+    /// A guest that came from another host brought what is no flow.
+    #[error("a flow that came with the guest of interface {interface:?} is refused: {problem}")]
+    BadFlow {
+        /// The interface.
+        interface: String,
+        /// What is wrong with it.
+        problem: BadFlow,
     },
     /// A map has no room left.
     #[error("the map {map} is full: fewer interfaces or rules fit on one host")]

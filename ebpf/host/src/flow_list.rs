@@ -99,7 +99,7 @@ impl Datapath {
 }
 
 /// The flows of a slot, and how many fit.
-fn open_flows(
+pub fn open_flows(
     outer: &ArrayOfMaps<MapData>,
     slot: u32,
     name: &'static str,
@@ -140,7 +140,7 @@ fn flow(entry: &PolicyEntry, key: &FlowKey, state: &FlowState, now: Duration) ->
 }
 
 /// The clock that the programs read.
-fn monotonic_now() -> Duration {
+pub fn monotonic_now() -> Duration {
     let now = rustix::time::clock_gettime(rustix::time::ClockId::Monotonic);
     Duration::new(
         now.tv_sec.try_into().unwrap_or(0),

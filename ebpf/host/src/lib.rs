@@ -24,6 +24,7 @@ mod kernel;
 mod limits;
 mod maglev;
 mod migration;
+mod moved_flows;
 mod nat;
 mod object;
 mod pin_root;
@@ -47,6 +48,7 @@ pub use flow_list::{Flow, FlowPhase, FlowUse};
 pub use hook::{HookChoice, HookMode};
 pub use keelson_ebpf_common::{Direction, DropReason, SERVICE_MAC, Tally};
 pub use limits::{InterfaceLimits, RateLimit};
+pub use moved_flows::{BadFlow, LeavingFlows, MovedFlow};
 pub use nat::{ExternalUse, MAX_EXTERNAL_ADDRESSES, MAX_FORWARDED_PORTS, PortForward, SourceNat};
 pub use policy::{
     EgressPolicy, InterfacePolicy, MAX_COUNTERS, MAX_RULES, Protocol, Rule, UnknownProtocol,

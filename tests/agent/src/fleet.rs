@@ -78,7 +78,8 @@ impl Fleet {
             let store = store_url(scheme, &link, LEASE_SECONDS);
             let mut host = Host::of_fleet(namespaces, &store);
             host.set_apart(bridge, &format!("10.50.0.{index}/24"));
-            host.configure(&settings(name, LEASE_SECONDS));
+            let migration = format!("migration_listen = \"10.50.0.{index}:9470\"\n");
+            host.configure(&(settings(name, LEASE_SECONDS) + &migration));
             host.start_agent();
             fleet.hosts.push(host);
             fleet.links.push(link);

@@ -14,21 +14,23 @@ const NOT_FOUND: i32 = 3;
 const MISSING: i32 = 5;
 
 /// Where the source's agent is killed.
-const SOURCE_POINTS: [&str; 6] = [
+const SOURCE_POINTS: [&str; 7] = [
     "leave-begun",
     "leave-loaded",
     "leave-released",
     "leave-backends-ended",
+    "leave-flows-sent",
     "leave-moved",
     "leave-gone",
 ];
 /// Where the destination's is.
-const DESTINATION_POINTS: [&str; 10] = [
+const DESTINATION_POINTS: [&str; 11] = [
     "arrive-folder-made",
     "arrive-machine-ready",
     "arrive-plan-written",
     "arrive-ticket-left",
     "arrive-said",
+    "arrive-flows-taken",
     "land-begun",
     "land-backends-started",
     "land-ports-up",

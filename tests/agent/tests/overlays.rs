@@ -87,6 +87,59 @@ fn guests_of_two_hosts_reach_each_other_as_groups_allow() {
     fleet.hosts[1].wait_for_console("later", "payload: net-ping ok");
 }
 
+/// What a guest says that it has heard, as the host `at` has its console: the number of the latest datagram.
+fn heard(fleet: &Fleet, at: usize) -> Option<u64> {
+    let log = fleet.hosts[at].keelson(&["logs", "hearer"]).output;
+    let line = log.lines().rfind(|line| line.contains("net-hear heard="))?;
+    line.rsplit_once("number=")?.1.trim().parse().ok()
+}
+
+/// The hearer lets nobody begin anything, and sends nothing once it hears: without its flows it would hear
+/// nothing more.
+#[test]
+fn a_guest_that_moves_hears_on_from_whom_it_asked() {
+    let (fleet, _cluster) = fleet(2);
+    let asked = &fleet.hosts[0];
+    let groups = security_group("asked", "{protocol: udp, ports: [9000]}");
+    let feeder = Guest::new("feeder", "net-feed:address=10.90.0.2,pause=5")
+        .field("host: b")
+        .field(
+            "interfaces: [{name: eth0, network: lan, address: 10.90.0.2, securityGroups: [asked]}]",
+        );
+    let manifest = network("lan", 1450, "{}") + &groups + &feeder.manifest();
+    asked.apply(&manifest).done();
+    fleet.hosts[1].wait_for_console("feeder", "payload: net-feed ready");
+    asked.keelson(&["cordon", "b"]).done();
+    let hearer = Guest::new("hearer", "net-hear:address=10.90.0.3,target=10.90.0.2")
+        .field("interfaces: [{name: eth0, network: lan, address: 10.90.0.3}]");
+    asked.apply(&hearer.manifest()).done();
+    asked.wait_for_console("hearer", "payload: net-hear ready");
+    asked.keelson(&["uncordon", "b"]).done();
+    for (host, name) in [(1, "b"), (0, "a")] {
+        let before = heard(&fleet, 1 - host).unwrap_or(0);
+        let text = asked
+            .keelson(&["migrate", "hearer", name, "-o", "json"])
+            .done();
+        let moved: Value = serde_json::from_str(&text).expect("JSON");
+        assert_eq!(moved["phase"], "Completed", "{moved:#}");
+        assert_eq!(moved["flowsMoved"], 1, "{moved:#}");
+        assert_eq!(moved["flowsLeft"], 0, "{moved:#}");
+        println!("it stood still for {} ms", moved["downtimeMilliseconds"]);
+        // Well behind what was on its way.
+        wait_until(&format!("datagrams on {name}"), || {
+            (heard(&fleet, host)? > before + 500).then_some(())
+        });
+        assert_eq!(
+            fleet.hosts[host].dropped("hearer", "toGuest", "not-allowed"),
+            0
+        );
+        let flows = fleet.hosts[host]
+            .keelson(&["net", "flows", "hearer"])
+            .done();
+        assert!(flows.contains("10.90.0.2"), "{flows}");
+    }
+}
+
 #[test]
 fn without_a_network_that_spans_hosts_there_is_no_tunnel() {
     let (fleet, _cluster) = fleet(1);

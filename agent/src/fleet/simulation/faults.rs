@@ -88,6 +88,8 @@ impl Simulation {
             terms: None,
             progress: None,
             downtime_milliseconds: None,
+            flows_moved: None,
+            flows_left: None,
             message: String::new(),
         });
         self.changed(guest);

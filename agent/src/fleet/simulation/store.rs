@@ -6,7 +6,7 @@ use keelson_api::{MigrationPhase, PlacementState};
 use super::event::Event;
 use super::{HOSTS, Simulation, TTL_MS, host_name, is_leasable};
 use crate::fleet::claim::{claim, epoch_of, is_placed_on};
-use crate::migration::transitions;
+use crate::migration::{FlowCount, transitions};
 
 /// What an agent writes into a guest's object.
 #[derive(Clone, Debug)]
@@ -183,7 +183,8 @@ impl Simulation {
             && destination.is_some_and(|destination| self.lease_lives(destination, leases[1]));
         let object = &mut self.guests[guest].0;
         let epoch = epoch_of(object);
-        let done = live && transitions::hand_over(object, &host_name(host), epoch, id, 0);
+        let done = live
+            && transitions::hand_over(object, &host_name(host), epoch, id, 0, FlowCount::default());
         self.counts.handed_over += u64::from(done);
         Answer::HandedOver(done)
     }

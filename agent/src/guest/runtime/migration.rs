@@ -10,6 +10,7 @@ use super::{
     GuestRuntime, JailUser, LeaseCheck, Machine, Origin, Plan, RunningPlan, Runtime, disk_backend,
     failpoint, write_atomically,
 };
+use crate::migration::GuestFlows;
 use crate::{AgentError, error::Result};
 
 #[async_trait]
@@ -106,6 +107,19 @@ impl MovableRuntime for Runtime {
         }
         failpoint(&self.name, "leave-backends-ended");
         Ok(())
+    }
+
+    async fn leaving_flows(&self) -> Result<(GuestFlows, u32)> {
+        let running = self.running.iter();
+        let interfaces = running.flat_map(|running| &running.hardware.interfaces);
+        let (mut flows, mut left) = (GuestFlows::default(), 0);
+        for (interface, ..) in interfaces {
+            let network = &self.agent.network;
+            let leaving = network.leaving_flows(&self.name, interface).await?;
+            left += leaving.translated + leaving.mapped_ports;
+            flows.interfaces.push((interface.clone(), leaving.flows));
+        }
+        Ok((flows, left))
     }
 
     async fn take_back(&mut self) -> Result<()> {

@@ -12,6 +12,8 @@ const ICMP: usize = 8;
 const TYPE_IPV4: [u8; 2] = [0x08, 0x00];
 const TYPE_ARP: [u8; 2] = [0x08, 0x06];
 const PROTOCOL_ICMP: u8 = 1;
+const UDP: usize = 8;
+const PROTOCOL_UDP: u8 = 17;
 const TCP: usize = 20;
 const PROTOCOL_TCP: u8 = 6;
 const TCP_SYN: u8 = 0x02;
@@ -90,8 +92,28 @@ pub enum Content<'a> {
         /// What was asked for.
         syn: Syn,
     },
+    /// A datagram of UDP that holds a number.
+    Datagram {
+        /// From where.
+        sender: Station,
+        /// To which address.
+        target: [u8; 4],
+        /// Its ports, and the number.
+        datagram: Datagram,
+    },
     /// Anything else.
     Other,
+}
+
+/// A datagram of UDP that holds a number.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Datagram {
+    /// The port that it comes from.
+    pub source_port: u16,
+    /// The port that it is for.
+    pub port: u16,
+    /// The number.
+    pub number: u32,
 }
 
 /// What a segment that asks for a connection says.
@@ -142,6 +164,18 @@ impl Frame {
         frame.push(&echo.sequence.to_be_bytes());
         frame.push(data);
         frame.checksum(start, frame.length, start + 2);
+        frame
+    }
+
+    /// A datagram of UDP, without a checksum (RFC 768).
+    pub fn datagram(sender: Station, target: Station, datagram: Datagram) -> Self {
+        let length = UDP + size_of::<u32>();
+        let mut frame = Self::ipv4(sender, target, PROTOCOL_UDP, length);
+        frame.push(&datagram.source_port.to_be_bytes());
+        frame.push(&datagram.port.to_be_bytes());
+        frame.push(&(length as u16).to_be_bytes());
+        frame.push(&[0; 2]);
+        frame.push(&datagram.number.to_be_bytes());
         frame
     }
 
@@ -277,6 +311,15 @@ fn parse_ipv4<'a>(header: &[u8], body: &'a [u8]) -> Option<Content<'a>> {
             sender,
             target,
             echo,
+        }),
+        PROTOCOL_UDP => Some(Content::Datagram {
+            sender,
+            target,
+            datagram: Datagram {
+                source_port: u16::from_be_bytes(array(message, 0)?),
+                port: u16::from_be_bytes(array(message, 2)?),
+                number: u32::from_be_bytes(array(message, UDP)?),
+            },
         }),
         PROTOCOL_TCP => parse_segment(message, sender, target),
         _ => None,

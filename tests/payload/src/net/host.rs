@@ -1,7 +1,7 @@
 //! A host with one address: it resolves others by ARP, pings them, answers ARP and pings, and takes TCP
 //! connections.
 
-use super::frame::{Content, Echo, Frame, Operation, Station, Syn, parse};
+use super::frame::{Content, Datagram, Echo, Frame, Operation, Station, Syn, parse};
 use crate::clock::{self, Deadline};
 use crate::error::Error;
 use crate::virtio::net::{FRAME_LIMIT, Network};
@@ -156,6 +156,34 @@ impl Host {
             }
         }
         Ok(served)
+    }
+
+    /// Sends a datagram.
+    pub fn tell(&mut self, target: Station, datagram: Datagram) -> Result<(), Error> {
+        let frame = Frame::datagram(self.station(), target, datagram);
+        self.network.send(frame.bytes())
+    }
+
+    /// The next datagram to a port, and who sent it; `None` if none comes until the deadline.
+    pub fn hear(
+        &mut self,
+        port: u16,
+        deadline: Deadline,
+    ) -> Result<Option<(Station, Datagram)>, Error> {
+        let mut bytes = [0; FRAME_LIMIT];
+        while let Some(length) = self.network.receive(&mut bytes, deadline)? {
+            match parse(&bytes[..length]) {
+                Content::Datagram {
+                    sender,
+                    target,
+                    datagram,
+                } if target == self.address && datagram.port == port => {
+                    return Ok(Some((sender, datagram)));
+                }
+                content => self.answer(content).map(drop)?,
+            }
+        }
+        Ok(None)
     }
 
     fn answer(&mut self, content: Content<'_>) -> Result<Option<Answered>, Error> {

@@ -29,6 +29,8 @@
 //! | `net-stream` | `interface` (0), `address`, `target`, `via` (none), `size` (56), `tcp` (none), `ms` (600000) | pings until a line comes on the console, and counts what is lost |
 //! | `net-pairs` | `interface` (0), `address`, `target`, `pairs` (2), `rounds` (1) | pings over each queue pair, with all and with one in use |
 //! | `net-serve` | `interface` (0), `address`, `ms` (2000), `echoes` (no limit), `tcp` (none) | answers ARP and pings, and connections to a port |
+//! | `net-feed` | `interface` (0), `address`, `port` (9000), `pause` (10), `ms` (600000) | sends numbered datagrams to whoever last sent one |
+//! | `net-hear` | `interface` (0), `address`, `target`, `from` (9001), `port` (9000), `every` (50), `ms` (600000) | asks for datagrams until one comes, then only receives, and says how many have come |
 //! | `net-spoof` | `interface` (0), `mac`, `address`, `target`, `count` (1) | sends ARP requests and echoes as somebody else |
 //! | `balloon` | `reporting` (4), `ms` (600000) | reports free memory, gives pages when some are wanted and takes them again; answers for statistics |
 //! | `vsock-serve` | `port` (52), `ms` (60000) | takes a connection of the host and sends back what comes |
@@ -165,6 +167,8 @@ fn take(machine: &Machine<'_>, step: Step<'_>) -> Result<(), Error> {
         "net-stream" => network::stream(machine, arguments),
         "net-pairs" => network::pairs(machine, arguments),
         "net-serve" => network::serve(machine, arguments),
+        "net-feed" => network::feed(machine, arguments),
+        "net-hear" => network::hear(machine, arguments),
         "net-spoof" => network::spoof(machine, arguments),
         "balloon" => balloon::run(machine, arguments),
         "vsock-serve" => socket::serve(machine, arguments),

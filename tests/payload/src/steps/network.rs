@@ -6,7 +6,9 @@ use crate::arguments::Arguments;
 use crate::clock::Deadline;
 use crate::console::say;
 use crate::error::Error;
-use crate::net::frame::{BROADCAST, ECHO_DATA_LIMIT, Echo, Frame, Operation, Station, Syn};
+use crate::net::frame::{
+    BROADCAST, Datagram, ECHO_DATA_LIMIT, Echo, Frame, Operation, Station, Syn,
+};
 use crate::net::host::Host;
 use crate::virtio::device::wait_for;
 use crate::virtio::net::{self, Network, PAIR_LIMIT};
@@ -183,6 +185,79 @@ pub fn serve(machine: &Machine<'_>, arguments: &Arguments<'_>) -> Result<(), Err
         served.resolutions,
         served.echoes
     );
+    Ok(())
+}
+
+/// Sends numbered datagrams to whoever last sent one.
+pub fn feed(machine: &Machine<'_>, arguments: &Arguments<'_>) -> Result<(), Error> {
+    arguments.allow(&["interface", "address", "port", "pause", "ms"])?;
+    let port = arguments.ranged("port", 9000, 1, u64::from(u16::MAX))? as u16;
+    let pause = arguments.number("pause", 10)?;
+    let limit = Deadline::after_milliseconds(arguments.number("ms", 600_000)?);
+    let mut host = open(machine, arguments)?;
+    say!("net-feed ready");
+    let mut fed = None;
+    let mut number = 0;
+    while !limit.passed() {
+        let pause = Deadline::after_milliseconds(pause);
+        if let Some(from) = host.hear(port, limit.earlier(pause))? {
+            fed = Some(from);
+        }
+        if let Some((to, asked)) = fed {
+            number += 1;
+            let datagram = Datagram {
+                source_port: port,
+                port: asked.source_port,
+                number,
+            };
+            host.tell(to, datagram)?;
+        }
+    }
+    say!("net-feed ok sent={number}");
+    Ok(())
+}
+
+/// Asks for datagrams until the first one comes. From then on it sends nothing, and says how many have come.
+pub fn hear(machine: &Machine<'_>, arguments: &Arguments<'_>) -> Result<(), Error> {
+    arguments.allow(&[
+        "interface",
+        "address",
+        "target",
+        "from",
+        "port",
+        "every",
+        "ms",
+    ])?;
+    let from = arguments.ranged("from", 9001, 1, u64::from(u16::MAX))? as u16;
+    let port = arguments.ranged("port", 9000, 1, u64::from(u16::MAX))? as u16;
+    let every = arguments.ranged("every", 50, 1, u64::from(u32::MAX))?;
+    let limit = Deadline::after_milliseconds(arguments.number("ms", 600_000)?);
+    let mut host = open(machine, arguments)?;
+    let target = find_target(&mut host, arguments)?;
+    let (mut heard, mut number) = (0_u64, 0);
+    while !limit.passed() {
+        if heard == 0 {
+            let asking = Datagram {
+                source_port: from,
+                port,
+                number: 0,
+            };
+            host.tell(target, asking)?;
+        }
+        let retry = Deadline::after_milliseconds(LOST_MILLISECONDS);
+        let Some((_, datagram)) = host.hear(from, limit.earlier(retry))? else {
+            continue;
+        };
+        heard += 1;
+        number = datagram.number;
+        if heard == 1 {
+            say!("net-hear ready");
+        }
+        if heard.is_multiple_of(every) {
+            say!("net-hear heard={heard} number={number}");
+        }
+    }
+    say!("net-hear ok heard={heard} number={number}");
     Ok(())
 }
 

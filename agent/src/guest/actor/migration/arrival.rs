@@ -114,6 +114,8 @@ impl GuestActor {
         let ended = || refused("HostLeaseEnded", "its lease is not renewed");
         let lease_id = self.agent.fleet.lease_id().ok_or_else(ended)?;
         let plan = Plan::resolve(&self.agent, guest).await?;
+        let interfaces = plan.ports.iter().map(|port| port.interface.clone());
+        let interfaces = interfaces.collect();
         let mut running = RunningPlan::begin(&plan, guest.status.restarts);
         if let Some(started) = guest.status.started_at {
             running.started_at_unix_ms = started.as_millisecond();
@@ -132,7 +134,7 @@ impl GuestActor {
         let arrival = self
             .agent
             .arrivals
-            .expect(&self.name, &ticket, api_socket, ring);
+            .expect(&self.name, &ticket, interfaces, api_socket, ring);
         ticket
             .leave(&self.agent.fleet, &self.name, lease_id)
             .await?;

@@ -11,7 +11,9 @@ use crate::AgentError;
 use crate::error::Result;
 use crate::failpoint::failpoint;
 use crate::fleet::claim::epoch_of;
-use crate::migration::{Departure, DepartureState, Ticket, transitions};
+use crate::migration::{
+    Departure, DepartureState, FLOWS_TIME_LIMIT, FlowCount, Ticket, transitions,
+};
 
 /// How often it is looked whether the destination is still there while it is waited for.
 const LOOK_FOR_DESTINATION: Duration = Duration::from_secs(3);
@@ -146,10 +148,18 @@ impl GuestActor {
                 .take_back(guest, "the destination, or this host's lease, was lost")
                 .await;
         };
+        let flows = match self.send_flows().await {
+            Ok(flows) => flows,
+            Err(reason) => {
+                let reason = format!("its flows could not be sent: {reason}");
+                return self.take_back(guest, &reason).await;
+            }
+        };
+        failpoint(&self.name, "leave-flows-sent");
         let (host, epoch) = (self.agent.fleet.host().to_owned(), epoch_of(guest));
         let stopped = u64::try_from(stopped.as_millis()).unwrap_or(u64::MAX);
         let change = |guest: &mut VirtualMachine| {
-            transitions::hand_over(guest, &host, epoch, &migration.id, stopped)
+            transitions::hand_over(guest, &host, epoch, &migration.id, stopped, flows)
         };
         // Where the answer is lost, the next look at the object tells: see `take_back`.
         let moved = self
@@ -167,6 +177,24 @@ impl GuestActor {
         self.runtime.tear_down(&interface_names(guest)).await?;
         failpoint(&self.name, "leave-gone");
         Ok(Next::Gone)
+    }
+
+    /// Sends the flows of the guest, which stands still. The guest rather stays than that it loses its
+    /// connections: what failed may go well another time.
+    async fn send_flows(&mut self) -> std::result::Result<FlowCount, String> {
+        let (Some(departure), Some(movable)) = (&self.moving.departure, self.runtime.as_movable())
+        else {
+            return Err("it is not being sent".into());
+        };
+        let sending = async {
+            let read = movable.leaving_flows().await;
+            let (flows, left) = read.map_err(|error| error.to_string())?;
+            let moved = departure.send_flows(&flows).await?;
+            Ok(FlowCount { moved, left })
+        };
+        tokio::time::timeout(FLOWS_TIME_LIMIT, sending)
+            .await
+            .unwrap_or_else(|_| Err("it takes too long".into()))
     }
 
     /// Lets a guest go on here that was released, once it is sure that it is nobody else's: the object is

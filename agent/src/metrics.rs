@@ -2,6 +2,7 @@
 
 mod disks;
 mod host;
+mod services;
 mod uplinks;
 
 use std::io;
@@ -98,6 +99,7 @@ async fn page(agent: &Agent) -> Result<String> {
     }
     let mut more = host.collect();
     more.extend(uplinks::collect(agent).await?);
+    more.extend(services::collect(agent).await?);
     let page = families.encode(&hook, more).map_err(failed)?;
     Ok(page + &disks::page(agent).await?)
 }

@@ -13,6 +13,7 @@ mod packet_events;
 mod ports;
 mod process;
 mod rules;
+mod services;
 mod tap;
 mod tunnel;
 mod uplink;

@@ -23,7 +23,7 @@ use crate::config::{Config, NetworkHook};
 use crate::failpoint::failpoint;
 use crate::{AgentError, error::Result};
 
-const BRIDGE_PREFIX: &str = "kbr-";
+pub(super) const BRIDGE_PREFIX: &str = "kbr-";
 const TAP_PREFIX: &str = "ktap-";
 
 /// The host's side of guests' networks.
@@ -243,24 +243,6 @@ impl HostNetwork {
             .await
     }
 
-    /// Makes these the host's services, which are in `networks`.
-    pub async fn set_services(
-        &self,
-        networks: Vec<String>,
-        services: Vec<keelson_ebpf::Service>,
-    ) -> Result<()> {
-        let bridges: Vec<_> = networks
-            .iter()
-            .map(|name| (device_name(BRIDGE_PREFIX, name), network_number(name)))
-            .collect();
-        self.datapath
-            .with(move |datapath| {
-                datapath.set_gateways(&bridges)?;
-                datapath.set_services(&services)
-            })
-            .await
-    }
-
     /// What the device of a guest's interface passed and dropped, and the device's name.
     pub async fn counters(
         &self,
@@ -350,7 +332,7 @@ async fn blocking<T: Send + 'static>(
 }
 
 /// A device name of at most 15 bytes, the same for the same `identity`.
-fn device_name(prefix: &str, identity: &str) -> String {
+pub(super) fn device_name(prefix: &str, identity: &str) -> String {
     format!("{prefix}{:08x}", hash_number(identity))
 }
 

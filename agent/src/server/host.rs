@@ -3,14 +3,15 @@
 use keelson_api::proto::host_server::Host;
 use keelson_api::proto::{
     ExternalAddress, InfoRequest, InfoResponse, Object, PacketCounter, ScheduleRequest,
-    UplinksRequest, UplinksResponse,
+    ServiceTraffic, ServicesRequest, ServicesResponse, UplinksRequest, UplinksResponse,
 };
 use keelson_api::{HostSpec, Kind, Resource};
 use keelson_ebpf::Tally;
 use tonic::{Request, Response, Status};
 
 use super::{status, to_proto};
-use crate::Agent;
+use crate::services::{self, Traffic};
+use crate::{Agent, AgentError};
 
 /// What the agent's host is.
 #[derive(Debug)]
@@ -45,10 +46,6 @@ impl Host for HostService {
         _: Request<UplinksRequest>,
     ) -> Result<Response<UplinksResponse>, Status> {
         let used = self.agent.network.external_use().await.map_err(status)?;
-        let counter = |tally: Tally| PacketCounter {
-            packets: tally.packets,
-            bytes: tally.bytes,
-        };
         let addresses = used.into_iter().map(|used| ExternalAddress {
             device: used.uplink,
             address: used.address.to_string(),
@@ -57,6 +54,23 @@ impl Host for HostService {
         });
         Ok(Response::new(UplinksResponse {
             addresses: addresses.collect(),
+        }))
+    }
+
+    async fn services(
+        &self,
+        request: Request<ServicesRequest>,
+    ) -> Result<Response<ServicesResponse>, Status> {
+        let name = request.into_inner().name;
+        if !name.is_empty() && !self.agent.view.read().services().contains_key(&name) {
+            let kind = Kind::Service;
+            return Err(status(AgentError::NotFound { kind, name }));
+        }
+        let traffic = services::traffic(&self.agent).await.map_err(status)?;
+        let traffic = traffic.into_iter();
+        let traffic = traffic.filter(|traffic| name.is_empty() || traffic.service == name);
+        Ok(Response::new(ServicesResponse {
+            traffic: traffic.map(service_traffic).collect(),
         }))
     }
 
@@ -92,5 +106,24 @@ impl Host for HostService {
             .normal(Kind::Host, &request.name, reason, message)
             .await;
         Ok(Response::new(to_proto(&object)?))
+    }
+}
+
+fn service_traffic(traffic: Traffic) -> ServiceTraffic {
+    ServiceTraffic {
+        service: traffic.service,
+        address: traffic.address.to_string(),
+        protocol: traffic.port.protocol.to_string(),
+        port: traffic.port.port.into(),
+        backend: traffic.backend.unwrap_or_default(),
+        to_backend: Some(counter(traffic.to_backend)),
+        from_backend: Some(counter(traffic.from_backend)),
+    }
+}
+
+fn counter(tally: Tally) -> PacketCounter {
+    PacketCounter {
+        packets: tally.packets,
+        bytes: tally.bytes,
     }
 }

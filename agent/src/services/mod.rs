@@ -3,8 +3,10 @@
 mod backends;
 mod probe;
 mod reconciler;
+mod traffic;
 
 pub use reconciler::Services;
+pub use traffic::{Traffic, traffic};
 
 #[cfg(test)]
 pub use backends::candidates;

@@ -40,8 +40,9 @@ pub use question::{
 };
 pub use rules::{ALLOW_ALL, PeerKey, PortKey, RuleKey, UNCOUNTED, port_prefix_length};
 pub use service::{
-    BACKENDS, Backend, GatewayEntry, NO_BACKEND, SERVICE_MAC, SERVICES, ServiceEntry, ServiceKey,
-    TABLE_PLACES, Translation, TranslationKey, Workspace, flow_hash, translation, way,
+    BACKENDS, Backend, COUNTED_BACKENDS, GatewayEntry, NO_BACKEND, SERVICE_MAC, SERVICES, Served,
+    ServedKey, ServiceEntry, ServiceKey, TABLE_PLACES, Translation, TranslationKey, Workspace,
+    flow_hash, served, translation, way,
 };
 pub use tunnel::{OVERLAYS, REMOTE_STATIONS, RemoteStation, TunnelEntry};
 
@@ -85,6 +86,8 @@ pub mod map_name {
     pub const BUCKETS: &str = "BUCKETS";
     /// [`ServiceKey`](crate::ServiceKey) → [`ServiceEntry`](crate::ServiceEntry).
     pub const SERVICES: &str = "SERVICES";
+    /// [`ServedKey`](crate::ServedKey) → [`Served`](crate::Served), per CPU.
+    pub const SERVED: &str = "SERVED";
     /// Slot → map of [`TranslationKey`](crate::TranslationKey) →
     /// [`Translation`](crate::Translation); slot zero is the host's.
     pub const TRANSLATIONS: &str = "TRANSLATIONS";
@@ -142,7 +145,7 @@ pub mod map_name {
     /// Direction → [`Tally`](crate::Tally) of what passed the tunnel, per CPU.
     pub const TUNNELLED: &str = "TUNNELLED";
     /// All of them.
-    pub const ALL: [&str; 40] = [
+    pub const ALL: [&str; 41] = [
         POLICIES,
         PEER_CLASSES,
         ALLOWED_PORTS,
@@ -152,6 +155,7 @@ pub mod map_name {
         STATIONS,
         NEIGHBOURS,
         SERVICES,
+        SERVED,
         TRANSLATIONS,
         WORKSPACE,
         GATEWAYS,

@@ -6,8 +6,8 @@ use crate::{
     Bucket, CounterKey, DirectionTallies, Event, ExternalKey, FlowKey, FlowState, ForwardKey,
     ForwardedPort, FragmentKey, FragmentState, GatewayEntry, Limit, Mapping, MappingKey, NatClaim,
     NatFragment, NatFragmentKey, NatGuest, NatPool, NatSlot, Neighbour, NeighbourKey, PeerKey,
-    PolicyEntry, PortKey, RemoteStation, RuleKey, ServiceEntry, ServiceKey, StationKey, Tally,
-    Translation, TranslationKey, TunnelEntry, UplinkEntry, Workspace,
+    PolicyEntry, PortKey, RemoteStation, RuleKey, Served, ServedKey, ServiceEntry, ServiceKey,
+    StationKey, Tally, Translation, TranslationKey, TunnelEntry, UplinkEntry, Workspace,
 };
 
 /// Each type is `repr(C)`, made of integers only, without padding, as the sizes prove.
@@ -50,6 +50,8 @@ pod! {
     PortKey = 8,
     RemoteStation = 20,
     RuleKey = 16,
+    Served = 32,
+    ServedKey = 44,
     ServiceEntry = 11264,
     ServiceKey = 24,
     StationKey = 12,

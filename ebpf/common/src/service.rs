@@ -1,4 +1,4 @@
-use crate::Address;
+use crate::{Address, Tally};
 
 /// The Ethernet address that every service's virtual address has, in every network: locally
 /// administered, and no guest's.
@@ -100,8 +100,12 @@ pub struct Translation {
     pub backend: u8,
     /// Bits of [`translation`].
     pub flags: u8,
+    /// Of fragments: the service's port, which they don't have themselves. Else zero.
+    pub service_port: u16,
+    /// Of fragments: the service's protocol. Else zero.
+    pub service_protocol: u8,
     /// Zero.
-    pub reserved: [u8; 4],
+    pub reserved: u8,
     /// When a packet was last translated so, in nanoseconds of the coarse monotonic clock; lags by
     /// up to a second.
     pub last_seen_ns: u64,
@@ -126,11 +130,50 @@ pub struct Workspace {
     /// What is about to be noted.
     pub becomes: Translation,
     /// For the program that goes on: bits of [`translation`] of the packet.
-    pub flags: u32,
+    pub flags: u8,
+    /// For the program that goes on: the service's protocol.
+    pub service_protocol: u8,
+    /// For the program that goes on: the service's port.
+    pub service_port: u16,
     /// For the program that goes on: the source port that the guest used.
     pub source_port: u16,
     /// For the program that goes on: the destination port that the guest used.
     pub destination_port: u16,
+}
+
+/// Backends of services whose packets are counted one by one on a host.
+pub const COUNTED_BACKENDS: u32 = 4096;
+
+/// What packets of services are counted under.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct ServedKey {
+    /// The service.
+    pub service: ServiceKey,
+    /// The backend's address; zeros where it is not one backend's count.
+    pub backend: Address,
+    /// One of [`served`].
+    pub kind: u32,
+}
+
+/// Values of [`ServedKey::kind`].
+pub mod served {
+    /// One backend's packets.
+    pub const BACKEND: u32 = 0;
+    /// Those of all backends without an entry of their own.
+    pub const OTHERS: u32 = 1;
+    /// What backends had that the service no longer has: no program writes this.
+    pub const GONE: u32 = 2;
+}
+
+/// What went between clients on this host, or behind it, and a service.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Served {
+    /// What clients sent.
+    pub to_backend: Tally,
+    /// What they were answered.
+    pub from_backend: Tally,
 }
 
 /// The host's side of a network: its bridge, by which the host and all that is behind it reach

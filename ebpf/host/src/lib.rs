@@ -32,6 +32,7 @@ mod policy;
 mod questions;
 mod rule_counters;
 mod rule_tables;
+mod served;
 mod services;
 mod slots;
 mod stations;
@@ -54,6 +55,7 @@ pub use policy::{
     EgressPolicy, InterfacePolicy, MAX_COUNTERS, MAX_RULES, Protocol, Rule, UnknownProtocol,
 };
 pub use questions::{AnswerSender, Answers, Question, QuestionReader};
-pub use services::{MAX_BACKENDS, MAX_SERVICES, Service, ServiceBackend};
+pub use served::ServiceUse;
+pub use services::{MAX_BACKENDS, MAX_COUNTED_BACKENDS, MAX_SERVICES, Service, ServiceBackend};
 pub use trial::{RunCost, Verdict, count_run_costs};
 pub use tunnel::{MAX_OVERLAYS, MAX_REMOTE_STATIONS, RemoteInterface, Tunnel, TunnelCounters};

@@ -13,8 +13,8 @@ use aya::{Ebpf, EbpfError, EbpfLoader};
 use keelson_ebpf_common::{
     Address, Bucket, CounterKey, DirectionTallies, ExternalKey, ForwardKey, ForwardedPort,
     GatewayEntry, Limit, NatGuest, NatPool, NatSlot, Neighbour, NeighbourKey, PeerKey, PolicyEntry,
-    PortKey, RemoteStation, RuleKey, ServiceEntry, ServiceKey, StationKey, Tally, TunnelEntry,
-    UplinkEntry, map_name, program_name, stage,
+    PortKey, RemoteStation, RuleKey, Served, ServedKey, ServiceEntry, ServiceKey, StationKey,
+    Tally, TunnelEntry, UplinkEntry, map_name, program_name, stage,
 };
 
 use crate::error::DatapathError;
@@ -43,6 +43,7 @@ pub struct Object {
     pub fragments: ArrayOfMaps<MapData>,
     pub inner: InnerMaps,
     pub services: HashMap<MapData, ServiceKey, ServiceEntry>,
+    pub served: PerCpuHashMap<MapData, ServedKey, Served>,
     pub translations: ArrayOfMaps<MapData>,
     pub gateways: HashMap<MapData, u32, GatewayEntry>,
     pub stations: HashMap<MapData, StationKey, u32>,
@@ -99,6 +100,7 @@ impl Object {
             opening_flows: take(&mut ebpf, map_name::OPENING_FLOWS)?,
             fragments: take(&mut ebpf, map_name::FRAGMENTS)?,
             services: take(&mut ebpf, map_name::SERVICES)?,
+            served: take(&mut ebpf, map_name::SERVED)?,
             translations: take(&mut ebpf, map_name::TRANSLATIONS)?,
             gateways: take(&mut ebpf, map_name::GATEWAYS)?,
             stations: take(&mut ebpf, map_name::STATIONS)?,

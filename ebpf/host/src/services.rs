@@ -22,6 +22,9 @@ pub const MAX_BACKENDS: usize = BACKENDS;
 /// Services that a host can have, each an address, protocol and port.
 pub const MAX_SERVICES: usize = keelson_ebpf_common::SERVICES as usize;
 
+/// Backends of services that are counted one by one; what others get is counted for the service.
+pub const MAX_COUNTED_BACKENDS: usize = keelson_ebpf_common::COUNTED_BACKENDS as usize;
+
 /// A port of a virtual address in a network, and who answers there.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Service {
@@ -72,10 +75,12 @@ impl Datapath {
             self.has_services = true;
             self.ensure_translations()?;
         }
+        self.begin_to_count(&wanted)?;
         self.remove_services_except(&wanted)?;
         for (key, service) in &wanted {
             self.write_service(key, service)?;
         }
+        self.end_to_count(&wanted)?;
         self.answer_for(&wanted.keys().map(place).collect())
     }
 

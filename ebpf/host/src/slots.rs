@@ -134,11 +134,24 @@ fn set_maps(
 
 /// The same value for each CPU.
 pub fn per_cpu<T: aya::Pod>(value: T) -> Result<PerCpuValues<T>, DatapathError> {
+    values(value, value)
+}
+
+/// A value for the first CPU, and the default for the others.
+pub fn on_one_cpu<T: aya::Pod + Default>(value: T) -> Result<PerCpuValues<T>, DatapathError> {
+    values(value, T::default())
+}
+
+fn values<T: aya::Pod>(first: T, others: T) -> Result<PerCpuValues<T>, DatapathError> {
     let cpus = aya::util::nr_cpus().map_err(|(path, error)| DatapathError::Load {
         what: "the number of CPUs".into(),
         problem: format!("{path}: {error}"),
     })?;
-    PerCpuValues::try_from(vec![value; cpus]).map_err(|error| DatapathError::Load {
+    let mut values = vec![others; cpus];
+    if let Some(place) = values.first_mut() {
+        *place = first;
+    }
+    PerCpuValues::try_from(values).map_err(|error| DatapathError::Load {
         what: "values for each CPU".into(),
         problem: error.to_string(),
     })

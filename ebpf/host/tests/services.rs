@@ -5,14 +5,13 @@ mod network;
 
 use std::collections::BTreeMap;
 use std::io;
-use std::net::{IpAddr, SocketAddr, TcpStream};
+use std::net::{SocketAddr, TcpStream};
 
 use keelson_ebpf::{
-    Datapath, Direction, DirectionCounters, DropReason, HookChoice, InterfacePolicy, Protocol,
-    Service, ServiceBackend, Verdict,
+    Direction, DirectionCounters, DropReason, HookChoice, Protocol, Service, Verdict,
 };
-use network::machine::{BRIDGE, Machine, bridge, connect, datagrams, exchange, talk};
-use network::{Network, allow_from};
+use network::fleet::{ADDRESSES, Fleet, SERVED, service_at};
+use network::machine::{Machine, connect, datagrams, exchange, talk};
 
 with_both_hooks!(
     everyone_reaches_all_backends,
@@ -20,102 +19,8 @@ with_both_hooks!(
     services_outlive_the_agent
 );
 
-const ADDRESSES: [&str; 2] = ["10.77.0.80", "fd77::80"];
-const SERVED: u16 = 8080;
 /// More than any window, so that large segments come about.
 const MUCH: usize = 4 << 20;
-
-/// Where the service is, by version of IP.
-fn service_at(address: &str, port: u16) -> SocketAddr {
-    SocketAddr::new(address.parse().expect("valid"), port)
-}
-
-/// Three guests, two of which serve; the third is a client.
-struct Fleet {
-    // First, so that it is closed before the namespace goes.
-    datapath: Datapath,
-    guests: Vec<Machine>,
-    network: Network,
-}
-
-impl Fleet {
-    fn new(hook: HookChoice) -> Self {
-        let network = Network::new(hook);
-        let mut datapath = network.open();
-        bridge();
-        let guests: Vec<_> = (1..=3).map(Machine::guest).collect();
-        for guest in &guests {
-            datapath.attach(&policy(guest)).expect("attached");
-            guest.up();
-        }
-        for guest in &guests[..2] {
-            guest.serve(SERVED);
-        }
-        datapath
-            .set_gateways(&[(BRIDGE.into(), 9)])
-            .expect("attached");
-        let mut fleet = Self {
-            datapath,
-            guests,
-            network,
-        };
-        fleet.serve_from(&[0, 1]);
-        fleet
-    }
-
-    fn services(&self, guests: &[usize], target: u16) -> Vec<Service> {
-        let mut services = Vec::new();
-        for address in ADDRESSES {
-            let address: IpAddr = address.parse().expect("valid");
-            for (protocol, port) in [(Protocol::Tcp, 80), (Protocol::Udp, 80)] {
-                let backends = guests.iter().map(|index| {
-                    let guest = &self.guests[*index];
-                    ServiceBackend {
-                        address: if address.is_ipv4() {
-                            guest.ipv4
-                        } else {
-                            guest.ipv6
-                        },
-                        port: target,
-                        mac: guest.mac,
-                    }
-                });
-                services.push(Service {
-                    network: 9,
-                    address,
-                    protocol,
-                    port,
-                    backends: backends.collect(),
-                });
-            }
-        }
-        services
-    }
-
-    /// Makes these guests the backends.
-    fn serve_from(&mut self, guests: &[usize]) {
-        let services = self.services(guests, SERVED);
-        self.datapath.set_services(&services).expect("valid");
-    }
-
-    fn client(&self) -> &Machine {
-        &self.guests[2]
-    }
-}
-
-/// Lets in what is served.
-fn policy(guest: &Machine) -> InterfacePolicy {
-    let mut ingress = Vec::new();
-    for peer in ["0.0.0.0/0", "::/0"] {
-        for protocol in [Protocol::Tcp, Protocol::Udp] {
-            ingress.push(allow_from(protocol, SERVED..=SERVED + 1, peer));
-        }
-    }
-    InterfacePolicy {
-        ingress,
-        ..guest.policy()
-    }
-}
 
 /// Both versions of IP, many flows: how many went to which backend.
 fn use_service() -> BTreeMap<u8, u32> {

@@ -1,13 +1,14 @@
 //! Counts packets and bytes per interface, direction and outcome (maps `PASSED`, `DROPPED`), and per
-//! rule (map `ALLOWED`).
+//! rule (map `ALLOWED`) and service (map `SERVED`).
 
 use core::hint::black_box;
 
 use keelson_ebpf_common::{
-    CounterKey, Direction, DropReason, REASON_SLOTS, RuleKey, UNCOUNTED, passed_index,
+    CounterKey, Direction, DropReason, NO_ADDRESS, REASON_SLOTS, RuleKey, ServedKey, UNCOUNTED,
+    passed_index, served,
 };
 
-use crate::maps::{ALLOWED, DROPPED, PASSED, TRANSLATED, TUNNELLED};
+use crate::maps::{ALLOWED, DROPPED, PASSED, SERVED, TRANSLATED, TUNNELLED};
 
 /// Adds a packet of `length` bytes that goes on.
 #[inline(always)]
@@ -41,6 +42,27 @@ pub fn count_tunnelled(direction: Direction, length: u32) {
     };
     // SAFETY: see `count_passed`.
     let tally = unsafe { &mut *tally };
+    tally.packets += 1;
+    tally.bytes += u64::from(length);
+}
+
+/// Adds a packet of `length` bytes between a service's client and a backend.
+#[inline(always)]
+pub fn count_served(mut key: ServedKey, is_answer: bool, length: u32) {
+    let mut served = SERVED.get_ptr_mut(key);
+    if served.is_none() {
+        key.backend = NO_ADDRESS;
+        key.kind = served::OTHERS;
+        served = SERVED.get_ptr_mut(key);
+    }
+    let Some(served) = served else { return };
+    // SAFETY: see `count_passed`.
+    let served = unsafe { &mut *served };
+    let tally = if is_answer {
+        &mut served.from_backend
+    } else {
+        &mut served.to_backend
+    };
     tally.packets += 1;
     tally.bytes += u64::from(length);
 }

@@ -15,8 +15,8 @@ use network_types::eth::EthHdr;
 use crate::flows::{self, Ends};
 use crate::frame::{self, Head, Payload};
 use crate::ip::{self, Ip};
-use crate::services::{self, Scope};
-use crate::{Passed, fragments, stations, transport};
+use crate::services::{self, Scope, ServicePort};
+use crate::{Passed, counters, fragments, stations, transport};
 
 /// Translates a packet whose sender's Ethernet address was checked, and goes on with `decide`.
 #[inline(always)]
@@ -36,7 +36,9 @@ pub fn translate(packet: &TcContext, policy: &PolicyEntry) -> Result<Passed, Dro
     let [a, b, c, d] = ip.first[0].to_ne_bytes();
     work.source_port = u16::from_be_bytes([a, b]);
     work.destination_port = u16::from_be_bytes([c, d]);
-    work.flags = found.translation.flags.into();
+    work.flags = found.translation.flags;
+    work.service_port = found.service.port;
+    work.service_protocol = found.service.protocol;
     found.translate(packet, &ip, found.translation.source)?;
     let source = if is_hairpin { SERVICE_MAC } else { policy.mac };
     let addresses = [found.translation.mac, source];
@@ -53,7 +55,7 @@ pub fn decide(packet: &TcContext, policy: &PolicyEntry) -> Result<Passed, DropRe
     let head = frame::head(packet)?;
     let ip = read(packet, &head)?;
     // A guest that is its own backend gets its packet back, from the service's address.
-    let is_hairpin = work.flags & u32::from(translation::HAIRPIN) != 0;
+    let is_hairpin = work.flags & translation::HAIRPIN != 0;
     let (own, peer) = if is_hairpin {
         (ip.destination, ip.source)
     } else {
@@ -91,6 +93,18 @@ pub fn decide(packet: &TcContext, policy: &PolicyEntry) -> Result<Passed, DropRe
         }
         fragments::note(policy, &ends, &ip, direction, !is_hairpin);
     }
+    let is_answer = work.flags & translation::ANSWER != 0;
+    let service = ServicePort {
+        port: work.service_port,
+        protocol: work.service_protocol,
+    };
+    let key = services::served_key(
+        policy.network,
+        work.key.destination,
+        service,
+        ip.destination,
+    );
+    counters::count_served(key, is_answer, packet.len());
     if is_hairpin {
         return Ok(Passed::To(frame::ifindex(packet)));
     }
@@ -131,7 +145,16 @@ pub fn answer(packet: &TcContext, policy: &PolicyEntry) -> Result<Passed, DropRe
     let found = services::reverse(packet, &ip, policy.slot, services::workspace()?)
         .ok_or(DropReason::NoService)?;
     rewrite_answer(packet, &ip, &found)?;
+    count_answer(packet, policy.network, &found);
     Ok(Passed::On)
+}
+
+/// Counts a packet from a backend to a client in `network`.
+#[inline(always)]
+pub fn count_answer(packet: &TcContext, network: u32, found: &services::Found<'_>) {
+    let address = found.translation.source;
+    let key = services::served_key(network, address, found.service, found.source);
+    counters::count_served(key, true, packet.len());
 }
 
 /// Gives a packet from a backend, or an error about one to it, the service's address.

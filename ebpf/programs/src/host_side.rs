@@ -10,7 +10,7 @@ use keelson_ebpf_common::{DropReason, GatewayEntry, SERVICE_MAC};
 use crate::frame::{self, Payload};
 use crate::ip::{self, Ip, protocol};
 use crate::services::{self, Scope};
-use crate::{Passed, from_client, neighbour_discovery, stations};
+use crate::{Passed, counters, from_client, neighbour_discovery, stations};
 
 /// Translates what goes to a service, and answers for where that is.
 #[inline(always)]
@@ -54,6 +54,9 @@ pub fn from_host(packet: &TcContext, gateway: &GatewayEntry) -> Result<Passed, D
     };
     let found = services::forward(packet, &ip, scope, services::workspace()?)?;
     found.translate(packet, &ip, found.translation.source)?;
+    let backend = found.translation.destination;
+    let key = services::served_key(gateway.network, ip.destination, found.service, backend);
+    counters::count_served(key, false, packet.len());
     if packet.store(0, &found.translation.mac, 0).is_err() {
         return Err(DropReason::Malformed);
     }
@@ -66,7 +69,7 @@ pub fn from_host(packet: &TcContext, gateway: &GatewayEntry) -> Result<Passed, D
 
 /// Translates what a backend answers.
 #[inline(always)]
-pub fn to_host(packet: &TcContext) -> Result<Passed, DropReason> {
+pub fn to_host(packet: &TcContext, gateway: &GatewayEntry) -> Result<Passed, DropReason> {
     let head = frame::head(packet)?;
     let ip: Ip = match frame::payload(&head) {
         Ok(Payload::Ipv4) => ip::ipv4(packet, &head)?,
@@ -75,6 +78,7 @@ pub fn to_host(packet: &TcContext) -> Result<Passed, DropReason> {
     };
     if let Some(found) = services::reverse(packet, &ip, 0, services::workspace()?) {
         from_client::rewrite_answer(packet, &ip, &found)?;
+        from_client::count_answer(packet, gateway.network, &found);
     }
     Ok(Passed::On)
 }

@@ -16,6 +16,7 @@
 #![feature(asm_experimental_arch)]
 
 mod atomic;
+mod backends;
 mod capture;
 mod clock;
 mod counters;
@@ -114,8 +115,13 @@ pub fn service_from_host(packet: TcContext) -> i32 {
 /// Translates a packet that a backend answers the host with.
 #[classifier]
 pub fn service_to_host(packet: TcContext) -> i32 {
+    // SAFETY: as of policies, see `enforce`.
+    let gateway = unsafe { maps::GATEWAYS.get(frame::ifindex(&packet)) };
+    let Some(gateway) = gateway else {
+        return TC_ACT_UNSPEC;
+    };
     // What can't be read is no service's, and for the host to refuse.
-    host_side::to_host(&packet).map_or(TC_ACT_UNSPEC, pass)
+    host_side::to_host(&packet, gateway).map_or(TC_ACT_UNSPEC, pass)
 }
 
 /// Translates a packet that leaves by an uplink.

@@ -7,14 +7,14 @@ use aya_ebpf::maps::{
     Array, HashMap, LpmTrie, LruHashMap, PerCpuArray, PerCpuHashMap, ProgramArray, RingBuf,
 };
 use keelson_ebpf_common::{
-    Address, Bucket, CAPTURED_BYTES, CaptureRecord, CounterKey, DirectionTallies, EVENTS_BYTES,
-    ExternalKey, FlowKey, FlowState, ForwardKey, ForwardedPort, FragmentKey, FragmentState,
-    GatewayEntry, Limit, Mapping, MappingKey, NAT_FRAGMENTS as NAT_FRAGMENT_COUNT,
+    Address, Bucket, CAPTURED_BYTES, COUNTED_BACKENDS, CaptureRecord, CounterKey, DirectionTallies,
+    EVENTS_BYTES, ExternalKey, FlowKey, FlowState, ForwardKey, ForwardedPort, FragmentKey,
+    FragmentState, GatewayEntry, Limit, Mapping, MappingKey, NAT_FRAGMENTS as NAT_FRAGMENT_COUNT,
     NAT_POOLS as POOL_COUNT, NatClaim, NatFragment, NatFragmentKey, NatGuest, NatPool, NatSlot,
     Neighbour, NeighbourKey, OVERLAYS as OVERLAY_COUNT, POOL_PORTS, PORT_FORWARDS, PeerKey,
     PolicyEntry, PortKey, QUESTIONS_BYTES, REMOTE_STATIONS as REMOTE_STATION_COUNT, RemoteStation,
-    RuleKey, SERVICES as SERVICE_COUNT, SLOTS, ServiceEntry, ServiceKey, StationKey, Tally,
-    Translation, TranslationKey, TunnelEntry, UplinkEntry, Workspace, stage,
+    RuleKey, SERVICES as SERVICE_COUNT, SLOTS, Served, ServedKey, ServiceEntry, ServiceKey,
+    StationKey, Tally, Translation, TranslationKey, TunnelEntry, UplinkEntry, Workspace, stage,
 };
 
 /// Interface index → what the programs enforce there.
@@ -64,6 +64,11 @@ pub static NEIGHBOURS: HashMap<NeighbourKey, Neighbour> =
 #[map]
 pub static SERVICES: HashMap<ServiceKey, ServiceEntry> =
     HashMap::with_max_entries(SERVICE_COUNT, BPF_F_NO_PREALLOC);
+
+/// Service and backend → what went between it and its clients. The host creates the entries.
+#[map]
+pub static SERVED: PerCpuHashMap<ServedKey, Served> =
+    PerCpuHashMap::with_max_entries(COUNTED_BACKENDS + 2 * SERVICE_COUNT, BPF_F_NO_PREALLOC);
 
 /// What packets of the services that one interface uses become.
 pub type Translations = btf_maps::LruHashMap<TranslationKey, Translation, 1>;

@@ -316,7 +316,9 @@ fn ends([source, destination]: [Address; 2], ports: [u16; 2]) -> Translation {
         mac: [0; 6],
         backend: 0,
         flags: 0,
-        reserved: [0; 4],
+        service_port: 0,
+        service_protocol: 0,
+        reserved: 0,
         last_seen_ns: 0,
     }
 }

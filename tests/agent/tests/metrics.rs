@@ -27,7 +27,9 @@ fn the_dashboard_shows_metrics_that_there_are() {
         .field("interfaces: [{name: eth0, network: lan}]")
         .manifest();
     let lan = network("lan", "10.71.0.0/24", "10.71.0.1");
-    host.apply(&format!("{}{lan}{guest}", disk("data", &image)))
+    let service = "---\napiVersion: keelson.dev/v1alpha1\nkind: Service\nmetadata: {name: web}\n\
+                   spec: {network: lan, ports: [{port: 80}], guests: [web]}\n";
+    host.apply(&format!("{}{lan}{guest}{service}", disk("data", &image)))
         .done();
     host.wait_for_phase("web", "Running");
     host.wait_for_console("web", "payload: blk-write ok");

@@ -4,14 +4,19 @@
 use std::net::{SocketAddr, TcpStream};
 use std::time::Duration;
 
-use keelson_agent_tests::{Guest, Host, network, security_group};
+use keelson_agent_tests::{Guest, Host, metrics, network, security_group};
 use keelson_vmm_tests::wait_until;
 use serde_json::Value;
 
 /// The exit code for a manifest that is wrong by itself.
 const WRONG: i32 = 4;
+/// The exit code for what isn't there.
+const UNKNOWN: i32 = 3;
 /// The exit code for a manifest that needs what is missing or taken.
 const MISSING: i32 = 5;
+
+/// Where the agent serves metrics, in the host's own namespace.
+const METRICS: &str = "127.0.0.1:9754";
 
 fn base() -> String {
     network("lan", "10.90.0.0/24", "10.90.0.1")
@@ -214,7 +219,9 @@ fn connects(to: (&str, u16)) -> bool {
 /// One guest takes connections for a while, the other for good: clients of the host get whoever does.
 #[test]
 fn health_follows_what_guests_do() {
-    let host = Host::new();
+    let mut host = Host::without_agent();
+    host.configure(&format!("metrics_listen = \"{METRICS}\"\n"));
+    host.start_agent();
     let listening = |number: u8, milliseconds: u32| {
         let serve = format!("net-serve:address=10.90.0.{number},ms=600000");
         let listen = format!("net-serve:address=10.90.0.{number},tcp=8080,ms={milliseconds} hang");
@@ -235,6 +242,45 @@ fn health_follows_what_guests_do() {
         assert!(connects(("10.90.0.80", 80)), "the other one takes them");
     }
     assert!(!connects(("10.90.0.80", 81)), "no service has the port");
+    check_what_is_counted(&host);
+}
+
+/// At least ten connections were taken by web-6, of four packets or more to it.
+fn check_what_is_counted(host: &Host) {
+    let shown = host
+        .keelson(&["net", "services", "web", "-o", "json"])
+        .done();
+    let shown: Value = serde_json::from_str(&shown).expect("the client prints JSON");
+    let of = |guest: &str| {
+        let mut traffic = shown.as_array().expect("a list").iter();
+        let found = traffic.find(|traffic| traffic["backend"] == guest);
+        let found = found.unwrap_or_else(|| panic!("{guest} is in {shown}"));
+        assert_eq!(found["address"], "10.90.0.80", "{shown}");
+        (
+            found["port"].as_u64(),
+            found["toBackend"]["packets"].as_u64(),
+        )
+    };
+    // As unhealthy it is no backend any more: what it had is the service's.
+    let (port, packets) = of("web-6");
+    assert_eq!(port, Some(80));
+    assert!(packets >= Some(30), "{shown}");
+    let nobodys = shown.as_array().expect("a list").iter();
+    let mut nobodys = nobodys.filter(|traffic| traffic["backend"].is_null());
+    let had = |traffic: &Value| traffic["fromBackend"]["bytes"].as_u64() > Some(50);
+    assert!(nobodys.any(had), "what web-5 had is counted: {shown}");
+    let table = host.keelson(&["net", "services"]).done();
+    assert!(
+        table.contains("80/tcp") && table.contains("from backend"),
+        "{table}"
+    );
+    host.keelson(&["net", "services", "other"])
+        .refused(UNKNOWN, &["Service/other"]);
+    let page = metrics(METRICS);
+    let line = "keelson_network_service_packets_total{backend=\"web-6\",direction=\"to-backend\",port=\"80/tcp\",service=\"web\"}";
+    let value = page.lines().find_map(|found| found.strip_prefix(line));
+    let value: f64 = value.expect(&page).trim().parse().expect("a number");
+    assert!(value >= 30.0, "{page}");
 }
 
 /// The guest's payload answers no TCP: checks say so, and what to look at.

@@ -2,6 +2,7 @@
 //! receives itself, as a VMM does, with the kernel's own IPv4 stack as the host on the other side.
 #![allow(dead_code, reason = "each test file uses a part")]
 
+pub mod fleet;
 pub mod frames;
 pub mod hosts;
 pub mod machine;

@@ -3,6 +3,7 @@
 mod capture;
 mod counters;
 mod packets;
+mod services;
 mod trace;
 mod trace_service;
 mod trace_uplink;
@@ -17,6 +18,8 @@ use crate::failure::Failure;
 pub enum Net {
     /// Packets and bytes by interface, direction and reason; without a guest, those at uplinks.
     Counters(counters::Counters),
+    /// Packets and bytes of services, by backend.
+    Services(services::Services),
     /// A guest's flows; with --follow, those that begin and end.
     Flows(packets::Flows),
     /// Each packet that is dropped from now on, and why.
@@ -32,6 +35,7 @@ impl Net {
     pub async fn run(self, client: &mut Client) -> Result<(), Failure> {
         match self {
             Self::Counters(command) => command.run(client).await,
+            Self::Services(command) => command.run(client).await,
             Self::Flows(command) => command.run(client).await,
             Self::Drops(command) => command.run(client).await,
             Self::Capture(command) => command.run(client).await,

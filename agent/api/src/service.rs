@@ -263,6 +263,9 @@ pub struct BackendStatus {
     /// The interface's address: that of IPv4, if it has one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub address: Option<IpAddr>,
+    /// The host that says so, where there are several.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub host: Option<String>,
     /// Whether it serves.
     pub health: Health,
     /// Why, for people.

@@ -31,6 +31,8 @@ pub struct Reconciler {
     agent: Agent,
     guests: BTreeMap<String, GuestMailbox>,
     services: Services,
+    /// Whether this agent placed the fleet's guests when that was last looked at.
+    was_scheduler: bool,
     uplinks: Uplinks,
     overlays: Overlays,
     reports: Reports,
@@ -42,6 +44,7 @@ impl Reconciler {
     pub fn new(agent: Agent) -> Self {
         Self {
             services: Services::start(agent.clone()),
+            was_scheduler: false,
             uplinks: Uplinks::start(agent.clone()),
             overlays: Overlays::start(agent.clone()),
             reports: Reports::new(&agent),
@@ -81,6 +84,7 @@ impl Reconciler {
                 batch = batches.next() => batch,
                 _ = heart.tick() => {
                     self.guests.retain(|_, mailbox| !mailbox.is_finished());
+                    self.note_scheduler();
                     self.reports.try_again().await?;
                     continue;
                 }
@@ -90,6 +94,15 @@ impl Reconciler {
             let Some(batch) = batch else { return Ok(()) };
             self.note(batch?).await?;
         }
+    }
+
+    /// An agent that has become the scheduler says what of services the one before it may not have.
+    fn note_scheduler(&mut self) {
+        let is_scheduler = self.agent.fleet.is_scheduler();
+        if is_scheduler && !std::mem::replace(&mut self.was_scheduler, is_scheduler) {
+            self.services.wake();
+        }
+        self.was_scheduler = is_scheduler;
     }
 
     /// Takes over what was read as a whole.

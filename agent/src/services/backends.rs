@@ -2,7 +2,7 @@
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
-use keelson_api::{MacAddress, Service, ServiceProtocol};
+use keelson_api::{MacAddress, Service, ServiceProtocol, ServiceSpec};
 use keelson_ebpf::{Protocol, ServiceBackend};
 
 use crate::view::{KnownGuest, View};
@@ -22,6 +22,21 @@ pub struct Candidate {
     pub mac: MacAddress,
     /// Whether the guest runs, and is to go on.
     pub runs: bool,
+    /// Where it is.
+    pub place: Place,
+}
+
+/// Where a guest is, as this host sees it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Place {
+    /// On this host, which finds out whether it serves.
+    Here,
+    /// On another one, which does.
+    On(String),
+    /// On another one, whose lease has ended.
+    OnLost(String),
+    /// On none.
+    Nowhere,
 }
 
 /// The interfaces that a service is for: the first one in its network of each guest that it selects.
@@ -29,14 +44,25 @@ pub fn candidates(service: &Service, view: &View) -> Vec<Candidate> {
     let spec = &service.spec;
     view.guests_in(&spec.network)
         .filter(|(name, guest)| spec.selects(name, &guest.labels))
-        .filter_map(|(name, guest)| candidate(name, guest, &spec.network))
+        .filter_map(|(name, guest)| candidate(name, guest, spec, view))
         .take(keelson_ebpf::MAX_BACKENDS)
         .collect()
 }
 
-fn candidate(name: &str, guest: &KnownGuest, network: &str) -> Option<Candidate> {
+fn candidate(
+    name: &str,
+    guest: &KnownGuest,
+    service: &ServiceSpec,
+    view: &View,
+) -> Option<Candidate> {
     let mut interfaces = guest.interfaces.iter();
-    let interface = interfaces.find(|interface| interface.network == network)?;
+    let interface = interfaces.find(|interface| interface.network == service.network)?;
+    let place = match &guest.host {
+        _ if guest.is_here() => Place::Here,
+        Some(host) if view.is_lost(host) => Place::OnLost(host.clone()),
+        Some(host) => Place::On(host.clone()),
+        None => Place::Nowhere,
+    };
     Some(Candidate {
         guest: name.into(),
         interface: interface.name.clone(),
@@ -44,6 +70,7 @@ fn candidate(name: &str, guest: &KnownGuest, network: &str) -> Option<Candidate>
         address_v6: interface.address_v6,
         mac: interface.mac?,
         runs: guest.runs,
+        place,
     })
 }
 

@@ -3,6 +3,7 @@
 mod backends;
 mod probe;
 mod reconciler;
+mod report;
 mod traffic;
 
 pub use reconciler::Services;

@@ -1,20 +1,24 @@
 //! Keeps the host's services as their objects and the health of guests say.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::time::Duration;
 
-use jiff::Timestamp;
-use keelson_api::{BackendStatus, ConditionStatus, Health, NetworkSpec, Service, set_condition};
+use keelson_api::{Health, NetworkSpec, Service};
 use tokio::sync::Notify;
+use tokio::time::Instant;
 
-use super::backends::{Candidate, candidates, ports};
+use super::backends::{Candidate, Place, candidates, ports};
 use super::probe::{Finding, Probe, Target};
+use super::report::Report;
 use crate::{Agent, AgentError, error::Result};
 
 /// How long it waits before it tries again what failed.
 const RETRY: Duration = Duration::from_secs(2);
+
+/// The least time between two writes of one service's status by this host.
+const WRITE_INTERVAL: Duration = Duration::from_secs(1);
 
 /// Tells the task that keeps the services to look again.
 #[derive(Clone, Debug)]
@@ -30,6 +34,7 @@ impl Services {
             agent,
             wake: Arc::clone(&wake),
             probes: BTreeMap::new(),
+            written: BTreeMap::new(),
         };
         tokio::spawn(keeper.run());
         Self { wake }
@@ -42,7 +47,7 @@ impl Services {
 }
 
 /// The guests of a service, with their health.
-type Backends = Vec<(Candidate, Finding)>;
+pub type Backends = Vec<(Candidate, Finding)>;
 
 #[derive(Debug)]
 struct Keeper {
@@ -50,6 +55,8 @@ struct Keeper {
     wake: Arc<Notify>,
     /// By service and guest.
     probes: BTreeMap<(String, String), Probe>,
+    /// When each service's status was last written here.
+    written: BTreeMap<String, Instant>,
 }
 
 impl Keeper {
@@ -80,6 +87,8 @@ impl Keeper {
             })
             .collect();
         self.probes.retain(|key, _| known.contains(key));
+        let names: BTreeSet<_> = services.iter().map(|(s, _)| &s.metadata.name).collect();
+        self.written.retain(|name, _| names.contains(name));
         let done = self.put_in_force(&services, networks).await;
         for (service, backends) in services {
             self.report(&service, backends, &done).await?;
@@ -110,10 +119,13 @@ impl Keeper {
             network.ensure_network(name, spec).await?;
         }
         let ports = services.iter().flat_map(|(service, backends)| {
-            let healthy = backends
-                .iter()
-                .filter(|(_, found)| found.health == Health::Healthy);
-            let serving: Vec<_> = healthy.map(|(candidate, _)| candidate).collect();
+            // Guests of another host are reached in networks that span hosts only.
+            let spans = networks.get(&service.spec.network);
+            let spans = spans.is_some_and(|network| network.overlay.is_some());
+            let serving = backends.iter().filter(|(candidate, found)| {
+                found.health == Health::Healthy && (spans || candidate.place == Place::Here)
+            });
+            let serving: Vec<_> = serving.map(|(candidate, _)| candidate).collect();
             ports(
                 service,
                 crate::host::network_number(&service.spec.network),
@@ -126,7 +138,8 @@ impl Keeper {
             .await
     }
 
-    /// The guests of a service; begins to check those that are new, and ends to check others.
+    /// The guests of a service, with what this host found out about its own and others about theirs; begins to
+    /// check those that are new, and ends to check others.
     fn backends(
         &mut self,
         service: &Service,
@@ -134,35 +147,48 @@ impl Keeper {
         candidates: Vec<Candidate>,
     ) -> Backends {
         let found = candidates.into_iter().map(|candidate| {
-            let key = (service.metadata.name.clone(), candidate.guest.clone());
-            if !candidate.runs {
-                self.probes.remove(&key);
-                let message = "the guest does not run".into();
-                let health = Health::Stopped;
-                return (candidate, Finding { health, message });
-            }
-            let gateway_v6 = network.gateway_v6().map(IpAddr::from);
-            let gateway = network.gateway().map(IpAddr::from).or(gateway_v6);
-            let (Some(check), Some(port), Some(address), Some(gateway)) = (
-                service.spec.health_check,
-                service.spec.checked_port(),
-                candidate.main_address(),
-                gateway,
-            ) else {
-                self.probes.remove(&key);
-                let message = "the guest runs".into();
-                let health = Health::Healthy;
-                return (candidate, Finding { health, message });
+            let finding = match &candidate.place {
+                _ if !candidate.runs => stopped("the guest does not run"),
+                Place::OnLost(host) => stopped(&format!("the lease of its host {host} has ended")),
+                Place::Nowhere => stopped("the guest is on no host"),
+                Place::Here => return self.own_backend(service, network, candidate),
+                Place::On(host) if service.spec.health_check.is_some() => {
+                    found_elsewhere(service, &candidate, host)
+                }
+                Place::On(_) => runs(),
             };
-            let target = Target {
-                address: SocketAddr::new(address, port),
-                check,
-                gateway,
-            };
-            let finding = self.finding(key, target, service);
+            self.probes.remove(&key(service, &candidate));
             (candidate, finding)
         });
         found.collect()
+    }
+
+    /// A guest of this host that runs.
+    fn own_backend(
+        &mut self,
+        service: &Service,
+        network: &NetworkSpec,
+        candidate: Candidate,
+    ) -> (Candidate, Finding) {
+        let key = key(service, &candidate);
+        let gateway_v6 = network.gateway_v6().map(IpAddr::from);
+        let gateway = network.gateway().map(IpAddr::from).or(gateway_v6);
+        let (Some(check), Some(port), Some(address), Some(gateway)) = (
+            service.spec.health_check,
+            service.spec.checked_port(),
+            candidate.main_address(),
+            gateway,
+        ) else {
+            self.probes.remove(&key);
+            return (candidate, runs());
+        };
+        let target = Target {
+            address: SocketAddr::new(address, port),
+            check,
+            gateway,
+        };
+        let finding = self.finding(key, target, service);
+        (candidate, finding)
     }
 
     fn finding(&mut self, key: (String, String), target: Target, service: &Service) -> Finding {
@@ -191,46 +217,41 @@ impl Keeper {
         finding
     }
 
-    async fn report(&self, service: &Service, backends: Backends, done: &Result<()>) -> Result<()> {
-        let update = |service: &mut Service| {
-            let before = std::mem::take(&mut service.status.backends);
-            let statuses = backends.iter().map(|found| status(found, &before));
-            service.status.backends = statuses.collect();
-            let serving = backends
-                .iter()
-                .filter(|(_, found)| found.health == Health::Healthy);
-            let serving = serving.count();
-            let all = backends.len();
-            let (status, reason, message) = match done {
-                Err(error) => (ConditionStatus::False, error.reason(), error.to_string()),
-                Ok(()) if all == 0 => (
-                    ConditionStatus::False,
-                    "NoGuests",
-                    format!(
-                        "no guest with an interface in {} is selected",
-                        service.spec.network
-                    ),
-                ),
-                Ok(()) if serving == 0 => (
-                    ConditionStatus::False,
-                    "NoneHealthy",
-                    format!("none of {all} guests serves"),
-                ),
-                Ok(()) => (
-                    ConditionStatus::True,
-                    "Serving",
-                    format!("{serving} of {all} guests serve"),
-                ),
-            };
-            let conditions = &mut service.status.conditions;
-            set_condition(conditions, "Ready", status, reason, &message);
+    /// Writes what this host has to say of a service, if that is anything new, and not more often than it may.
+    async fn report(
+        &mut self,
+        service: &Service,
+        backends: Backends,
+        done: &Result<()>,
+    ) -> Result<()> {
+        let fleet = &self.agent.fleet;
+        let report = Report {
+            host: (!fleet.is_exclusive()).then(|| fleet.host().to_owned()),
+            speaks: fleet.is_exclusive() || fleet.is_scheduler(),
+            backends,
+            done,
         };
         let mut reported = service.clone();
-        update(&mut reported);
+        report.apply(&mut reported);
         if reported == *service {
             return Ok(());
         }
         let name = &service.metadata.name;
+        let now = Instant::now();
+        let due = self
+            .written
+            .get(name)
+            .map(|written| *written + WRITE_INTERVAL);
+        if let Some(due) = due.filter(|due| *due > now) {
+            let wake = Arc::clone(&self.wake);
+            tokio::spawn(async move {
+                tokio::time::sleep_until(due).await;
+                wake.notify_one();
+            });
+            return Ok(());
+        }
+        self.written.insert(name.clone(), now);
+        let update = |service: &mut Service| report.apply(service);
         match self.agent.objects.update(name, update).await {
             Err(AgentError::NotFound { .. }) => Ok(()),
             other => other.map(drop),
@@ -238,18 +259,38 @@ impl Keeper {
     }
 }
 
-fn status((candidate, found): &(Candidate, Finding), before: &[BackendStatus]) -> BackendStatus {
-    let mut before = before.iter();
-    let before = before.find(|backend| backend.guest == candidate.guest);
-    let since = before
-        .filter(|before| before.health == found.health)
-        .map_or_else(Timestamp::now, |before| before.since);
-    BackendStatus {
-        guest: candidate.guest.clone(),
-        interface: candidate.interface.clone(),
-        address: candidate.main_address(),
-        health: found.health,
-        message: found.message.clone(),
-        since,
+fn key(service: &Service, candidate: &Candidate) -> (String, String) {
+    (service.metadata.name.clone(), candidate.guest.clone())
+}
+
+fn runs() -> Finding {
+    Finding {
+        health: Health::Healthy,
+        message: "the guest runs".into(),
+    }
+}
+
+fn stopped(why: &str) -> Finding {
+    Finding {
+        health: Health::Stopped,
+        message: why.into(),
+    }
+}
+
+/// What a guest's own host says of it; while it moves from one to another, what the one before said.
+fn found_elsewhere(service: &Service, candidate: &Candidate, host: &str) -> Finding {
+    let mut said = service.status.backends.iter();
+    let said = said.find(|backend| {
+        backend.guest == candidate.guest && backend.address == candidate.main_address()
+    });
+    match said {
+        Some(said) if said.health != Health::Stopped => Finding {
+            health: said.health,
+            message: said.message.clone(),
+        },
+        _ => Finding {
+            health: Health::Unknown,
+            message: format!("its host {host} is yet to check it"),
+        },
     }
 }

@@ -21,6 +21,16 @@ pub struct KnownGuest {
     references: BTreeSet<(Kind, String)>,
 }
 
+/// What of a guest makes a difference to services.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct AsBackend<'a> {
+    labels: &'a BTreeMap<String, String>,
+    interfaces: &'a [Interface],
+    runs: bool,
+    is_here: bool,
+    host: Option<&'a str>,
+}
+
 impl KnownGuest {
     /// What is kept of a guest; more of one that is here.
     pub fn new(guest: &VirtualMachine, is_here: bool) -> Self {
@@ -65,8 +75,14 @@ impl KnownGuest {
     }
 
     /// What makes a difference to services.
-    pub fn as_backend(&self) -> (&BTreeMap<String, String>, &[Interface], bool) {
-        (&self.labels, &self.interfaces, self.runs)
+    pub fn as_backend(&self) -> AsBackend<'_> {
+        AsBackend {
+            labels: &self.labels,
+            interfaces: &self.interfaces,
+            runs: self.runs,
+            is_here: self.is_here(),
+            host: self.host.as_deref(),
+        }
     }
 }
 

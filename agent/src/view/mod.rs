@@ -5,6 +5,7 @@
 //! the guests whose rules name its group, and nobody else. Of guests on other hosts it keeps only what
 //! rules and services need.
 
+mod hosts;
 mod known_guest;
 mod relations;
 #[cfg(test)]
@@ -49,6 +50,8 @@ pub struct View {
     guests: BTreeMap<String, KnownGuest>,
     /// Where the tunnels of hosts end.
     tunnels: BTreeMap<String, IpAddr>,
+    /// Hosts whose lease has ended, or that are no more.
+    lost: BTreeSet<String>,
     /// Guests of other hosts, by host.
     placed: Relations<String>,
     /// Guests of this host, by each object that they refer to.
@@ -91,7 +94,7 @@ impl View {
             Object::SecurityGroup(group) => self.set_group(group),
             Object::Service(service) => self.set_service(service),
             Object::PortForward(forward) => self.set_forward(forward),
-            Object::Host(host) => self.set_tunnel(&host.metadata.name, host.status.tunnel_address),
+            Object::Host(host) => self.set_host(&host),
         }
     }
 
@@ -140,7 +143,7 @@ impl View {
                     ..Affected::default()
                 }
             }
-            Kind::Host => self.set_tunnel(name, None),
+            Kind::Host => self.set_host_facts(name, None, true),
         }
     }
 
@@ -199,20 +202,6 @@ impl View {
     pub fn members(&self, group: &str) -> impl Iterator<Item = IpAddr> {
         let members = self.members.get(group).into_iter();
         members.flat_map(|addresses| addresses.keys().copied())
-    }
-
-    fn set_tunnel(&mut self, host: &str, address: Option<IpAddr>) -> Affected {
-        let before = match address {
-            Some(address) => self.tunnels.insert(host.into(), address),
-            None => self.tunnels.remove(host),
-        };
-        if before == address {
-            return Affected::default();
-        }
-        Affected {
-            remote: self.placed.of(host).cloned().collect(),
-            ..Affected::default()
-        }
     }
 
     fn set_guest(&mut self, guest: &VirtualMachine, is_here: bool) -> Affected {
@@ -345,8 +334,11 @@ impl View {
     fn set_service(&mut self, service: Service) -> Affected {
         let name = service.metadata.name.clone();
         let spec = service.spec.clone();
+        let found = service.status.backends.clone();
         let before = self.services.insert(name.clone(), service);
-        if before.as_ref().is_some_and(|before| before.spec == spec) {
+        // What other hosts found out about their guests is what this one goes by.
+        let is_same = |before: &Service| before.spec == spec && before.status.backends == found;
+        if before.as_ref().is_some_and(is_same) {
             return Affected::default();
         }
         if let Some(before) = before {

@@ -19,12 +19,20 @@ pub const LEASE_SECONDS: u64 = 10;
 /// # Panics
 /// If a member doesn't start.
 pub fn cluster(members: usize) -> (Namespaces, Cluster, Vec<String>) {
+    cluster_with(members, &[])
+}
+
+/// As [`cluster`], of members with these flags.
+///
+/// # Panics
+/// If a member doesn't start.
+pub fn cluster_with(members: usize, flags: &[&str]) -> (Namespaces, Cluster, Vec<String>) {
     let namespaces = Namespaces::enter_for_agent();
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()
         .expect("a runtime can be built");
-    let cluster = runtime.block_on(Cluster::start(Program::KeelsonState, members, &[]));
+    let cluster = runtime.block_on(Cluster::start(Program::KeelsonState, members, flags));
     let urls = (0..members).map(|at| cluster.client_url(at).to_owned());
     let urls = urls.collect();
     (namespaces, cluster, urls)

@@ -14,9 +14,11 @@ mod lost_host;
 mod manifest;
 mod metrics;
 
-pub use fleet::{Fleet, LEASE_SECONDS, cluster, migration_settings, settings, shared_disk};
+pub use fleet::{
+    Fleet, LEASE_SECONDS, cluster, cluster_with, migration_settings, settings, shared_disk,
+};
 pub use host::{Host, Said};
 pub use link::Link;
-pub use lost_host::{counting, lose_a_host};
+pub use lost_host::{Loss, counting};
 pub use manifest::{Guest, disk, network, security_group};
 pub use metrics::metrics;

@@ -92,6 +92,24 @@ impl Datapath {
         self.try_program(name, ifindex, frame)
     }
 
+    /// As [`translate`](Self::translate), on an uplink: what leaves by it, or comes by it.
+    ///
+    /// # Errors
+    /// [`DatapathError::InterfaceMissing`]; [`DatapathError::Load`] as there.
+    pub fn translate_at_uplink(
+        &mut self,
+        uplink: &str,
+        direction: Direction,
+        frame: &[u8],
+    ) -> Result<(Verdict, Vec<u8>), DatapathError> {
+        let ifindex = interface::index(uplink)?;
+        let name = match direction {
+            Direction::FromGuest => program_name::TO_UPLINK,
+            Direction::ToGuest => program_name::FROM_UPLINK,
+        };
+        self.try_program(name, ifindex, frame)
+    }
+
     fn try_program(
         &mut self,
         name: &'static str,

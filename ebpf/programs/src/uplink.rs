@@ -16,7 +16,7 @@ use crate::frame::{self, Head, Payload};
 use crate::ip::{self, Ip, protocol};
 use crate::mappings::{self, Refused, Use};
 use crate::maps::{NAT_ADDRESSES, NAT_FRAGMENTS, NAT_GUESTS, NAT_SLOTS};
-use crate::transport::{self, Transport};
+use crate::transport::{self, Quoted, Transport};
 use crate::{clock, services, translate};
 
 /// A packet that is translated.
@@ -159,7 +159,8 @@ fn from_guest(
     Ok(Some(Translated { pool }))
 }
 
-/// What a guest reports about a packet that it got.
+/// What a guest reports, to whoever sent it, about a packet that it got: to anyone else it is not translated, for
+/// that one's address would come out of the quoted packet, which no rule was asked about.
 #[inline(always)]
 fn error_from_guest(
     packet: &TcContext,
@@ -168,7 +169,8 @@ fn error_from_guest(
 ) -> Result<Option<Translated>, DropReason> {
     let ifindex = frame::ifindex(packet);
     let quoted = transport::quoted(packet, ip)?;
-    let known = nat_protocol(quoted.protocol).filter(|_| quoted.has_flow);
+    let is_own = ip::same(quoted.destination, ip.source) && ip::same(quoted.source, ip.destination);
+    let known = quoted_protocol(&quoted).filter(|_| is_own);
     let external = known.and_then(|protocol| {
         let key = MappingKey {
             port: quoted.destination_port,
@@ -191,6 +193,15 @@ fn error_from_guest(
     Ok(Some(Translated { pool }))
 }
 
+/// The protocol of a packet that came for a guest. No echo is asked of one from outside.
+#[inline(always)]
+fn quoted_protocol(quoted: &Quoted) -> Option<u8> {
+    match quoted.protocol {
+        protocol::TCP | protocol::UDP if quoted.has_flow => nat_protocol(quoted.protocol),
+        _ => None,
+    }
+}
+
 /// What the host reports about a packet that it could not pass on to a guest: the other side knows the
 /// external address only.
 #[inline(always)]
@@ -207,7 +218,10 @@ fn host_error(packet: &TcContext, head: &Head, payload: Payload) -> Option<Trans
         return None;
     }
     let quoted = transport::quoted(packet, &ip).ok()?;
-    let protocol = nat_protocol(quoted.protocol).filter(|_| quoted.has_flow)?;
+    let protocol = quoted_protocol(&quoted)?;
+    if !ip::same(quoted.source, ip.destination) {
+        return None;
+    }
     // SAFETY: see `to_uplink`.
     let guest = unsafe { NAT_GUESTS.get(quoted.destination) }?;
     let key = MappingKey {

@@ -8,6 +8,7 @@ use keelson_ebpf::{DropReason, Service};
 
 use super::FlowKey;
 use super::packet::{self, Packet};
+use super::rewrite::{put_addresses, put_ports, rewrite_addresses};
 
 /// The Ethernet address that all services have.
 pub const MAC: [u8; 6] = [0x02, 0x4b, 0x45, 0x45, 0x4c, 0x53];
@@ -244,33 +245,6 @@ fn quoted_key(packet: &Packet, frame: &[u8]) -> Result<Option<Key>, DropReason> 
     let quoted = packet.quoted(frame)?;
     let quoted = quoted.filter(|quoted| matches!(quoted.protocol, 6 | 17));
     Ok(quoted.map(|quoted| (quoted.protocol, quoted.destination, quoted.source)))
-}
-
-fn address_bytes(address: IpAddr) -> Vec<u8> {
-    match address {
-        IpAddr::V4(ipv4) => ipv4.octets().to_vec(),
-        IpAddr::V6(ipv6) => ipv6.octets().to_vec(),
-    }
-}
-
-fn put(bytes: &mut [u8], at: usize, new: &[u8]) {
-    bytes[at..at + new.len()].copy_from_slice(new);
-}
-
-/// Writes the addresses of the IP header that begins at `at`.
-fn put_addresses(bytes: &mut [u8], at: usize, source: IpAddr, destination: IpAddr) {
-    let first = if source.is_ipv4() { 12 } else { 8 };
-    let both = [address_bytes(source), address_bytes(destination)].concat();
-    put(bytes, at + first, &both);
-}
-
-fn rewrite_addresses(frame: &mut [u8], source: IpAddr, destination: IpAddr) {
-    put_addresses(frame, 14, source, destination);
-}
-
-fn put_ports(bytes: &mut [u8], at: usize, source: u16, destination: u16) {
-    put(bytes, at, &source.to_be_bytes());
-    put(bytes, at + 2, &destination.to_be_bytes());
 }
 
 fn rewrite(packet: &Packet, frame: &mut [u8], ends: &Ends) {

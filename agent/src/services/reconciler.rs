@@ -72,7 +72,8 @@ impl Keeper {
 
     async fn reconcile(&mut self) -> Result<()> {
         let mut services = Vec::new();
-        let mut networks = BTreeMap::new();
+        // By their bridges guests reach forwards of their own host.
+        let mut networks = self.with_uplink();
         for (service, network, candidates) in self.look() {
             let backends = self.backends(&service, &network, candidates);
             networks.insert(service.spec.network.clone(), network);
@@ -106,6 +107,15 @@ impl Keeper {
             Some((service.clone(), network.spec.clone(), candidates))
         });
         found.collect()
+    }
+
+    fn with_uplink(&self) -> BTreeMap<String, NetworkSpec> {
+        let view = self.agent.view.read();
+        let networks = view.networks().iter();
+        let networks = networks.filter(|(_, network)| network.spec.uplink.is_some());
+        networks
+            .map(|(name, network)| (name.clone(), network.spec.clone()))
+            .collect()
     }
 
     /// Bridges first, so that an address that is answered for is one that works.

@@ -113,7 +113,8 @@ impl View {
                 let before = self.networks.remove(name).map(|before| before.spec);
                 let before = before.as_ref();
                 Affected {
-                    services: self.serving.has(name),
+                    services: self.serving.has(name)
+                        || before.is_some_and(|before| before.uplink.is_some()),
                     uplinks: before.is_some_and(|before| before.uplink.is_some()),
                     overlays: before.is_some_and(|before| before.overlay.is_some()),
                     ..self.affected_users(kind, name)
@@ -310,7 +311,7 @@ impl View {
             .as_ref()
             .is_some_and(|before| before.spec.uplink.is_some());
         Affected {
-            services: self.serving.has(&name),
+            services: self.serving.has(&name) || had_uplink || spec.uplink.is_some(),
             uplinks: had_uplink || spec.uplink.is_some(),
             overlays: before.and_then(|before| before.spec.overlay) != spec.overlay,
             ..self.affected_users(Kind::Network, &name)

@@ -210,6 +210,8 @@ pub mod program_name {
     pub const TO_UPLINK: &str = "to_uplink";
     /// Gives the port that a guest sends from a port of the uplink's address.
     pub const CLAIM_PORT: &str = "claim_port";
+    /// Sends what guests send to ports that guests have of an uplink's address to those.
+    pub const TURN_BACK: &str = "turn_back";
     /// Translates what comes from an uplink for guests.
     pub const FROM_UPLINK: &str = "from_uplink";
     /// Sends what guests send to the hosts that have its destination.
@@ -217,7 +219,7 @@ pub mod program_name {
     /// Delivers what comes from other hosts to guests.
     pub const FROM_TUNNEL: &str = "from_tunnel";
     /// All of them.
-    pub const ALL: [&str; 12] = [
+    pub const ALL: [&str; 13] = [
         FROM_GUEST,
         TO_GUEST,
         SERVICE_FROM_GUEST,
@@ -227,6 +229,7 @@ pub mod program_name {
         SERVICE_TO_HOST,
         TO_UPLINK,
         CLAIM_PORT,
+        TURN_BACK,
         FROM_UPLINK,
         TO_PEER,
         FROM_TUNNEL,
@@ -247,6 +250,8 @@ pub mod stage {
     pub const TO_UPLINK: u32 = 4;
     /// [`TO_PEER`](crate::program_name::TO_PEER).
     pub const TO_PEER: u32 = 5;
+    /// [`TURN_BACK`](crate::program_name::TURN_BACK).
+    pub const TURN_BACK: u32 = 6;
     /// How many there can be.
     pub const COUNT: u32 = 8;
 }

@@ -1,4 +1,5 @@
-//! Bridges of networks, by which the host and all behind it reach services (map `GATEWAYS`).
+//! Bridges of networks, by which the host and all behind it reach services, and guests the ports that guests have of an
+//! uplink's address (map `GATEWAYS`).
 
 use std::collections::BTreeMap;
 
@@ -13,7 +14,7 @@ use crate::{grace_period, interface};
 
 impl Datapath {
     /// Makes these bridges, by their names with the numbers of their networks, the ones by which
-    /// services are reached from the host; hooks that are missing are attached, those of others removed.
+    /// services are reached from the host, and forwards from guests; hooks that are missing are attached, those of others removed.
     ///
     /// # Errors
     /// [`DatapathError::InterfaceMissing`], [`DatapathError::Hook`], [`DatapathError::Full`].

@@ -161,6 +161,7 @@ fn set_stages(ebpf: &mut Ebpf) -> Result<(), DatapathError> {
         (stage::CLAIM_PORT, program_name::CLAIM_PORT),
         (stage::TO_UPLINK, program_name::TO_UPLINK),
         (stage::TO_PEER, program_name::TO_PEER),
+        (stage::TURN_BACK, program_name::TURN_BACK),
     ] {
         let program = program(ebpf, name)?.fd();
         let program = program.map_err(|error| program_error(name, &error))?;

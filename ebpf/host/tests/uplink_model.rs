@@ -15,7 +15,7 @@ use keelson_ebpf::{
 use model::Model;
 use model::uplink::{Inside, Uplink};
 use network::{Network, ip};
-use outside::{EXTERNAL, Note, Trial, UPLINK, addresses};
+use outside::{BRIDGE, EXTERNAL, Note, Trial, UPLINK, addresses};
 use proptest::prelude::*;
 use proptest::test_runner::{Config, TestRunner};
 use recipe::Choices;
@@ -30,7 +30,7 @@ fn nat() -> SourceNat {
         ipv4: Some(EXTERNAL[0].parse().expect("valid")),
         ipv6: Some(EXTERNAL[1].parse().expect("valid")),
         // So few that they run out, with the numbers that recipes use among them.
-        ports: 1000..=1003,
+        ports: 1000..=1001,
         max_mappings: 1024,
     }
 }
@@ -129,9 +129,12 @@ fn check_steps(
 #[test]
 fn the_programs_agree_with_the_model_about_the_uplink() {
     let network = Network::new(HookChoice::Auto);
-    let datapath = network.open();
-    ip(&format!("link add {UPLINK} type dummy"));
+    let mut datapath = network.open();
+    ip(&format!("link add {UPLINK} type veth peer name outer"));
     ip(&format!("link set {UPLINK} up"));
+    ip(&format!("link add {BRIDGE} type bridge"));
+    let bridges = [(BRIDGE.to_owned(), 7)];
+    datapath.set_gateways(&bridges).expect("attached");
     let taps: Vec<_> = (1..=3).map(|number| network.guest(number)).collect();
     let guests: Vec<_> = taps
         .iter()
@@ -144,7 +147,7 @@ fn the_programs_agree_with_the_model_about_the_uplink() {
         .collect();
     let steps = prop::collection::vec((prop::bool::weighted(0.3), any::<[u8; 32]>()), 1..120);
     let mut runner = TestRunner::new(Config {
-        cases: 64,
+        cases: 96,
         failure_persistence: None,
         max_shrink_iters: 100,
         ..Config::default()
@@ -170,16 +173,19 @@ fn check_notes(notes: &[Note]) {
         ("host", "error", Ok(true)),
         ("error", "error", Ok(true)),
         ("answer", "echo", Ok(true)),
+        ("turned", "error", Ok(true)),
     ];
     for kind in ["tcp", "udp"] {
         expected.push(("guest", kind, Ok(true)));
         expected.push(("guest", kind, Ok(false)));
         expected.push(("answer", kind, Ok(true)));
         expected.push(("stranger", kind, Ok(true)));
+        expected.push(("turned", kind, Ok(true)));
+        expected.push(("turned", kind, Ok(false)));
         expected.push(("stranger", kind, Ok(false)));
-        let exhausted = DropReason::PortsExhausted.as_str();
-        expected.push(("guest", kind, Err(exhausted)));
     }
+    let exhausted = DropReason::PortsExhausted.as_str();
+    expected.push(("guest", "tcp", Err(exhausted)));
     let untranslatable = DropReason::NotTranslatable.as_str();
     expected.push(("guest", "tcp", Err(untranslatable)));
     expected.push(("guest", "other", Err(untranslatable)));

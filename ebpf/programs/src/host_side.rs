@@ -5,12 +5,12 @@
 //! Maps: `GATEWAYS`; those of `services` and `stations`.
 
 use aya_ebpf::programs::TcContext;
-use keelson_ebpf_common::{DropReason, GatewayEntry, SERVICE_MAC};
+use keelson_ebpf_common::{DropReason, GatewayEntry, SERVICE_MAC, stage};
 
 use crate::frame::{self, Payload};
 use crate::ip::{self, Ip, protocol};
 use crate::services::{self, Scope};
-use crate::{Passed, counters, from_client, neighbour_discovery, stations};
+use crate::{Passed, counters, from_client, hairpin, neighbour_discovery, stations};
 
 /// Translates what goes to a service, and answers for where that is.
 #[inline(always)]
@@ -67,7 +67,7 @@ pub fn from_host(packet: &TcContext, gateway: &GatewayEntry) -> Result<Passed, D
     })
 }
 
-/// Translates what a backend answers.
+/// Translates what a backend answers, and goes on with what a guest may have at the uplink's address.
 #[inline(always)]
 pub fn to_host(packet: &TcContext, gateway: &GatewayEntry) -> Result<Passed, DropReason> {
     let head = frame::head(packet)?;
@@ -79,6 +79,8 @@ pub fn to_host(packet: &TcContext, gateway: &GatewayEntry) -> Result<Passed, Dro
     if let Some(found) = services::reverse(packet, &ip, 0, services::workspace()?) {
         from_client::rewrite_answer(packet, &ip, &found)?;
         from_client::count_answer(packet, gateway.network, &found);
+    } else if hairpin::concerns(&ip) {
+        return Err(services::go_on(packet, stage::TURN_BACK));
     }
     Ok(Passed::On)
 }

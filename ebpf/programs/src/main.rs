@@ -26,6 +26,7 @@ mod fragments;
 mod frame;
 mod from_client;
 mod from_guest;
+mod hairpin;
 mod host_side;
 mod ip;
 mod limits;
@@ -112,7 +113,8 @@ pub fn service_from_host(packet: TcContext) -> i32 {
     }
 }
 
-/// Translates a packet that a backend answers the host with.
+/// Translates a packet that a backend answers the host with. What may be for a guest's port of an uplink's
+/// address, `turn_back` goes on with.
 #[classifier]
 pub fn service_to_host(packet: TcContext) -> i32 {
     // SAFETY: as of policies, see `enforce`.
@@ -155,6 +157,16 @@ fn refuse(packet: &TcContext, refused: &Refused) -> i32 {
     counters::count_dropped(ifindex, direction, packet.len(), reason);
     events::report_dropped(packet, ifindex, direction, reason);
     TC_ACT_SHOT
+}
+
+/// Sends a guest's packet to the uplink's address to the guest whose port it is for.
+#[classifier]
+pub fn turn_back(packet: TcContext) -> i32 {
+    match hairpin::turn(&packet) {
+        Ok(None) => TC_ACT_UNSPEC,
+        Ok(Some(passed)) => pass(passed),
+        Err(refused) => refuse(&packet, &refused),
+    }
 }
 
 /// Translates a packet that comes from an uplink.

@@ -10,7 +10,7 @@ use keelson_ebpf_common::{
 use crate::atomic::compare_exchange;
 use crate::maps::{Mappings, NAT_CLAIMS, NAT_FORWARDS, NAT_MAPPINGS, NAT_POOLS, NAT_PORTS};
 use crate::transport::Transport;
-use crate::{clock, services};
+use crate::{clock, frame, services};
 
 /// As with flows: how long `last_seen_ns` may lag.
 const REFRESH_NS: u64 = 1_000_000_000;
@@ -103,15 +103,21 @@ pub fn external<'a>(
     Err(DropReason::PortsExhausted)
 }
 
-/// Gives a guest's port the external one that `external` wants for it; then `to_uplink` begins anew. A
-/// program of its own, for what the verifier has to go through before it would count for each try.
+/// Gives a guest's port the external one that `external` wants for it; then `to_uplink` begins anew, or on the way
+/// to another guest `turn_back`. A program of its own, for what the verifier has to go through before it would count for each try.
 #[inline(always)]
 pub fn claim(packet: &TcContext) -> Option<Refused> {
     let claim = NAT_CLAIMS.get_ptr(0)?;
     // SAFETY: see `external`.
     let NatClaim { guest, key } = unsafe { *claim };
     if give_port(&guest, &key).is_some() {
-        let _ = services::go_on(packet, stage::TO_UPLINK);
+        let uplink = NAT_POOLS.get(guest.pool).map(|pool| pool.ifindex);
+        let next = if uplink == Some(frame::ifindex(packet)) {
+            stage::TO_UPLINK
+        } else {
+            stage::TURN_BACK
+        };
+        let _ = services::go_on(packet, next);
     }
     Some(Refused {
         reason: DropReason::PortsExhausted,

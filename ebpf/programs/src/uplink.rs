@@ -60,7 +60,7 @@ pub fn from_uplink(packet: &TcContext) -> Option<Translated> {
 }
 
 #[inline(always)]
-fn read_head(packet: &TcContext) -> Option<(Head, Payload)> {
+pub fn read_head(packet: &TcContext) -> Option<(Head, Payload)> {
     let head = frame::head(packet).ok()?;
     match frame::payload(&head) {
         Ok(payload @ (Payload::Ipv4 | Payload::Ipv6)) => Some((head, payload)),
@@ -69,7 +69,7 @@ fn read_head(packet: &TcContext) -> Option<(Head, Payload)> {
 }
 
 #[inline(always)]
-fn read_ip(packet: &TcContext, head: &Head, payload: Payload) -> Result<Ip, DropReason> {
+pub fn read_ip(packet: &TcContext, head: &Head, payload: Payload) -> Result<Ip, DropReason> {
     match payload {
         Payload::Ipv6 => ip::ipv6(packet, head),
         _ => ip::ipv4(packet, head),
@@ -94,7 +94,7 @@ fn destination(head: &Head, payload: Payload) -> Address {
 }
 
 #[inline(always)]
-fn nat_protocol(ip_protocol: u8) -> Option<u8> {
+pub fn nat_protocol(ip_protocol: u8) -> Option<u8> {
     match ip_protocol {
         protocol::TCP => Some(nat_protocol::TCP),
         protocol::UDP => Some(nat_protocol::UDP),
@@ -104,7 +104,7 @@ fn nat_protocol(ip_protocol: u8) -> Option<u8> {
 }
 
 #[inline(always)]
-fn local(ip: &Ip) -> u8 {
+pub fn local(ip: &Ip) -> u8 {
     if ip.is_ipv6 { local::IPV6 } else { local::IPV4 }
 }
 
@@ -195,7 +195,7 @@ fn error_from_guest(
 
 /// The protocol of a packet that came for a guest. No echo is asked of one from outside.
 #[inline(always)]
-fn quoted_protocol(quoted: &Quoted) -> Option<u8> {
+pub fn quoted_protocol(quoted: &Quoted) -> Option<u8> {
     match quoted.protocol {
         protocol::TCP | protocol::UDP if quoted.has_flow => nat_protocol(quoted.protocol),
         _ => None,
@@ -295,7 +295,7 @@ fn error_to_guest(packet: &TcContext, pool: u32, ip: &Ip) -> Option<Translated> 
 }
 
 #[inline(always)]
-fn guest_address(slot: u32, ip: &Ip) -> Option<Address> {
+pub fn guest_address(slot: u32, ip: &Ip) -> Option<Address> {
     let addresses = NAT_SLOTS.get(slot)?;
     let address = if ip.is_ipv6 {
         addresses.ipv6
@@ -307,7 +307,7 @@ fn guest_address(slot: u32, ip: &Ip) -> Option<Address> {
 }
 
 #[inline(always)]
-fn used<'a>(direction: Direction, ip: &Ip, transport: &'a Transport) -> Use<'a> {
+pub fn used<'a>(direction: Direction, ip: &Ip, transport: &'a Transport) -> Use<'a> {
     let header = if ip.protocol == protocol::TCP {
         u32::from(ip.first[3].to_ne_bytes()[0] >> 4) * 4
     } else {
@@ -321,7 +321,7 @@ fn used<'a>(direction: Direction, ip: &Ip, transport: &'a Transport) -> Use<'a> 
 }
 
 #[inline(always)]
-fn ends([source, destination]: [Address; 2], ports: [u16; 2]) -> Translation {
+pub fn ends([source, destination]: [Address; 2], ports: [u16; 2]) -> Translation {
     Translation {
         source,
         destination,
@@ -338,7 +338,7 @@ fn ends([source, destination]: [Address; 2], ports: [u16; 2]) -> Translation {
 }
 
 #[inline(always)]
-fn fragment_key(ip: &Ip, pool: u32) -> NatFragmentKey {
+pub fn fragment_key(ip: &Ip, pool: u32) -> NatFragmentKey {
     NatFragmentKey {
         source: ip.source,
         identification: ip.identification,
@@ -349,7 +349,7 @@ fn fragment_key(ip: &Ip, pool: u32) -> NatFragmentKey {
 }
 
 #[inline(always)]
-fn note_fragment(ip: &Ip, pool: u32, slot: u32) {
+pub fn note_fragment(ip: &Ip, pool: u32, slot: u32) {
     let first = NatFragment {
         first_seen_ns: clock::now(),
         slot,

@@ -102,6 +102,30 @@ fn wait_for(host: &Host, object: (&str, &str), kind: &str, reason: &str) -> Valu
     })
 }
 
+/// A guest reaches what is forwarded to another as whoever is outside does.
+fn check_from_inside(host: &Host) {
+    let steps = format!(
+        "net-connect:address=10.91.0.7,via=10.91.0.1,target={EXTERNAL},port=8080,count=3 hang"
+    );
+    let caller = Guest::new("caller", &steps)
+        .field("restartPolicy: Never")
+        .field("stopTimeout: 1s")
+        .field("interfaces: [{name: eth0, network: lan, address: 10.91.0.7}]");
+    host.apply(&caller.manifest()).done();
+    host.wait_for_console("caller", "payload: net-connect ok asked=3 granted=3");
+    let said = host
+        .keelson(&["net", "trace", "caller", EXTERNAL, "8080"])
+        .done();
+    for line in [
+        "uplink: PortForward/http 8080/tcp: leads to port 8080 of web-5/eth0",
+        "ingress of web-5/eth0: allowed by SecurityGroup/web spec.ingress[1]",
+        "passes",
+    ] {
+        assert!(said.contains(line), "{line:?} is said:\n{said}");
+    }
+    host.keelson(&["delete", "vm", "caller"]).done();
+}
+
 /// Whether the machine outside gets a connection to a port of the host.
 fn reaches(port: u16) -> bool {
     let address: SocketAddr = format!("{EXTERNAL}:{port}").parse().expect("an address");
@@ -241,6 +265,7 @@ fn guests_reach_outside_and_are_reached_through_forwards() {
         "{table}"
     );
 
+    check_from_inside(&host);
     let counters = host.keelson(&["net", "counters", "-o", "json"]).done();
     let counters: Value = serde_json::from_str(&counters).expect("the client prints JSON");
     assert_eq!(counters[0]["device"], "up0", "{counters}");

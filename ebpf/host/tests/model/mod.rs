@@ -4,6 +4,7 @@
 
 mod addresses;
 mod flows;
+pub mod hairpin;
 mod neighbours;
 mod packet;
 mod rewrite;

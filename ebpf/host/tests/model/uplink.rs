@@ -7,11 +7,16 @@ use std::net::IpAddr;
 use keelson_ebpf::{DropReason, PortForward, SourceNat};
 
 use super::packet::{self, Packet, Quoted};
-use super::rewrite::{put, put_addresses, put_ports, rewrite_addresses};
+use super::rewrite::{End, put, put_ports, rewrite_addresses, rewrite_quoted};
 
-type End = (IpAddr, u16);
 /// Protocol, and a guest's or an external end; of an echo the port is its identifier.
 type Port = (Kind, End);
+
+/// Sender, destination, identification and protocol.
+pub type Datagram = (IpAddr, IpAddr, [u8; 4], u8);
+
+/// A datagram whose fragments are to follow its first one, and the guest that they go to.
+type Noted = (Datagram, IpAddr);
 
 /// Protocols that have ports.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -35,13 +40,13 @@ pub struct Inside {
 /// An uplink.
 pub struct Uplink {
     nat: SourceNat,
-    guests: Vec<Inside>,
+    pub(super) guests: Vec<Inside>,
     /// External port → the guest's.
     forwards: HashMap<Port, End>,
     /// A guest's port → the external one, of what guests sent.
     mappings: HashMap<Port, u16>,
-    /// Fragments from outside behind a first one, by sender, destination, identification and protocol → the guest.
-    fragments: HashMap<(IpAddr, IpAddr, [u8; 4], u8), IpAddr>,
+    /// Fragments behind a first one → the guest.
+    pub(super) fragments: HashMap<Datagram, IpAddr>,
 }
 
 /// What becomes of a packet that a guest sends.
@@ -102,7 +107,7 @@ impl Uplink {
         }
     }
 
-    fn send_of_guest(
+    pub(super) fn send_of_guest(
         &mut self,
         frame: &[u8],
         source: IpAddr,
@@ -116,27 +121,8 @@ impl Uplink {
             return Ok(sent);
         }
         let transport = packet.transport(frame)?;
-        // Without source NAT, what isn't forwarded goes on as it is.
-        let other = |reason| {
-            if self.is_translated(source) {
-                Err(reason)
-            } else {
-                Ok(frame.to_vec())
-            }
-        };
         if transport.is_error {
-            let quoted = packet.quoted(frame)?;
-            let about_it = quoted.filter(|quoted| {
-                quoted.destination.0 == source && quoted.source.0 == packet.destination
-            });
-            return match about_it.and_then(|quoted| Some((self.port_quoted(&quoted)?, quoted))) {
-                Some((port, quoted)) => {
-                    rewrite_addresses(&mut sent, external, packet.destination);
-                    rewrite_quoted(&packet, &mut sent, &quoted, (None, Some((external, port))));
-                    Ok(sent)
-                }
-                None => other(DropReason::NotTranslatable),
-            };
+            return self.send_error(frame, &packet, external);
         }
         let own = match (packet.protocol, transport.echo) {
             (6, _) => Some((Kind::Tcp, transport.ports.0)),
@@ -145,7 +131,7 @@ impl Uplink {
             _ => None,
         };
         let Some((kind, port)) = own else {
-            return other(DropReason::NotTranslatable);
+            return self.untranslatable(frame, source);
         };
         let own = (kind, (source, port));
         let external_port = match self.port_of(own) {
@@ -161,6 +147,36 @@ impl Uplink {
             put_ports(&mut sent, packet.offset, external_port, transport.ports.1);
         }
         Ok(sent)
+    }
+
+    /// What a guest reports about a packet that it got, to whoever sent that.
+    fn send_error(
+        &self,
+        frame: &[u8],
+        packet: &Packet,
+        external: IpAddr,
+    ) -> Result<Vec<u8>, DropReason> {
+        let quoted = packet.quoted(frame)?;
+        let about_it = quoted.filter(|quoted| {
+            quoted.destination.0 == packet.source && quoted.source.0 == packet.destination
+        });
+        let known = about_it.and_then(|quoted| Some((self.port_quoted(&quoted)?, quoted)));
+        let Some((port, quoted)) = known else {
+            return self.untranslatable(frame, packet.source);
+        };
+        let mut sent = frame.to_vec();
+        rewrite_addresses(&mut sent, external, packet.destination);
+        rewrite_quoted(packet, &mut sent, &quoted, (None, Some((external, port))));
+        Ok(sent)
+    }
+
+    /// Without source NAT, what isn't forwarded goes on as it is.
+    fn untranslatable(&self, frame: &[u8], source: IpAddr) -> Result<Vec<u8>, DropReason> {
+        if self.is_translated(source) {
+            Err(DropReason::NotTranslatable)
+        } else {
+            Ok(frame.to_vec())
+        }
     }
 
     /// What the host says about a packet that it could not pass on to a guest: whoever sent that knows the
@@ -186,11 +202,15 @@ impl Uplink {
 
     /// What the uplink makes of a frame that comes by it.
     pub fn receive(&mut self, frame: &[u8]) -> Vec<u8> {
-        self.translated_back(frame)
-            .unwrap_or_else(|| frame.to_vec())
+        let Some((received, noted)) = self.back(frame) else {
+            return frame.to_vec();
+        };
+        self.fragments.extend(noted);
+        received
     }
 
-    fn translated_back(&mut self, frame: &[u8]) -> Option<Vec<u8>> {
+    /// What a frame to an external port becomes, and which fragments are to follow it.
+    pub(super) fn back(&self, frame: &[u8]) -> Option<(Vec<u8>, Option<Noted>)> {
         source(frame)?;
         let packet = packet::read(frame).ok()?;
         let external = packet.destination;
@@ -209,7 +229,7 @@ impl Uplink {
         if packet.fragment.is_some_and(|fragment| fragment.offset != 0) {
             let guest = *self.fragments.get(&datagram)?;
             rewrite_addresses(&mut received, packet.source, guest);
-            return Some(received);
+            return Some((received, None));
         }
         let transport = packet.transport(frame).ok()?;
         if transport.is_error {
@@ -222,7 +242,7 @@ impl Uplink {
             }
             rewrite_addresses(&mut received, packet.source, own.0);
             rewrite_quoted(&packet, &mut received, &quoted, (Some(own), None));
-            return Some(received);
+            return Some((received, None));
         }
         let (kind, port) = match (packet.protocol, transport.echo) {
             (6, _) => (Kind::Tcp, transport.ports.1),
@@ -237,10 +257,8 @@ impl Uplink {
         } else {
             put_ports(&mut received, packet.offset, transport.ports.0, own.1);
         }
-        if packet.fragment.is_some_and(|fragment| fragment.more) {
-            self.fragments.insert(datagram, own.0);
-        }
-        Some(received)
+        let is_followed = packet.fragment.is_some_and(|fragment| fragment.more);
+        Some((received, is_followed.then_some((datagram, own.0))))
     }
 
     /// External ports that guests have now, by protocol and address.
@@ -296,17 +314,17 @@ impl Uplink {
     }
 
     /// Whether what the guest with an address sends is translated.
-    fn is_translated(&self, own: IpAddr) -> bool {
+    pub(super) fn is_translated(&self, own: IpAddr) -> bool {
         let guest = self.nat_of(own);
         guest.is_some_and(|guest| guest.network == self.nat.network)
             && external_of(&self.nat, own).is_some()
     }
 
-    fn has_forward(&self, own: IpAddr) -> bool {
+    pub(super) fn has_forward(&self, own: IpAddr) -> bool {
         self.forwards.values().any(|end| end.0 == own)
     }
 
-    fn external(&self, own: IpAddr) -> IpAddr {
+    pub(super) fn external(&self, own: IpAddr) -> IpAddr {
         external_of(&self.nat, own).expect("guests have addresses of its versions only")
     }
 
@@ -355,30 +373,10 @@ fn kind_of(quoted: &Quoted) -> Option<Kind> {
 }
 
 /// The source address of an IP frame, whatever else is in it.
-fn source(frame: &[u8]) -> Option<IpAddr> {
+pub(super) fn source(frame: &[u8]) -> Option<IpAddr> {
     match frame[12..14] {
         [0x08, 0x00] => Some(<[u8; 4]>::try_from(frame.get(26..30)?).ok()?.into()),
         [0x86, 0xdd] => Some(<[u8; 16]>::try_from(frame.get(22..38)?).ok()?.into()),
         _ => None,
-    }
-}
-
-/// Gives the packet that an error quotes another source or destination.
-fn rewrite_quoted(
-    packet: &Packet,
-    frame: &mut [u8],
-    quoted: &Quoted,
-    (source, destination): (Option<End>, Option<End>),
-) {
-    let at = packet.offset + 8;
-    let header = if packet.source.is_ipv4() { 20 } else { 40 };
-    let new_source = source.unwrap_or(quoted.source);
-    let new_destination = destination.unwrap_or(quoted.destination);
-    put_addresses(frame, at, new_source.0, new_destination.0);
-    if quoted.echo.is_some() {
-        let identifier = source.map_or(quoted.echo.unwrap_or(0), |source| source.1);
-        put(frame, at + header + 4, &identifier.to_be_bytes());
-    } else {
-        put_ports(frame, at + header, new_source.1, new_destination.1);
     }
 }

@@ -1,15 +1,18 @@
 //! Packets on their way between guests and the outside, as the programs of both and the models of both see them.
 
+use std::collections::BTreeMap;
 use std::net::IpAddr;
 
 use keelson_ebpf::{Datapath, Direction, DropReason, InterfacePolicy, MacAddress, Tally, Verdict};
 
 use crate::agreement::{is_question, programs_say};
+use crate::model::hairpin::Turned;
 use crate::model::uplink::{Outcome, Uplink};
 use crate::model::{Model, sums};
 use crate::recipe::{Choices, GATEWAY_MAC, Recipe};
 
 pub const UPLINK: &str = "up0";
+pub const BRIDGE: &str = "br0";
 /// The uplink's addresses, by version of IP.
 pub const EXTERNAL: [&str; 2] = ["192.0.2.1", "2001:db8::1"];
 const GATEWAY: [&str; 2] = ["10.77.0.1", "fd77::1"];
@@ -46,7 +49,7 @@ impl Trial<'_> {
                 Some(self.seen[count - 1 - back].clone())
             }
         };
-        match (choices.below(8), earlier) {
+        match (choices.below(9), earlier) {
             (2 | 3, Some(Seen::Outside(sent))) => {
                 let answer = sent.answer(choices);
                 self.receive("answer", &answer);
@@ -55,12 +58,12 @@ impl Trial<'_> {
                 let answer = received.answer(choices);
                 self.send(guest, &answer);
             }
-            (4, Some(Seen::Outside(sent))) => {
+            (4 | 8, Some(Seen::Outside(sent))) => {
                 if let Some(error) = sent.error(choices, &outside()) {
                     self.receive("error", &error);
                 }
             }
-            (4, Some(Seen::Inside(guest, received))) => {
+            (4 | 8, Some(Seen::Inside(guest, received))) => {
                 if let Some(error) = received.error(choices, &self.policies[guest]) {
                     if choices.rarely(2) {
                         self.report(&error);
@@ -78,6 +81,11 @@ impl Trial<'_> {
                 let guest = choices.below(self.policies.len());
                 let direction = Direction::FromGuest;
                 let packet = Recipe::make(choices, &self.policies[guest], direction, false);
+                let packet = if choices.rarely(3) {
+                    to_external(&packet)
+                } else {
+                    packet
+                };
                 self.send(guest, &packet);
             }
         }
@@ -88,6 +96,10 @@ impl Trial<'_> {
         let Some(frame) = self.decide(guest, packet) else {
             return;
         };
+        if EXTERNAL.contains(&destination(&frame).to_string().as_str()) {
+            self.turn(&frame);
+            return;
+        }
         let Some(sent) = self.leave(&frame) else {
             return;
         };
@@ -99,6 +111,41 @@ impl Trial<'_> {
                 sent.clone(),
             )));
             self.check_round_trip(&frame, &sent);
+        }
+    }
+
+    /// A guest sends a packet to the uplink's address: it may be for a guest, or for the host.
+    fn turn(&mut self, frame: &[u8]) {
+        let before = self.dropped();
+        let (verdict, after) = self
+            .datapath
+            .translate_at_gateway(BRIDGE, Direction::FromGuest, frame)
+            .expect("the kernel takes the frame");
+        let passed = verdict == Verdict::Pass;
+        match self.uplink.turn(frame, passed.then_some(after.as_slice())) {
+            Turned::ToHost => {
+                assert!(passed, "{frame:02x?}");
+                assert_eq!(frame, after);
+                self.note("turned", frame, Ok(false));
+            }
+            Turned::Dropped(reason) => {
+                assert!(!passed, "{frame:02x?} is {reason}, not {after:02x?}");
+                assert_eq!(self.dropped_since(&before), [reason], "{frame:02x?}");
+                self.note("turned", frame, Err(reason.as_str()));
+            }
+            Turned::To(guest, expected) => {
+                assert!(passed, "{frame:02x?}");
+                let mut routed = expected;
+                routed[..6].copy_from_slice(&self.policies[guest].mac.0);
+                routed[6..12].copy_from_slice(&frame[..6]);
+                check_same(frame, &after, &routed);
+                self.note("turned", frame, Ok(true));
+                let arrived = Recipe::new(Direction::ToGuest, after);
+                if let Some(frame) = self.decide(guest, &arrived) {
+                    let received = Recipe::new(Direction::ToGuest, frame);
+                    self.seen.push(Seen::Inside(guest, received));
+                }
+            }
         }
     }
 
@@ -120,14 +167,7 @@ impl Trial<'_> {
 
     /// What the uplink makes of a frame that leaves by it; `None` if it is dropped.
     fn leave(&mut self, frame: &[u8]) -> Option<Vec<u8>> {
-        let dropped = |datapath: &Datapath, policies: &[InterfacePolicy]| {
-            let counters = policies.iter().map(|policy| {
-                let counters = datapath.counters(&policy.name).expect("attached");
-                counters.from_guest.dropped
-            });
-            counters.collect::<Vec<_>>()
-        };
-        let before = dropped(self.datapath, &self.policies);
+        let before = self.dropped();
         let (verdict, after) = self.translate(Direction::FromGuest, frame);
         let passed = verdict == Verdict::Pass;
         let expected = self.uplink.send(frame, passed.then_some(after.as_slice()));
@@ -139,19 +179,33 @@ impl Trial<'_> {
             }
             Outcome::Dropped(reason) => {
                 assert_eq!(verdict, Verdict::Drop, "{frame:02x?} is {reason}");
-                let now = dropped(self.datapath, &self.policies);
-                let mut reasons = Vec::new();
-                for (before, now) in before.iter().zip(&now) {
-                    let more = now
-                        .iter()
-                        .filter(|(reason, tally)| before.get(reason) != Some(tally));
-                    reasons.extend(more.map(|(reason, _)| *reason));
-                }
+                let reasons = self.dropped_since(&before);
                 assert_eq!(reasons, [reason], "{frame:02x?}");
                 self.note("guest", frame, Err(reason.as_str()));
                 None
             }
         }
+    }
+
+    /// What was dropped of each guest's.
+    fn dropped(&self) -> Vec<BTreeMap<DropReason, Tally>> {
+        let counters = self.policies.iter().map(|policy| {
+            let counters = self.datapath.counters(&policy.name).expect("attached");
+            counters.from_guest.dropped
+        });
+        counters.collect()
+    }
+
+    fn dropped_since(&self, before: &[BTreeMap<DropReason, Tally>]) -> Vec<DropReason> {
+        let now = self.dropped();
+        let mut reasons = Vec::new();
+        for (before, now) in before.iter().zip(&now) {
+            let more = now
+                .iter()
+                .filter(|(reason, tally)| before.get(reason) != Some(tally));
+            reasons.extend(more.map(|(reason, _)| *reason));
+        }
+        reasons
     }
 
     /// A packet comes by the uplink; if it is a guest's, its programs decide.
@@ -250,6 +304,18 @@ impl Trial<'_> {
     }
 }
 
+/// The same, to the uplink's address.
+fn to_external(packet: &Recipe) -> Recipe {
+    let mut frame = packet.frame();
+    let outside = outside();
+    match (&frame[12..14], outside.ipv4, outside.ipv6) {
+        ([0x08, 0x00], Some(ipv4), _) => frame[30..34].copy_from_slice(&ipv4.octets()),
+        ([0x86, 0xdd], _, Some(ipv6)) => frame[38..54].copy_from_slice(&ipv6.octets()),
+        _ => {}
+    }
+    Recipe::new(packet.direction, frame)
+}
+
 /// The frame became what it should, and its sums are as right or wrong as they were.
 fn check_same(frame: &[u8], after: &[u8], expected: &[u8]) {
     assert_eq!(
@@ -284,7 +350,8 @@ pub fn addresses(policy: &InterfacePolicy) -> Vec<IpAddr> {
 fn destination(frame: &[u8]) -> IpAddr {
     match frame[12..14] {
         [0x08, 0x00] => <[u8; 4]>::try_from(&frame[30..34]).expect("four").into(),
-        _ => <[u8; 16]>::try_from(&frame[38..54]).expect("16").into(),
+        [0x86, 0xdd] => <[u8; 16]>::try_from(&frame[38..54]).expect("16").into(),
+        _ => IpAddr::from([0; 4]),
     }
 }
 

@@ -234,7 +234,11 @@ impl Objects {
         let outside = from.interface.is_none() && to.interface.is_none();
         let asked = (question.protocol, question.number);
         let found = trace_uplink::find(&self.forwards, &self.guests, to.address, asked);
-        let Some(forwarded) = found.filter(|_| outside) else {
+        let found = found.filter(|forwarded| {
+            let turns = |(guest, own)| forwarded.turns_to(&self.networks, guest, own);
+            outside || from.interface.is_some_and(turns)
+        });
+        let Some(forwarded) = found else {
             let sender = from.interface.filter(|_| to.interface.is_none());
             let outward = sender.and_then(|(_, own)| trace_uplink::outward(&self.networks, own));
             if let Some(outward) = outward {
@@ -250,11 +254,20 @@ impl Objects {
             address: own.unwrap_or(to.address),
             interface: Some((forwarded.guest, forwarded.interface)),
         };
-        let question = Question {
+        let inside = Question {
             protocol: question.protocol,
             number: forwarded.port,
         };
-        self.decide(from, &target, &question)
+        if outside {
+            return self.decide(from, &target, &inside);
+        }
+        // The rules of both see the uplink's address.
+        let caller = End {
+            address: to.address,
+            interface: None,
+        };
+        let leaves = self.decide(from, to, question)?;
+        Ok(self.decide(&caller, &target, &inside)? && leaves)
     }
 
     /// Says what decides about a connection between two ends, and whether it passes.

@@ -16,6 +16,22 @@ pub struct Forwarded<'a> {
     pub description: String,
 }
 
+impl Forwarded<'_> {
+    /// Whether a guest reaches it from inside, by the uplink's address.
+    pub fn turns_to(
+        &self,
+        networks: &[Network],
+        guest: &VirtualMachine,
+        interface: &Interface,
+    ) -> bool {
+        let mut networks = networks.iter();
+        let network = networks.find(|network| network.metadata.name == interface.network);
+        let isolated = network.is_none_or(|network| network.spec.isolated);
+        let is_itself = guest.metadata.name == self.guest.metadata.name;
+        interface.network == self.interface.network && (is_itself || !isolated)
+    }
+}
+
 /// The forward that has the port of an address, if one is in force.
 pub fn find<'a>(
     forwards: &[PortForward],

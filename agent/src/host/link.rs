@@ -128,15 +128,23 @@ impl Links {
         Ok(())
     }
 
-    /// Gives a device an Ethernet address.
+    /// Gives a device an Ethernet address, unless it has it: to be given one, even its own, makes the kernel forget
+    /// all neighbours there, with the packets that wait for one to answer (`NETDEV_CHANGEADDR`: Linux, net/ipv4/arp.c).
     pub async fn set_mac(&self, index: u32, mac: MacAddress) -> Result<()> {
+        let what = format!("set the MAC address {mac}");
+        let mut links = self.handle.link().get().match_index(index).execute();
+        let found = links.try_next().await.map_err(netlink(what.clone()))?;
+        let wanted = LinkAttribute::Address(mac.0.to_vec());
+        if found.is_some_and(|link| link.attributes.contains(&wanted)) {
+            return Ok(());
+        }
         let message = LinkUnspec::new_with_index(index).address(mac.0.to_vec());
         self.handle
             .link()
             .set(message.build())
             .execute()
             .await
-            .map_err(netlink(format!("set the MAC address {mac}")))
+            .map_err(netlink(what))
     }
 
     /// Gives a device an address, unless it has it. It is in use at once: that nobody else has it is sure.

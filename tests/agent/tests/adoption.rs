@@ -17,6 +17,12 @@ fn a_running_guest_is_found_again() {
     .done();
     host.wait_for_console("web", "payload: wait-power-button ready");
     let before = host.wait_for_phase("web", "Running");
+    let bridge = bridge_of(&host, "10.80.0.1");
+    let neighbour = ["10.80.0.99", "lladdr", "02:00:00:00:00:99", "dev", &bridge];
+    host.within(
+        "ip",
+        &[&["neigh", "add"], &neighbour[..], &["nud", "permanent"]].concat(),
+    );
     for _ in 0..3 {
         host.kill_agent();
         host.start_agent();
@@ -31,7 +37,20 @@ fn a_running_guest_is_found_again() {
         assert_eq!(after["startedAt"], before["startedAt"]);
     }
     assert_eq!(host.processes("keelson-vmm").len(), 1);
+    // Whoever makes a bridge anew, or gives it the address that it has, makes the kernel forget them.
+    let neighbours = host.within("ip", &["neigh", "show", "dev", &bridge]);
+    assert!(
+        neighbours.contains("10.80.0.99"),
+        "the bridge's neighbours are kept: {neighbours:?}"
+    );
     host.keelson(&["stop", "web"]).done();
+}
+
+/// The network device with this address.
+fn bridge_of(host: &Host, address: &str) -> String {
+    let line = host.within("ip", &["-o", "address", "show", "to", address]);
+    let name = line.split_whitespace().nth(1);
+    name.expect("the gateway's device").to_owned()
 }
 
 #[test]

@@ -26,7 +26,7 @@ enum Area {
     State(state::Options),
     /// keelson-blk beside qemu-storage-daemon and io_uring straight on the file.
     Blk(blk::Options),
-    /// The eBPF network beside a bridge with nftables.
+    /// The eBPF network beside a bridge with nftables and Open vSwitch.
     Net(net::Options),
     /// The VMM beside QEMU.
     Vm(vm::Options),

@@ -8,12 +8,15 @@ use std::time::{Duration, Instant};
 
 use super::frames::{self, End};
 use super::hosts::{CLIENT, Hosts, PORT, SERVER, SERVICE};
+use super::injector::Injector;
 use super::nftables;
 use super::packet_socket::PacketSocket;
 use crate::process::thread_processor_time;
 
 /// Flows of the packet load.
 const FLOWS: u16 = 64;
+/// Packets that the host receives between two looks at the time.
+const PACKETS: u32 = 20_000;
 /// Bytes that the stream writes at once.
 const CHUNK: usize = 256 << 10;
 
@@ -23,8 +26,10 @@ pub type Figures = BTreeMap<&'static str, f64>;
 /// A kind of work.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Work {
-    /// Small packets, one way, of established flows.
+    /// Small packets, one way, of established flows, which the host receives from its device.
     Packets,
+    /// The same, sent by a guest's program.
+    SentPackets,
     /// The same to a service, whose one backend is the server.
     ServicePackets,
     /// One TCP stream.
@@ -37,8 +42,9 @@ pub enum Work {
 
 impl Work {
     /// All of them.
-    pub const ALL: [Self; 5] = [
+    pub const ALL: [Self; 6] = [
         Self::Packets,
+        Self::SentPackets,
         Self::ServicePackets,
         Self::Throughput,
         Self::Requests,
@@ -49,6 +55,7 @@ impl Work {
     pub const fn name(self) -> &'static str {
         match self {
             Self::Packets => "packets",
+            Self::SentPackets => "packets from a socket",
             Self::ServicePackets => "packets to a service",
             Self::Throughput => "stream",
             Self::Requests => "requests",
@@ -57,9 +64,10 @@ impl Work {
     }
 
     /// Does it for `duration`.
-    pub fn run(self, hosts: &mut Hosts, duration: Duration) -> anyhow::Result<Figures> {
+    pub fn run(self, hosts: &mut Hosts<'_>, duration: Duration) -> anyhow::Result<Figures> {
         match self {
             Self::Packets => packets(hosts, duration, Target::Server),
+            Self::SentPackets => sent_packets(hosts, duration),
             Self::ServicePackets => packets(hosts, duration, Target::Service),
             Self::Throughput => with_server(hosts, swallow, |address| stream(address, duration)),
             Self::Requests => with_server(hosts, echo, |address| requests(address, duration)),
@@ -90,8 +98,26 @@ pub fn flow(target: Target, index: u16) -> (End, End) {
     (from, End { port: PORT, ..to })
 }
 
-/// Sends small packets as fast as one thread can.
-pub fn packets(hosts: &Hosts, duration: Duration, target: Target) -> anyhow::Result<Figures> {
+/// Lets the host receive small packets from the client's device as fast as one processor can.
+pub fn packets(hosts: &Hosts<'_>, duration: Duration, target: Target) -> anyhow::Result<Figures> {
+    let frames = establish(hosts, target)?;
+    let injector = hosts.within("host", || Ok(Injector::open("hc", &frames[0], FLOWS)?))?;
+    deliver(hosts, "host", duration, || injector.receive(PACKETS))
+}
+
+/// Sends small packets from the client as fast as one thread can.
+fn sent_packets(hosts: &Hosts<'_>, duration: Duration) -> anyhow::Result<Figures> {
+    let frames = establish(hosts, Target::Server)?;
+    let socket = hosts.within("client", || Ok(PacketSocket::open("c0")?))?;
+    deliver(hosts, "client", duration, || {
+        let begin = Instant::now();
+        socket.send(&frames)?;
+        Ok(begin.elapsed())
+    })
+}
+
+/// Opens the flows of the packet load: both sides have sent. What arrives after that is for nobody. The client's frames.
+fn establish(hosts: &Hosts<'_>, target: Target) -> anyhow::Result<Vec<Vec<u8>>> {
     let there: Vec<_> = (0..FLOWS)
         .map(|index| flow(target, index))
         .map(|(from, to)| frames::udp(from, to))
@@ -103,30 +129,39 @@ pub fn packets(hosts: &Hosts, duration: Duration, target: Target) -> anyhow::Res
     let back: Vec<_> = (0..FLOWS)
         .map(|index| frames::udp(server, flow(target, index).0))
         .collect();
-    // Both sides have sent: the flows are established. What arrives is for nobody.
-    hosts.in_guest("server", || ignore_datagrams("s0"))?;
-    hosts.in_guest("client", || ignore_datagrams("c0"))?;
-    hosts.in_guest("client", || Ok(PacketSocket::open("c0")?.send(&there)?))?;
-    hosts.in_guest("server", || Ok(PacketSocket::open("s0")?.send(&back)?))?;
+    hosts.within("server", || ignore_datagrams("s0"))?;
+    hosts.within("client", || ignore_datagrams("c0"))?;
+    hosts.within("client", || Ok(PacketSocket::open("c0")?.send(&there)?))?;
+    hosts.within("server", || Ok(PacketSocket::open("s0")?.send(&back)?))?;
+    Ok(there)
+}
+
+/// Does `send`, which tells how long it sent, over and over on a thread of a namespace; what arrived at the server's device, and what that cost.
+fn deliver(
+    hosts: &Hosts<'_>,
+    namespace: &str,
+    duration: Duration,
+    send: impl Fn() -> std::io::Result<Duration> + Send + Sync,
+) -> anyhow::Result<Figures> {
     let before = hosts.delivered()?;
     let softirq_before = softirq_seconds();
-    let (elapsed, thread_seconds) = hosts.in_guest("client", || {
-        let socket = PacketSocket::open("c0")?;
+    let (sending, thread_seconds) = hosts.within(namespace, || {
         let begin = Instant::now();
         // What the thread did for the softirqs that it raised is in it.
         let cpu = thread_processor_time();
+        let mut sending = Duration::ZERO;
         while begin.elapsed() < duration {
-            socket.send(&there)?;
+            sending += send()?;
         }
         let cpu = thread_processor_time().saturating_sub(cpu);
-        Ok((begin.elapsed(), cpu.as_secs_f64()))
+        Ok((sending, cpu.as_secs_f64()))
     })?;
     let softirq = softirq_seconds() - softirq_before;
     #[allow(clippy::cast_precision_loss)] // far below 2^52
     let delivered = (hosts.delivered()? - before) as f64;
     anyhow::ensure!(delivered > 0.0, "no packet arrived");
     Ok(BTreeMap::from([
-        ("packets_per_s", delivered / elapsed.as_secs_f64()),
+        ("packets_per_s", delivered / sending.as_secs_f64()),
         (
             "cpu_ns_per_packet",
             (thread_seconds + softirq) * 1e9 / delivered,
@@ -162,11 +197,11 @@ fn softirq_seconds() -> f64 {
 
 /// Runs `client` while a thread of the server's namespace serves each connection by `serve`.
 fn with_server(
-    hosts: &Hosts,
+    hosts: &Hosts<'_>,
     serve: impl Fn(TcpStream) + Send + Sync,
     client: impl FnOnce(std::net::SocketAddr) -> anyhow::Result<Figures> + Send,
 ) -> anyhow::Result<Figures> {
-    let listener = hosts.in_guest("server", || Ok(TcpListener::bind((SERVER.address, PORT))?))?;
+    let listener = hosts.within("server", || Ok(TcpListener::bind((SERVER.address, PORT))?))?;
     let address = listener.local_addr()?;
     let done = AtomicBool::new(false);
     std::thread::scope(|scope| {
@@ -178,10 +213,10 @@ fn with_server(
                 serve(connection);
             }
         });
-        let figures = hosts.in_guest("client", || client(address));
+        let figures = hosts.within("client", || client(address));
         done.store(true, Ordering::Release);
         // Wakes the server; its last connection is over.
-        let woken = hosts.in_guest("client", || Ok(TcpStream::connect(address)?));
+        let woken = hosts.within("client", || Ok(TcpStream::connect(address)?));
         let _ = server.join();
         woken?;
         figures

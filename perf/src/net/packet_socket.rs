@@ -1,9 +1,10 @@
 //! Sends whole frames out of a device, many with one system call (packet(7)).
 
-use std::ffi::CString;
 use std::io;
 use std::mem;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+
+use super::namespaces::device_index;
 
 /// `sendmmsg` takes at most this many (`UIO_MAXIOV`).
 const BATCH: usize = 1024;
@@ -17,12 +18,10 @@ pub struct PacketSocket {
 impl PacketSocket {
     /// Opens one on a device of the calling thread's namespace, past its queueing discipline.
     pub fn open(device: &str) -> io::Result<Self> {
-        let name = CString::new(device)?;
-        // SAFETY: the argument is a zero-terminated string that lives through the call.
-        let index = unsafe { libc::if_nametoindex(name.as_ptr()) };
+        let index = device_index(device)?;
         // SAFETY: socket(2) takes three numbers.
         let raw = unsafe { libc::socket(libc::AF_PACKET, libc::SOCK_RAW | libc::SOCK_CLOEXEC, 0) };
-        if index == 0 || raw < 0 {
+        if raw < 0 {
             return Err(io::Error::last_os_error());
         }
         // SAFETY: the descriptor is new and nobody else's.

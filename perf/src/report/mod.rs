@@ -1,5 +1,6 @@
 //! Reports: every sample and every goal, as JSON and as a page.
 
+pub mod lines;
 mod page;
 
 use std::collections::BTreeMap;

@@ -12,13 +12,15 @@ use anyhow::Context as _;
 use comfy_table::{Table, presets};
 use keelson_lab::{Exec, FileCopy, KernelFiles, Lab, LabOptions, guest_initrd};
 
-use crate::report::{Report, Sample, Wanted};
+use crate::report::{Report, Sample, Wanted, lines};
 
 pub use peers::Peer;
 use peers::Setting;
 
 /// What names of work in the lab end with.
 const IN_LAB: &str = ", in the lab";
+/// What is measured beside QEMU.
+const FIGURES: [&str; 2] = ["ms", "exits_per_s"];
 
 /// Measures keelson-vmm on this machine's KVM with the payload guest, and beside QEMU with a stock
 /// Debian kernel in the lab (or, with --peers-here, on this machine's KVM).
@@ -62,7 +64,7 @@ pub fn run(options: &Options) -> anyhow::Result<()> {
                 stock: Some((Path::new(kernel), Path::new(initrd))),
             },
         )?;
-        return peers::print(&samples);
+        return lines::print(&samples);
     }
     let rounds = options.rounds.unwrap_or(if options.quick { 5 } else { 20 });
     let peer_rounds = options
@@ -164,7 +166,7 @@ fn in_lab(rounds: u32, kernel: &KernelFiles, initrd: &Path) -> anyhow::Result<Ve
         String::from_utf8_lossy(&output.stderr)
     );
     lab.shut_down()?;
-    peers::parse(&output.text())
+    lines::parse(&output.text(), &Peer::ALL.map(Peer::name), &FIGURES)
 }
 
 fn add_goals(report: &mut Report) {

@@ -229,36 +229,3 @@ fn told(peer: Peer, place: &Path) -> String {
     let errors = fs::read_to_string(place.join("errors"));
     format!("{}: {}", peer.name(), errors.unwrap_or_default())
 }
-
-/// Prints samples as lines of JSON.
-pub fn print(samples: &[Sample]) -> anyhow::Result<()> {
-    for sample in samples {
-        println!("{}", serde_json::to_string(sample)?);
-    }
-    Ok(())
-}
-
-/// What [`measure`] measures.
-const FIGURES: [&str; 2] = ["ms", "exits_per_s"];
-
-/// What [`print`] printed.
-pub fn parse(text: &str) -> anyhow::Result<Vec<Sample>> {
-    let sample = |line: &str| -> anyhow::Result<Sample> {
-        let value: serde_json::Value = serde_json::from_str(line)?;
-        let name = value["peer"].as_str().unwrap_or_default();
-        let peer = Peer::ALL.into_iter().find(|peer| peer.name() == name);
-        Ok(Sample {
-            peer: peer.context("a peer")?.name(),
-            work: value["work"].as_str().context("work")?.to_owned(),
-            round: u32::try_from(value["round"].as_u64().context("round")?)?,
-            figures: FIGURES
-                .into_iter()
-                .filter_map(|name| Some((name, value["figures"][name].as_f64()?)))
-                .collect(),
-        })
-    };
-    text.lines()
-        .filter(|line| line.starts_with('{'))
-        .map(sample)
-        .collect()
-}

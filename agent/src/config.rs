@@ -62,10 +62,17 @@ pub struct Config {
     /// Virtual processors that guests may have for each of the host's.
     pub cpu_overcommit: u32,
     /// The TCP address at which guests come in that move to this host while they run; if not given, the
-    /// host takes none. What comes is not encrypted.
+    /// host takes none.
     pub migration_listen: Option<SocketAddr>,
     /// The address at which other hosts reach it; `migration_listen` where not given.
     pub migration_advertise: Option<SocketAddr>,
+    /// The certificate that this host shows when guests move to it and from it, in PEM, for the address of
+    /// `migration_advertise`. With it guests move by TLS alone, without it not encrypted.
+    pub migration_cert_file: Option<PathBuf>,
+    /// Its private key.
+    pub migration_key_file: Option<PathBuf>,
+    /// Who signs the certificates of the other hosts.
+    pub migration_trusted_ca_file: Option<PathBuf>,
 }
 
 /// How eBPF programs are attached to a guest's TAP device.
@@ -103,6 +110,9 @@ impl Default for Config {
             cpu_overcommit: 16,
             migration_listen: None,
             migration_advertise: None,
+            migration_cert_file: None,
+            migration_key_file: None,
+            migration_trusted_ca_file: None,
         }
     }
 }
@@ -144,6 +154,20 @@ impl Config {
         }
         if self.cpu_overcommit == 0 {
             return Err("cpu_overcommit is 0; give 1 or more".into());
+        }
+        let files = [
+            &self.migration_cert_file,
+            &self.migration_key_file,
+            &self.migration_trusted_ca_file,
+        ];
+        if files
+            .iter()
+            .any(|file| file.is_some() != files[0].is_some())
+        {
+            return Err(
+                "migration_cert_file, migration_key_file and migration_trusted_ca_file are only of use together"
+                    .into(),
+            );
         }
         if let Some(address) = self.migration_address()
             && (address.ip().is_unspecified() || address.port() == 0)

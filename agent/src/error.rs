@@ -40,6 +40,9 @@ pub enum AgentError {
     /// The eBPF programs refused or could not be loaded.
     #[error("the eBPF network: {0}")]
     Datapath(#[from] DatapathError),
+    /// The certificates for moves of guests can't be used.
+    #[error("the certificates for guests that move (migration_cert_file): {0}")]
+    Tls(#[from] keelson_tls::TlsError),
     /// The state store failed.
     #[error("the state store: {0}")]
     State(#[from] StateError),
@@ -105,7 +108,7 @@ impl AgentError {
     /// One CamelCase word for conditions and events.
     pub fn reason(&self) -> &'static str {
         match self {
-            Self::Config { .. } => "ConfigurationInvalid",
+            Self::Config { .. } | Self::Tls(_) => "ConfigurationInvalid",
             Self::HostNameTaken { .. } => "HostNameTaken",
             Self::RunDirectoryInUse(_) => "RunDirectoryInUse",
             Self::Host(_) => "HostUnable",

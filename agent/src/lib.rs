@@ -42,7 +42,7 @@ use crate::events::EventRecorder;
 use crate::fleet::Fleet;
 use crate::guest::{GuestLayer, GuestProcesses};
 use crate::host::{HostNetwork, Inventory};
-use crate::migration::Arrivals;
+use crate::migration::{Arrivals, MigrationTls};
 use crate::objects::ObjectStore;
 use crate::view::SharedView;
 
@@ -57,6 +57,7 @@ pub struct Agent {
     fleet: Fleet,
     guests: Arc<dyn GuestLayer>,
     arrivals: Arrivals,
+    migration_tls: Option<MigrationTls>,
     /// What the reconciler knows of all objects.
     view: SharedView,
     /// Keeps other agents out of the run directory for as long as this one lives.
@@ -97,12 +98,14 @@ impl Agent {
         network: HostNetwork,
         guests: Arc<dyn GuestLayer>,
     ) -> Result<Self> {
+        let migration_tls = MigrationTls::of(&config)?;
         let inventory = Inventory::read(config.host_name.as_deref())?;
         let fleet = Fleet::new(&config, &inventory, Arc::clone(&store)).await?;
         Ok(Self {
             fleet,
             guests,
             arrivals: Arrivals::default(),
+            migration_tls,
             view: SharedView::default(),
             run_directory: Arc::default(),
             config: Arc::new(config),
@@ -121,7 +124,7 @@ impl Agent {
     pub async fn join_fleet(&self) -> Result<()> {
         let lock = lock_run_directory(&self.config)?;
         self.run_directory.get_or_init(|| lock);
-        self.arrivals.listen(&self.config, &self.network).await?;
+        self.arrivals.listen(self).await?;
         self.fleet.join(self).await
     }
 

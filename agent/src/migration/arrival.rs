@@ -8,18 +8,18 @@ use std::time::Duration;
 use keelson_vmm::api::GuestState;
 use keelson_vmm::client::VmmClient;
 use parking_lot::Mutex;
-use tokio::io::copy_bidirectional;
+use tokio::io::copy_bidirectional_with_sizes;
 use tokio::net::{TcpListener, TcpStream, UnixStream};
 use tokio::sync::{Semaphore, watch};
 use tokio::time::Instant;
 
-use super::connection::{Answer, Carries, Greeting, VERSION, receive, send, watch_over};
+use super::connection::{Answer, COPY_BUFFER, Carries, Greeting, VERSION, receive, send};
 use super::ticket::new_token;
-use super::{Ring, Ticket, flows};
-use crate::config::Config;
+use super::tls::{self, Connection};
+use super::{MigrationTls, Ring, Ticket, flows};
 use crate::failpoint::failpoint;
 use crate::host::HostNetwork;
-use crate::{AgentError, error::Result};
+use crate::{Agent, AgentError, error::Result};
 
 /// How many guests may be on their way to a host at once; others wait.
 const ARRIVAL_LIMIT: usize = 4;
@@ -100,19 +100,23 @@ impl Drop for Arrival {
 }
 
 impl Arrivals {
-    /// Listens where the configuration says, if it does, for guests whose interfaces are of `network`.
+    /// Listens where the configuration says, if it does.
     ///
     /// # Errors
     /// [`AgentError::Io`] where the address can't be bound.
-    pub async fn listen(&self, config: &Config, network: &HostNetwork) -> Result<()> {
-        let Some(address) = config.migration_listen else {
+    pub async fn listen(&self, agent: &Agent) -> Result<()> {
+        let Some(address) = agent.config.migration_listen else {
             return Ok(());
         };
         let what = format!("listen on {address} for guests that move here (migration_listen)");
         let listener = TcpListener::bind(address)
             .await
             .map_err(AgentError::io(what))?;
-        tokio::spawn(self.clone().accept(listener, network.clone()));
+        let host = Host {
+            network: agent.network.clone(),
+            tls: agent.migration_tls.clone(),
+        };
+        tokio::spawn(self.clone().accept(listener, host));
         Ok(())
     }
 
@@ -149,7 +153,7 @@ impl Arrivals {
         }
     }
 
-    async fn accept(self, listener: TcpListener, network: HostNetwork) {
+    async fn accept(self, listener: TcpListener, host: Host) {
         let permits = Arc::new(Semaphore::new(CONNECTION_LIMIT));
         loop {
             let Ok(permit) = Arc::clone(&permits).acquire_owned().await else {
@@ -157,9 +161,9 @@ impl Arrivals {
             };
             match listener.accept().await {
                 Ok((stream, _)) => {
-                    let (arrivals, network) = (self.clone(), network.clone());
+                    let (arrivals, host) = (self.clone(), host.clone());
                     tokio::spawn(async move {
-                        if let Err(error) = arrivals.receive(stream, &network).await {
+                        if let Err(error) = arrivals.receive(stream, &host).await {
                             tracing::warn!(%error, "a connection that should bring a guest failed");
                         }
                         drop(permit);
@@ -173,8 +177,8 @@ impl Arrivals {
         }
     }
 
-    async fn receive(&self, mut stream: TcpStream, network: &HostNetwork) -> std::io::Result<()> {
-        watch_over(&stream)?;
+    async fn receive(&self, stream: TcpStream, host: &Host) -> std::io::Result<()> {
+        let mut stream = tls::accept(host.tls.as_ref(), stream).await?;
         let greeting: Greeting = receive(&mut stream).await?;
         let admitted = match self.admit(&greeting) {
             Ok(admitted) => admitted,
@@ -194,7 +198,7 @@ impl Arrivals {
             Admitted::Flows { interfaces, state } => {
                 let guest = &greeting.guest;
                 tokio::select! {
-                    ended = take_flows(&mut stream, network, guest, &interfaces) => ended,
+                    ended = take_flows(&mut stream, &host.network, guest, &interfaces) => ended,
                     () = state.closed() => Ok(()),
                 }
             }
@@ -240,6 +244,13 @@ impl Arrivals {
     }
 }
 
+/// What connections need of the host.
+#[derive(Clone)]
+struct Host {
+    network: HostNetwork,
+    tls: Option<MigrationTls>,
+}
+
 /// What a connection with the right token brings.
 enum Admitted {
     Guest(Coming),
@@ -259,7 +270,7 @@ struct Coming {
 
 /// Waits for the guest's flows and puts them in force, behind interfaces that are still down.
 async fn take_flows(
-    stream: &mut TcpStream,
+    stream: &mut Connection,
     network: &HostNetwork,
     guest: &str,
     interfaces: &[String],
@@ -286,7 +297,7 @@ async fn take_flows(
 
 /// Carries what the source sends to the virtual machine that waits, until one of them ends, or the guest
 /// isn't expected any more.
-async fn carry(stream: &mut TcpStream, coming: &Coming) -> std::io::Result<()> {
+async fn carry(stream: &mut Connection, coming: &Coming) -> std::io::Result<()> {
     let socket = coming.api_socket.clone();
     let asked = tokio::task::spawn_blocking(move || VmmClient::connect(socket)?.receive());
     let mut local = match asked.await.map_err(std::io::Error::other)? {
@@ -302,8 +313,13 @@ async fn carry(stream: &mut TcpStream, coming: &Coming) -> std::io::Result<()> {
     let flows_token = Some(coming.flows_token.clone());
     send(stream, &Answer::Welcome { flows_token }).await?;
     let arrived = wait_for_guest(coming.api_socket.clone(), &coming.state, &coming.ring);
+    let copied = copy_bidirectional_with_sizes(&mut local, stream, COPY_BUFFER, COPY_BUFFER);
     tokio::select! {
-        copied = copy_bidirectional(&mut local, stream) => copied.map(drop),
+        copied = copied => match copied {
+            // However the source's agent goes when its guest has gone.
+            Err(error) if error.kind() != std::io::ErrorKind::UnexpectedEof => Err(error),
+            _ => Ok(()),
+        },
         () = arrived => Ok(()),
         () = coming.state.closed() => Ok(()),
     }

@@ -16,6 +16,8 @@ const LINE_LIMIT: usize = 4096;
 /// How long what was sent may stay unacknowledged, and how long a silent peer is trusted: the other host
 /// may be gone.
 const SILENCE_LIMIT: Duration = Duration::from_secs(10);
+/// Bytes on their way through an agent, in each direction. As many as several records of TLS.
+pub const COPY_BUFFER: usize = 128 << 10;
 /// The version of this protocol.
 pub const VERSION: u32 = 2;
 

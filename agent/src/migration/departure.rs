@@ -8,15 +8,15 @@ use keelson_api::{Migration, MigrationProgress, VirtualMachine};
 use keelson_vmm::api::{MigrationLimits, MigrationPhase, MigrationStatus};
 use keelson_vmm::client::VmmClient;
 use parking_lot::Mutex;
-use tokio::io::copy_bidirectional;
-use tokio::net::{TcpStream, UnixStream};
+use tokio::io::copy_bidirectional_with_sizes;
+use tokio::net::UnixStream;
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
 
-use super::connection::{
-    Answer, Carries, GREETING_LIMIT, Greeting, VERSION, receive, send, watch_over,
-};
-use super::{GuestFlows, Ring, Ticket, flows, transitions};
+use super::connection::{Answer, COPY_BUFFER, Carries, Greeting, VERSION, receive, send};
+use super::tls::{self, Connection};
+use super::{GuestFlows, MigrationTls, Ring, Ticket, flows, transitions};
+use crate::Agent;
 use crate::objects::ObjectStore;
 
 /// How often the virtual machine is asked how it gets on: what the guest stands still longer at worst.
@@ -50,7 +50,7 @@ pub struct Departure {
 }
 
 /// The connection for the guest's flows, from when it is there until it is used.
-type FlowsConnection = Arc<Mutex<Option<TcpStream>>>;
+type FlowsConnection = Arc<Mutex<Option<Connection>>>;
 
 struct Carrier {
     guest: String,
@@ -58,6 +58,7 @@ struct Carrier {
     api_socket: PathBuf,
     limits: MigrationLimits,
     objects: ObjectStore,
+    tls: Option<MigrationTls>,
     state: watch::Sender<DepartureState>,
     flows: FlowsConnection,
     ring: Ring,
@@ -66,7 +67,7 @@ struct Carrier {
 impl Departure {
     /// Begins to send the guest whose virtual machine has this API socket.
     pub fn start(
-        objects: ObjectStore,
+        agent: &Agent,
         guest: &str,
         migration: &Migration,
         ticket: Ticket,
@@ -88,7 +89,8 @@ impl Departure {
                     .unwrap_or(defaults.downtime_ms),
                 ..defaults
             },
-            objects,
+            objects: agent.objects.clone(),
+            tls: agent.migration_tls.clone(),
             state: sender,
             flows: Arc::clone(&flows),
             ring,
@@ -148,8 +150,10 @@ impl Carrier {
         *self.flows.lock() = Some(flows);
         let mut local = self.migrate().await?;
         let status = ask_again_and_again(self.api_socket.clone());
+        let copied =
+            copy_bidirectional_with_sizes(&mut local, &mut remote, COPY_BUFFER, COPY_BUFFER);
         tokio::select! {
-            copied = copy_bidirectional(&mut local, &mut remote) => {
+            copied = copied => {
                 let way = match copied {
                     Ok(_) => "the connection was closed".to_owned(),
                     Err(error) => error.to_string(),
@@ -166,7 +170,7 @@ impl Carrier {
         &self,
         carries: Carries,
         token: &str,
-    ) -> Result<(TcpStream, Option<String>), String> {
+    ) -> Result<(Connection, Option<String>), String> {
         let ticket = &self.ticket;
         let failed = |error: std::io::Error| {
             format!(
@@ -174,12 +178,8 @@ impl Carrier {
                 ticket.host, ticket.address
             )
         };
-        let connecting = TcpStream::connect(&ticket.address);
-        let mut stream = tokio::time::timeout(GREETING_LIMIT, connecting)
-            .await
-            .map_err(|_| failed(std::io::ErrorKind::TimedOut.into()))?
-            .map_err(failed)?;
-        watch_over(&stream).map_err(failed)?;
+        let connected = tls::connect(self.tls.as_ref(), ticket).await;
+        let mut stream = connected.map_err(failed)?;
         let greeting = Greeting {
             version: VERSION,
             guest: self.guest.clone(),

@@ -14,6 +14,7 @@ mod departure;
 mod flows;
 mod request;
 mod ticket;
+mod tls;
 pub mod transitions;
 
 pub use arrival::{Arrival, ArrivalState, Arrivals};
@@ -21,6 +22,7 @@ pub use departure::{Departure, DepartureState};
 pub use flows::{FLOWS_TIME_LIMIT, FlowCount, GuestFlows};
 pub use request::{cancel, request};
 pub use ticket::Ticket;
+pub use tls::MigrationTls;
 
 use std::sync::Arc;
 

@@ -20,6 +20,9 @@ pub struct Ticket {
     pub address: String,
     /// What it knows the source's agent by; good for one connection.
     pub token: String,
+    /// Whether it speaks TLS, and nothing else.
+    #[serde(default)]
+    pub tls: bool,
     /// The lease that the destination counts on.
     #[serde(skip)]
     lease: Option<LeaseId>,
@@ -27,12 +30,13 @@ pub struct Ticket {
 
 impl Ticket {
     /// A ticket with a token of its own.
-    pub fn new(id: &str, host: &str, address: String) -> Self {
+    pub fn new(id: &str, host: &str, address: String, tls: bool) -> Self {
         Self {
             id: id.into(),
             host: host.into(),
             address,
             token: new_token(),
+            tls,
             lease: None,
         }
     }

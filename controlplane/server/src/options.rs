@@ -10,7 +10,7 @@ use keelson_member::keyspace::Member as MemberInfo;
 
 use crate::compactor::Retention;
 use crate::identity;
-use crate::tls::TlsFiles;
+use crate::tls::{PROTOCOLS, TlsFiles};
 
 /// A member of a replicated state store that speaks etcd v3's API.
 #[derive(Debug, Parser)]
@@ -255,6 +255,7 @@ impl TlsFlags {
             key: self.key_file.clone(),
             client_auth: self.client_cert_auth,
             trusted_ca: self.trusted_ca_file.clone(),
+            protocols: PROTOCOLS,
         }
     }
 
@@ -265,6 +266,7 @@ impl TlsFlags {
             key: self.peer_key_file.clone(),
             client_auth: self.peer_client_cert_auth,
             trusted_ca: self.peer_trusted_ca_file.clone(),
+            protocols: PROTOCOLS,
         }
     }
 }

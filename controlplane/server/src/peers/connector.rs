@@ -7,7 +7,7 @@ use tonic::transport::{Channel, Endpoint};
 use super::LARGEST_PIECE;
 use super::proto::lobby_client::LobbyClient;
 use super::proto::peer_client::PeerClient;
-use crate::tls::{Stamp, TlsFiles};
+use crate::tls::{self, Stamp, TlsFiles};
 
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(1);
 const CALL_TIMEOUT: Duration = Duration::from_secs(5);
@@ -24,7 +24,7 @@ pub struct Connector {
 impl Connector {
     /// Uses files for `https` URLs, read anew for each connection.
     pub fn new(tls: TlsFiles) -> anyhow::Result<Self> {
-        tls.client()?; // what is wrong with them is to be known at the start
+        tls::client(&tls)?; // what is wrong with them is to be known at the start
         Ok(Self { tls })
     }
 
@@ -41,7 +41,7 @@ impl Connector {
             .http2_keep_alive_interval(KEEP_ALIVE)
             .keep_alive_timeout(KEEP_ALIVE);
         if url.starts_with("https://")
-            && let Some(tls) = self.tls.client()?
+            && let Some(tls) = tls::client(&self.tls)?
         {
             endpoint = endpoint.tls_config(tls)?;
         }

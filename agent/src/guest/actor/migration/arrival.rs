@@ -128,7 +128,8 @@ impl GuestActor {
             .prepare(&plan, running, leased.then(|| lease.clone()))
             .await?;
         let host = self.agent.fleet.host();
-        let ticket = Ticket::new(&migration.id, host, address.to_string());
+        let tls = self.agent.migration_tls.is_some();
+        let ticket = Ticket::new(&migration.id, host, address.to_string(), tls);
         let api_socket = movable.api_socket();
         let ring = self.ring();
         let arrival = self

@@ -110,7 +110,7 @@ impl GuestActor {
         failpoint(&self.name, "leave-begun");
         self.moving.settled = false;
         self.moving.departure = Some(Departure::start(
-            self.agent.objects.clone(),
+            &self.agent,
             &self.name,
             migration,
             ticket,

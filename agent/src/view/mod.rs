@@ -50,8 +50,8 @@ pub struct View {
     guests: BTreeMap<String, KnownGuest>,
     /// Where the tunnels of hosts end.
     tunnels: BTreeMap<String, IpAddr>,
-    /// Hosts whose lease has ended, or that are no more.
-    lost: BTreeSet<String>,
+    /// Hosts whose lease has not ended.
+    present: BTreeSet<String>,
     /// Guests of other hosts, by host.
     placed: Relations<String>,
     /// Guests of this host, by each object that they refer to.
@@ -144,7 +144,7 @@ impl View {
                     ..Affected::default()
                 }
             }
-            Kind::Host => self.set_host_facts(name, None, true),
+            Kind::Host => self.set_host_facts(name, None, false),
         }
     }
 

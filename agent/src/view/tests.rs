@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 
-use keelson_api::{Kind, Object};
+use keelson_api::{ConditionStatus, Kind, Object, set_condition};
 use proptest::prelude::*;
 use serde_json::{Value, json};
 
@@ -281,4 +281,44 @@ fn a_guest_of_another_host_is_where_that_hosts_tunnel_ends() {
     // It comes here.
     assert_eq!(view.set(place("c"), true).remote, web);
     assert_eq!(view.remote_guests().count(), 0);
+}
+
+/// Services hear of the end of a lease of a host with guests in their networks, and of its return, once.
+#[test]
+fn services_follow_the_leases_of_hosts() {
+    let none = json!({});
+    let mut view = View::default();
+    let interface = json!({"name": "eth0", "network": "lan", "address": "10.0.0.2"});
+    let spec = json!({"cpus": 1, "memory": "64Mi", "kernel": {"image": "/k"},
+        "interfaces": [interface]});
+    let Object::VirtualMachine(mut guest) = object("VirtualMachine", "web", &spec, &none) else {
+        panic!("a guest");
+    };
+    guest.status.host = Some("a".into());
+    let service = json!({"network": "lan", "ports": [{"port": 80}], "guests": ["web"]});
+    view.set(Object::VirtualMachine(guest), false);
+    view.set(object("Service", "web", &service, &none), false);
+    let host = |name: &str, status: ConditionStatus| {
+        let Object::Host(mut host) = object("Host", name, &none, &none) else {
+            panic!("a host");
+        };
+        set_condition(&mut host.status.conditions, "Ready", status, "Test", "");
+        Object::Host(host)
+    };
+    assert!(view.is_lost("a"), "it is no host yet");
+    let (there, ended) = (ConditionStatus::True, ConditionStatus::Unknown);
+    for (name, status, expected) in [
+        ("a", there, true),
+        ("a", there, false),
+        ("b", there, false),
+        ("a", ended, true),
+        ("a", ended, false),
+        ("a", there, true),
+    ] {
+        let affected = view.set(host(name, status), false);
+        assert_eq!(affected.services, expected, "{name} {status:?}");
+        assert_eq!(view.is_lost(name), status == ended);
+    }
+    assert!(view.remove(Kind::Host, "a").services);
+    assert!(view.is_lost("a"));
 }

@@ -34,7 +34,10 @@ pub use nat::{
     NatClaim, NatFragment, NatFragmentKey, NatGuest, NatPool, NatSlot, POOL_PORTS, PORT_FORWARDS,
     PortOwner, UplinkEntry, mapping_hash, nat_protocol, port_index,
 };
-pub use policy::{NAME_LENGTH, Neighbour, NeighbourKey, PolicyEntry, StationKey, flag};
+pub use policy::{
+    NAME_LENGTH, NEAR_STATION_PLACES, NearStation, Neighbour, NeighbourKey, PolicyEntry,
+    StationKey, flag,
+};
 pub use question::{
     ANSWER_MARK, QUESTION_BURST_NS, QUESTION_INTERVAL_NS, QUESTION_LIMIT, QUESTIONS_BYTES, Question,
 };
@@ -48,7 +51,7 @@ pub use tunnel::{OVERLAYS, REMOTE_STATIONS, RemoteStation, TunnelEntry};
 
 /// Version of the pinned maps' layout. The host takes over pinned maps of earlier ones from
 /// [`OLDEST_LAYOUT`] on and refuses later ones.
-pub const LAYOUT_VERSION: u64 = 6;
+pub const LAYOUT_VERSION: u64 = 7;
 
 /// The earliest version that can be taken over.
 pub const OLDEST_LAYOUT: u64 = 5;
@@ -72,6 +75,8 @@ pub mod map_name {
     pub const FRAGMENTS: &str = "FRAGMENTS";
     /// Network and MAC address → index of the guest's interface on this host.
     pub const STATIONS: &str = "STATIONS";
+    /// Place → [`NearStation`](crate::NearStation), a part of [`STATIONS`] that is found without hashing.
+    pub const NEAR_STATIONS: &str = "NEAR_STATIONS";
     /// Network and address → [`Neighbour`](crate::Neighbour).
     pub const NEIGHBOURS: &str = "NEIGHBOURS";
     /// Slot and direction → [`Tally`](crate::Tally) of passed packets, per CPU.
@@ -145,7 +150,7 @@ pub mod map_name {
     /// Direction → [`Tally`](crate::Tally) of what passed the tunnel, per CPU.
     pub const TUNNELLED: &str = "TUNNELLED";
     /// All of them.
-    pub const ALL: [&str; 41] = [
+    pub const ALL: [&str; 42] = [
         POLICIES,
         PEER_CLASSES,
         ALLOWED_PORTS,
@@ -153,6 +158,7 @@ pub mod map_name {
         OPENING_FLOWS,
         FRAGMENTS,
         STATIONS,
+        NEAR_STATIONS,
         NEIGHBOURS,
         SERVICES,
         SERVED,
@@ -192,10 +198,14 @@ pub mod map_name {
 
 /// Names of the programs in the object.
 pub mod program_name {
-    /// Decides about packets that a guest sends.
+    /// Lets packets of established flows pass that a guest sends.
     pub const FROM_GUEST: &str = "from_guest";
-    /// Decides about packets on their way to a guest.
+    /// Lets packets of established flows pass on their way to a guest.
     pub const TO_GUEST: &str = "to_guest";
+    /// Decides about all other packets that a guest sends.
+    pub const JUDGE_FROM_GUEST: &str = "judge_from_guest";
+    /// Decides about all other packets on their way to a guest.
+    pub const JUDGE_TO_GUEST: &str = "judge_to_guest";
     /// Translates packets that a guest sends to a service.
     pub const SERVICE_FROM_GUEST: &str = "service_from_guest";
     /// Decides about packets that a guest sent to a service, translated.
@@ -219,9 +229,11 @@ pub mod program_name {
     /// Delivers what comes from other hosts to guests.
     pub const FROM_TUNNEL: &str = "from_tunnel";
     /// All of them.
-    pub const ALL: [&str; 13] = [
+    pub const ALL: [&str; 15] = [
         FROM_GUEST,
         TO_GUEST,
+        JUDGE_FROM_GUEST,
+        JUDGE_TO_GUEST,
         SERVICE_FROM_GUEST,
         FROM_CLIENT,
         SERVICE_TO_GUEST,
@@ -252,6 +264,10 @@ pub mod stage {
     pub const TO_PEER: u32 = 5;
     /// [`TURN_BACK`](crate::program_name::TURN_BACK).
     pub const TURN_BACK: u32 = 6;
+    /// [`JUDGE_FROM_GUEST`](crate::program_name::JUDGE_FROM_GUEST).
+    pub const JUDGE_FROM_GUEST: u32 = 7;
+    /// [`JUDGE_TO_GUEST`](crate::program_name::JUDGE_TO_GUEST).
+    pub const JUDGE_TO_GUEST: u32 = 8;
     /// How many there can be.
-    pub const COUNT: u32 = 8;
+    pub const COUNT: u32 = 16;
 }

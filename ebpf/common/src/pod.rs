@@ -5,9 +5,10 @@ use aya::Pod;
 use crate::{
     Bucket, CounterKey, DirectionTallies, Event, ExternalKey, FlowKey, FlowState, ForwardKey,
     ForwardedPort, FragmentKey, FragmentState, GatewayEntry, Limit, Mapping, MappingKey, NatClaim,
-    NatFragment, NatFragmentKey, NatGuest, NatPool, NatSlot, Neighbour, NeighbourKey, PeerKey,
-    PolicyEntry, PortKey, RemoteStation, RuleKey, Served, ServedKey, ServiceEntry, ServiceKey,
-    StationKey, Tally, Translation, TranslationKey, TunnelEntry, UplinkEntry, Workspace,
+    NatFragment, NatFragmentKey, NatGuest, NatPool, NatSlot, NearStation, Neighbour, NeighbourKey,
+    PeerKey, PolicyEntry, PortKey, RemoteStation, RuleKey, Served, ServedKey, ServiceEntry,
+    ServiceKey, StationKey, Tally, Translation, TranslationKey, TunnelEntry, UplinkEntry,
+    Workspace,
 };
 
 /// Each type is `repr(C)`, made of integers only, without padding, as the sizes prove.
@@ -43,6 +44,7 @@ pod! {
     NatGuest = 16,
     NatPool = 24,
     NatSlot = 32,
+    NearStation = 16,
     Neighbour = 8,
     NeighbourKey = 20,
     PeerKey = 20,

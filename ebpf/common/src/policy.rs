@@ -71,6 +71,35 @@ pub struct StationKey {
     pub reserved: [u8; 2],
 }
 
+/// What one place of the map `NEAR_STATIONS` holds.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct NearStation {
+    /// [`PolicyEntry::network`], or zero if nobody has the place.
+    pub network: u32,
+    /// The guest's MAC address, as it lies in memory.
+    pub mac: [u16; 3],
+    /// Zero.
+    pub reserved: u16,
+    /// The index of its interface.
+    pub ifindex: u32,
+}
+
+/// Places in the map `NEAR_STATIONS`: several for each interface, so that few want the same.
+pub const NEAR_STATION_PLACES: u32 = 4 * crate::SLOTS;
+
+impl NearStation {
+    /// The place of a guest, by its network and its MAC address as it lies in memory.
+    #[inline(always)]
+    pub const fn place(network: u32, mac: [u16; 3]) -> u32 {
+        /// 2^32 divided by the golden ratio (Knuth, The Art of Computer Programming, 6.4).
+        const MULTIPLIER: u32 = 0x9e37_79b1;
+        let address = (mac[1] as u32) << 16 | mac[2] as u32;
+        let mixed = (network ^ address).wrapping_mul(MULTIPLIER);
+        mixed >> (u32::BITS - NEAR_STATION_PLACES.ilog2())
+    }
+}
+
 /// An address in a network.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]

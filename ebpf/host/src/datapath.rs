@@ -94,6 +94,7 @@ impl Datapath {
         migration::begin(&root)?;
         let mut object = Object::load(&root)?;
         migration::carry_over(&root, &mut object)?;
+        object.set_stages()?;
         let entries = entries(&object)?;
         let referenced = entries
             .values()

@@ -12,9 +12,9 @@ use aya::util::KernelVersion;
 use aya::{Ebpf, EbpfError, EbpfLoader};
 use keelson_ebpf_common::{
     Address, Bucket, CounterKey, DirectionTallies, ExternalKey, ForwardKey, ForwardedPort,
-    GatewayEntry, Limit, NatGuest, NatPool, NatSlot, Neighbour, NeighbourKey, PeerKey, PolicyEntry,
-    PortKey, RemoteStation, RuleKey, Served, ServedKey, ServiceEntry, ServiceKey, StationKey,
-    Tally, TunnelEntry, UplinkEntry, map_name, program_name, stage,
+    GatewayEntry, Limit, NatGuest, NatPool, NatSlot, NearStation, Neighbour, NeighbourKey, PeerKey,
+    PolicyEntry, PortKey, RemoteStation, RuleKey, Served, ServedKey, ServiceEntry, ServiceKey,
+    StationKey, Tally, TunnelEntry, UplinkEntry, map_name, program_name, stage,
 };
 
 use crate::error::DatapathError;
@@ -47,6 +47,7 @@ pub struct Object {
     pub translations: ArrayOfMaps<MapData>,
     pub gateways: HashMap<MapData, u32, GatewayEntry>,
     pub stations: HashMap<MapData, StationKey, u32>,
+    pub near_stations: Array<MapData, NearStation>,
     pub neighbours: HashMap<MapData, NeighbourKey, Neighbour>,
     pub uplinks: HashMap<MapData, u32, UplinkEntry>,
     pub nat_addresses: HashMap<MapData, ExternalKey, u32>,
@@ -89,7 +90,6 @@ impl Object {
         for name in program_name::ALL {
             load_program(program(&mut ebpf, name)?).map_err(|error| program_error(name, &error))?;
         }
-        set_stages(&mut ebpf)?;
         let inner = InnerMaps::new(&OBJECT.0, program(&mut ebpf, program_name::FROM_GUEST)?)?;
         Ok(Self {
             inner,
@@ -104,6 +104,7 @@ impl Object {
             translations: take(&mut ebpf, map_name::TRANSLATIONS)?,
             gateways: take(&mut ebpf, map_name::GATEWAYS)?,
             stations: take(&mut ebpf, map_name::STATIONS)?,
+            near_stations: take(&mut ebpf, map_name::NEAR_STATIONS)?,
             neighbours: take(&mut ebpf, map_name::NEIGHBOURS)?,
             uplinks: take(&mut ebpf, map_name::UPLINKS)?,
             nat_addresses: take(&mut ebpf, map_name::NAT_ADDRESSES)?,
@@ -137,6 +138,30 @@ impl Object {
     pub fn program(&mut self, name: &'static str) -> Result<&mut SchedClassifier, DatapathError> {
         program(&mut self.ebpf, name)
     }
+
+    /// Lets the programs find those that they go on with; the map is pinned, so that it keeps them. Those of an earlier
+    /// agent that are attached go on with them from now on: whatever they read is there before.
+    pub fn set_stages(&mut self) -> Result<(), DatapathError> {
+        let mut stages: ProgramArray<MapData> = take(&mut self.ebpf, map_name::STAGES)?;
+        for (index, name) in [
+            (stage::SERVICE_FROM_GUEST, program_name::SERVICE_FROM_GUEST),
+            (stage::FROM_CLIENT, program_name::FROM_CLIENT),
+            (stage::SERVICE_TO_GUEST, program_name::SERVICE_TO_GUEST),
+            (stage::CLAIM_PORT, program_name::CLAIM_PORT),
+            (stage::TO_UPLINK, program_name::TO_UPLINK),
+            (stage::TO_PEER, program_name::TO_PEER),
+            (stage::TURN_BACK, program_name::TURN_BACK),
+            (stage::JUDGE_FROM_GUEST, program_name::JUDGE_FROM_GUEST),
+            (stage::JUDGE_TO_GUEST, program_name::JUDGE_TO_GUEST),
+        ] {
+            let program = program(&mut self.ebpf, name)?.fd();
+            let program = program.map_err(|error| program_error(name, &error))?;
+            stages
+                .set(index, program, 0)
+                .map_err(DatapathError::map("write", map_name::STAGES))?;
+        }
+        Ok(())
+    }
 }
 
 /// The verifier gives up with EAGAIN where a signal is pending, and takes long enough for that.
@@ -149,27 +174,6 @@ fn load_program(program: &mut SchedClassifier) -> Result<(), ProgramError> {
         }
     }
     program.load()
-}
-
-/// Lets the programs find those that they go on with. The map is pinned, so that it keeps them.
-fn set_stages(ebpf: &mut Ebpf) -> Result<(), DatapathError> {
-    let mut stages: ProgramArray<MapData> = take(ebpf, map_name::STAGES)?;
-    for (index, name) in [
-        (stage::SERVICE_FROM_GUEST, program_name::SERVICE_FROM_GUEST),
-        (stage::FROM_CLIENT, program_name::FROM_CLIENT),
-        (stage::SERVICE_TO_GUEST, program_name::SERVICE_TO_GUEST),
-        (stage::CLAIM_PORT, program_name::CLAIM_PORT),
-        (stage::TO_UPLINK, program_name::TO_UPLINK),
-        (stage::TO_PEER, program_name::TO_PEER),
-        (stage::TURN_BACK, program_name::TURN_BACK),
-    ] {
-        let program = program(ebpf, name)?.fd();
-        let program = program.map_err(|error| program_error(name, &error))?;
-        stages
-            .set(index, program, 0)
-            .map_err(DatapathError::map("write", map_name::STAGES))?;
-    }
-    Ok(())
 }
 
 /// Debian 12's kernel is the oldest that the project is tried on.

@@ -3,7 +3,8 @@
 use std::collections::BTreeMap;
 
 use keelson_ebpf_common::{
-    Address, NO_ADDRESS, Neighbour, NeighbourKey, PolicyEntry, StationKey, from_ipv4, map_name,
+    Address, NO_ADDRESS, NearStation, Neighbour, NeighbourKey, PolicyEntry, StationKey, from_ipv4,
+    map_name,
 };
 
 use crate::error::DatapathError;
@@ -21,10 +22,12 @@ pub fn add(object: &mut Object, ifindex: u32, entry: &PolicyEntry) -> Result<(),
     if tunnel::is_remote(object, &station(entry))? {
         return Ok(());
     }
+    let station = station(entry);
     object
         .stations
-        .insert(station(entry), ifindex, 0)
+        .insert(station, ifindex, 0)
         .map_err(DatapathError::map("write", map_name::STATIONS))?;
+    add_near(object, &station, ifindex)?;
     let neighbour = Neighbour {
         mac: entry.mac,
         reserved: [0; 2],
@@ -48,8 +51,7 @@ pub fn remove(
         return Ok(());
     }
     if new.is_none_or(|new| station(new) != station(old)) {
-        ignore_missing(object.stations.remove(&station(old)))
-            .map_err(DatapathError::map("write", map_name::STATIONS))?;
+        remove_station(object, &station(old))?;
     }
     let kept: Vec<NeighbourKey> = new.into_iter().flat_map(neighbours).collect();
     for key in neighbours(old).filter(|key| !kept.contains(key)) {
@@ -57,6 +59,54 @@ pub fn remove(
             .map_err(DatapathError::map("write", map_name::NEIGHBOURS))?;
     }
     Ok(())
+}
+
+/// From now on nobody finds the guest on this host.
+pub fn remove_station(object: &mut Object, station: &StationKey) -> Result<(), DatapathError> {
+    let (place, mac) = place(station);
+    let near = object
+        .near_stations
+        .get(&place, 0)
+        .map_err(DatapathError::map("read", map_name::NEAR_STATIONS))?;
+    if (near.network, near.mac) == (station.network, mac) {
+        set_near(object, place, NearStation::default())?;
+    }
+    ignore_missing(object.stations.remove(station))
+        .map_err(DatapathError::map("write", map_name::STATIONS))
+}
+
+/// Gives a station its place among those that are found without hashing; whoever had it is found in the other map.
+fn add_near(object: &mut Object, station: &StationKey, ifindex: u32) -> Result<(), DatapathError> {
+    let (place, mac) = place(station);
+    let near = NearStation {
+        network: station.network,
+        mac,
+        reserved: 0,
+        ifindex,
+    };
+    let found = object
+        .near_stations
+        .get(&place, 0)
+        .map_err(DatapathError::map("read", map_name::NEAR_STATIONS))?;
+    if found == near {
+        return Ok(());
+    }
+    // A program that reads while it is written must not find one guest's address with another's interface.
+    set_near(object, place, NearStation::default())?;
+    set_near(object, place, near)
+}
+
+fn set_near(object: &mut Object, place: u32, near: NearStation) -> Result<(), DatapathError> {
+    object
+        .near_stations
+        .set(place, near, 0)
+        .map_err(DatapathError::map("write", map_name::NEAR_STATIONS))
+}
+
+fn place(station: &StationKey) -> (u32, [u16; 3]) {
+    let [a, b, c, d, e, f] = station.mac;
+    let mac = [[a, b], [c, d], [e, f]].map(u16::from_ne_bytes);
+    (NearStation::place(station.network, mac), mac)
 }
 
 /// Refuses a policy whose addresses another interface of the same network has.

@@ -328,8 +328,7 @@ fn write_remote(object: &mut Object, interface: &RemoteInterface) -> Result<(), 
         .insert(station(interface), remote_station(interface), 0)
         .map_err(DatapathError::map("write", map_name::REMOTE_STATIONS))?;
     // Of a guest that left, its device may still be here.
-    ignore_missing(object.stations.remove(&station(interface)))
-        .map_err(DatapathError::map("write", map_name::STATIONS))?;
+    stations::remove_station(object, &station(interface))?;
     for key in neighbours(interface) {
         object
             .remote_neighbours

@@ -22,7 +22,7 @@ use crate::{clock, counters, events, rules};
 
 /// How long `last_seen_ns` may lag: writing it for every packet would move its cache line between
 /// CPUs.
-const REFRESH_NS: u64 = 1_000_000_000;
+pub const REFRESH_NS: u64 = 1_000_000_000;
 
 /// `FlowKey::peer_port` of an ICMP echo: who asks. The identifier alone doesn't say.
 const GUEST_ASKS: u16 = 1;

@@ -1,16 +1,17 @@
 //! Keelson's tc programs: what a guest may send, and what may reach it.
 //!
 //! `from_guest` runs at the ingress hook of a guest's TAP device (TCX or clsact), `to_guest` at its
-//! egress hook. Both look the interface up in `POLICIES`, decide, and count. Whatever is not
-//! expressly allowed is dropped, a packet of an interface without a policy first of all.
+//! egress hook. Both look the interface up in `POLICIES` and let packets of established flows pass; about all others
+//! `judge_from_guest` and `judge_to_guest` decide. Whatever is not expressly allowed is dropped and counted, a packet
+//! of an interface without a policy first of all.
 //!
 //! What belongs to a service, other programs go on with: `service_from_guest` and then `from_client`
 //! with what goes to it, `service_to_guest` with what answers. `service_from_host` and
 //! `service_to_host` do the same for the host, at the hooks of a network's bridge.
 //!
 //! `to_uplink` and `from_uplink` run at the egress and ingress hooks of the devices by which guests reach
-//! the outside, and translate addresses. What may be for a guest of another host `to_peer` goes on with, and `from_tunnel` is at the ingress hook of the device by which other
-//! hosts are reached.
+//! the outside, and translate addresses. What may be for a guest of another host `to_peer` goes on with, and
+//! `from_tunnel` is at the ingress hook of the device by which other hosts are reached.
 #![no_std]
 #![no_main]
 #![feature(asm_experimental_arch)]
@@ -20,6 +21,7 @@ mod backends;
 mod capture;
 mod clock;
 mod counters;
+mod established;
 mod events;
 mod flows;
 mod fragments;
@@ -47,7 +49,7 @@ use aya_ebpf::bindings::{TC_ACT_SHOT, TC_ACT_UNSPEC};
 use aya_ebpf::helpers::generated::bpf_redirect;
 use aya_ebpf::macros::classifier;
 use aya_ebpf::programs::TcContext;
-use keelson_ebpf_common::{Direction, DropReason, NOT_DROPPED, PolicyEntry};
+use keelson_ebpf_common::{Direction, DropReason, NOT_DROPPED, PolicyEntry, stage};
 
 use crate::mappings::Refused;
 
@@ -66,15 +68,28 @@ pub enum Passed {
     Back(u32),
 }
 
-/// Decides about a packet that a guest sent.
+/// Lets a packet that a guest sent pass if it is of an established flow; `judge_from_guest` decides about all others.
 #[classifier]
 pub fn from_guest(packet: TcContext) -> i32 {
+    pass_established(&packet, Direction::FromGuest, stage::JUDGE_FROM_GUEST)
+}
+
+/// Lets a packet on its way to a guest pass if it is of an established flow; `judge_to_guest` decides about all
+/// others.
+#[classifier]
+pub fn to_guest(packet: TcContext) -> i32 {
+    pass_established(&packet, Direction::ToGuest, stage::JUDGE_TO_GUEST)
+}
+
+/// Decides about a packet that a guest sent.
+#[classifier]
+pub fn judge_from_guest(packet: TcContext) -> i32 {
     enforce(&packet, Direction::FromGuest, from_guest::decide)
 }
 
 /// Decides about a packet on its way to a guest.
 #[classifier]
-pub fn to_guest(packet: TcContext) -> i32 {
+pub fn judge_to_guest(packet: TcContext) -> i32 {
     enforce(&packet, Direction::ToGuest, to_guest::decide)
 }
 
@@ -199,6 +214,22 @@ pub fn from_tunnel(packet: TcContext) -> i32 {
     }
 }
 
+/// Lets a packet of an established flow pass, or else goes on with another program: the verifier goes through all
+/// ways through this one once more for each way that leads out of here.
+#[inline(always)]
+fn pass_established(packet: &TcContext, direction: Direction, stage: u32) -> i32 {
+    let Some(policy) = policy(packet) else {
+        return without_policy(packet, direction);
+    };
+    if let Some(passed) = established::pass(packet, policy, direction) {
+        counters::count_passed(policy.slot, direction, packet.len());
+        return pass(passed);
+    }
+    let reason = services::go_on(packet, stage);
+    counters::count_dropped(frame::ifindex(packet), direction, packet.len(), reason);
+    TC_ACT_SHOT
+}
+
 /// Runs `decide` with the interface's policy, counts what it says, and does it.
 ///
 /// A packet that goes on gets `TC_ACT_UNSPEC` (`TCX_NEXT`): programs that others attached behind
@@ -222,14 +253,10 @@ fn go_on(
     direction: Direction,
     decide: impl FnOnce(&TcContext, &PolicyEntry) -> Result<Passed, DropReason>,
 ) -> i32 {
-    let ifindex = frame::ifindex(packet);
-    // SAFETY: the host replaces entries as a whole and waits for running programs before it
-    // changes the map again, so the entry stays what it is for as long as this program runs.
-    let policy = unsafe { maps::POLICIES.get(ifindex) };
-    let Some(policy) = policy else {
-        counters::count_dropped(ifindex, direction, packet.len(), DropReason::NoPolicy);
-        return TC_ACT_SHOT;
+    let Some(policy) = policy(packet) else {
+        return without_policy(packet, direction);
     };
+    let ifindex = frame::ifindex(packet);
     let length = packet.len();
     let decided = decide(packet, policy).and_then(|passed| {
         limits::charge(packet, policy, direction)?;
@@ -251,6 +278,22 @@ fn go_on(
             TC_ACT_SHOT
         }
     }
+}
+
+/// What is enforced at the interface.
+#[inline(always)]
+fn policy(packet: &TcContext) -> Option<&'static PolicyEntry> {
+    // SAFETY: the host replaces entries as a whole and waits for running programs before it
+    // changes the map again, so the entry stays what it is for as long as this program runs.
+    unsafe { maps::POLICIES.get(frame::ifindex(packet)) }
+}
+
+/// Nothing passes.
+#[inline(always)]
+fn without_policy(packet: &TcContext, direction: Direction) -> i32 {
+    let reason = DropReason::NoPolicy;
+    counters::count_dropped(frame::ifindex(packet), direction, packet.len(), reason);
+    TC_ACT_SHOT
 }
 
 #[inline(always)]

@@ -10,11 +10,12 @@ use keelson_ebpf_common::{
     Address, Bucket, CAPTURED_BYTES, COUNTED_BACKENDS, CaptureRecord, CounterKey, DirectionTallies,
     EVENTS_BYTES, ExternalKey, FlowKey, FlowState, ForwardKey, ForwardedPort, FragmentKey,
     FragmentState, GatewayEntry, Limit, Mapping, MappingKey, NAT_FRAGMENTS as NAT_FRAGMENT_COUNT,
-    NAT_POOLS as POOL_COUNT, NatClaim, NatFragment, NatFragmentKey, NatGuest, NatPool, NatSlot,
-    Neighbour, NeighbourKey, OVERLAYS as OVERLAY_COUNT, POOL_PORTS, PORT_FORWARDS, PeerKey,
-    PolicyEntry, PortKey, QUESTIONS_BYTES, REMOTE_STATIONS as REMOTE_STATION_COUNT, RemoteStation,
-    RuleKey, SERVICES as SERVICE_COUNT, SLOTS, Served, ServedKey, ServiceEntry, ServiceKey,
-    StationKey, Tally, Translation, TranslationKey, TunnelEntry, UplinkEntry, Workspace, stage,
+    NAT_POOLS as POOL_COUNT, NEAR_STATION_PLACES, NatClaim, NatFragment, NatFragmentKey, NatGuest,
+    NatPool, NatSlot, NearStation, Neighbour, NeighbourKey, OVERLAYS as OVERLAY_COUNT, POOL_PORTS,
+    PORT_FORWARDS, PeerKey, PolicyEntry, PortKey, QUESTIONS_BYTES,
+    REMOTE_STATIONS as REMOTE_STATION_COUNT, RemoteStation, RuleKey, SERVICES as SERVICE_COUNT,
+    SLOTS, Served, ServedKey, ServiceEntry, ServiceKey, StationKey, Tally, Translation,
+    TranslationKey, TunnelEntry, UplinkEntry, Workspace, stage,
 };
 
 /// Interface index → what the programs enforce there.
@@ -54,6 +55,10 @@ pub static FRAGMENTS: ArrayOfMaps<Fragments, { SLOTS as usize }> = ArrayOfMaps::
 /// Network and MAC address → index of the guest's interface on this host.
 #[map]
 pub static STATIONS: HashMap<StationKey, u32> = HashMap::with_max_entries(SLOTS, 0);
+
+/// A place that follows from a network and a MAC address → who has it, of those in `STATIONS`: found without a call.
+#[map]
+pub static NEAR_STATIONS: Array<NearStation> = Array::with_max_entries(NEAR_STATION_PLACES, 0);
 
 /// Network and address → who has it.
 #[map]

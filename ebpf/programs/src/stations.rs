@@ -1,18 +1,18 @@
 //! The other guests of a network: what is for them is sent straight to them or to their host, and
-//! questions for their Ethernet addresses are answered in place (maps `STATIONS`, `NEIGHBOURS` of guests
+//! questions for their Ethernet addresses are answered in place (maps `STATIONS`, `NEAR_STATIONS`, `NEIGHBOURS` of guests
 //! of this host, `REMOTE_STATIONS`, `REMOTE_NEIGHBOURS` of others).
 
 use aya_ebpf::programs::TcContext;
 use keelson_ebpf_common::{
-    Address, DropReason, NO_ADDRESS, NeighbourKey, PolicyEntry, RemoteStation, SERVICE_MAC,
-    StationKey, flag, from_ipv4, stage,
+    Address, DropReason, NO_ADDRESS, NearStation, NeighbourKey, PolicyEntry, RemoteStation,
+    SERVICE_MAC, StationKey, flag, from_ipv4, stage,
 };
 use network_types::arp::ArpHdr;
 use network_types::eth::EthHdr;
 
 use crate::frame::Head;
 use crate::ip::{self, IPV6_LEN, Ip, protocol};
-use crate::maps::{NEIGHBOURS, REMOTE_NEIGHBOURS, REMOTE_STATIONS, STATIONS};
+use crate::maps::{NEAR_STATIONS, NEIGHBOURS, REMOTE_NEIGHBOURS, REMOTE_STATIONS, STATIONS};
 use crate::transport::icmpv6_type;
 use crate::{Passed, frame, services};
 
@@ -80,6 +80,24 @@ pub fn find_in(network: u32, mac: [u16; 3]) -> Option<u32> {
     // SAFETY: reads one aligned number; an entry that was replaced meanwhile gives the index of
     // another interface, whose own policy decides.
     unsafe { STATIONS.get(key) }.copied()
+}
+
+/// As [`find_in`], most often without hashing. For few callers: whatever comes after it, the verifier goes through
+/// twice.
+#[inline(always)]
+pub fn find_near(network: u32, mac: [u16; 3]) -> Option<u32> {
+    if network != 0
+        && let Some(near) = NEAR_STATIONS.get(NearStation::place(network, mac))
+        && near.network == network
+        && near.mac[0] == mac[0]
+        && near.mac[1] == mac[1]
+        && near.mac[2] == mac[2]
+        && near.ifindex != 0
+    {
+        // As in `find_in`: at worst, another interface's own policy decides.
+        return Some(near.ifindex);
+    }
+    find_in(network, mac)
 }
 
 /// Answers a question of the guest about another guest, if it is known where that one is: turns the

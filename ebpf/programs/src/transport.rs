@@ -116,6 +116,12 @@ impl Transport {
     }
 }
 
+/// Whether the flags are those of a TCP segment in the middle of a connection.
+#[inline(always)]
+pub fn goes_on(flags: u8) -> bool {
+    flags & (TCP_SYN | TCP_FIN | TCP_RST | TCP_ACK) == TCP_ACK
+}
+
 /// The transport header of a whole packet or of a first fragment, which must hold all of that header
 /// (RFC 1858, RFC 7112).
 #[inline(always)]

@@ -29,7 +29,16 @@ pub fn make_older(config: &DatapathConfig) {
         then.insert(ifindex, bytes, 0).expect("written");
     }
     then.pin(maps.join("POLICIES")).expect("pinned");
-    for later in ["POLICIES_6", "QUESTIONS", "QUESTION_TIMES"] {
+    // The programs that are attached go on with these; without a file they would be gone.
+    let stages = MapData::from_pin(maps.join("STAGES_7")).expect("stages");
+    stages.pin(maps.join("STAGES")).expect("pinned");
+    for later in [
+        "POLICIES_6",
+        "QUESTIONS",
+        "QUESTION_TIMES",
+        "STAGES_7",
+        "NEAR_STATIONS_7",
+    ] {
         fs::remove_file(maps.join(later)).expect("removed");
     }
     set_layout(config, 5);

@@ -160,6 +160,8 @@ impl Host {
         let mut line = None;
         until(&format!("the guest says {text:?}"), || {
             let log = self.keelson(&["logs", guest]).unwrap_or_default();
+            // The last line may be on its way.
+            let log = log.rsplit_once('\n').map_or("", |(whole, _)| whole);
             if let Some(failed) = log.lines().find(|line| line.contains("FAIL")) {
                 bail!("the guest says: {failed}");
             }

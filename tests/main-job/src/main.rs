@@ -169,6 +169,9 @@ fn show_ingress(report: &mut Report, host: &Host) {
     report.step("the host pings it, as its rules allow", || {
         Ok(((), ping(3)?))
     });
+    report.step("the kernel moves its packets where it can", || {
+        Ok(((), packet_mover(host)?))
+    });
     report.step("a forbidden port of it is dropped", || {
         let before = host.dropped("web", "toGuest", "not-allowed")?;
         let socket = UdpSocket::bind((GATEWAY, 0))?;
@@ -185,6 +188,34 @@ fn show_ingress(report: &mut Report, host: &Host) {
             format!("{dropped} packets to UDP port 9 counted as not-allowed"),
         ))
     });
+}
+
+/// Who moves the guest's packets, which has to be vhost-net where this host has it, the guest's jail
+/// notwithstanding.
+fn packet_mover(host: &Host) -> Result<String> {
+    let guest = host.json(&["get", "vm", "web"])?;
+    let supervisor = guest.pointer("/status/processId").context("a process")?;
+    // In a jail, the VMM is the child of the process that watches over it.
+    let children =
+        std::fs::read_to_string(format!("/proc/{supervisor}/task/{supervisor}/children"))?;
+    let mut threads = 0;
+    for process in children
+        .split_whitespace()
+        .chain([supervisor.to_string().as_str()])
+    {
+        let tasks = std::fs::read_dir(format!("/proc/{process}/task"))?;
+        threads += tasks
+            .flatten()
+            .filter_map(|task| std::fs::read_to_string(task.path().join("comm")).ok())
+            .filter(|name| name.starts_with("net"))
+            .count();
+    }
+    if Path::new("/dev/vhost-net").exists() {
+        ensure!(threads == 0, "threads of the VMM do: {threads}");
+        return Ok("vhost-net does".to_owned());
+    }
+    ensure!(threads > 0, "nobody does");
+    Ok("a thread of the VMM does: this host has no /dev/vhost-net".to_owned())
 }
 
 /// The guest lives without the agent, and the next agent finds it.

@@ -192,7 +192,7 @@ fn passed(host: &Host, guest: &str, direction: &str) -> Result<u64> {
     let packets = counters.pointer(&format!("/0/{direction}/passed/packets"));
     packets
         .and_then(serde_json::Value::as_u64)
-        .context("no counters")
+        .with_context(|| format!("no counters of {guest}: {counters}"))
 }
 
 /// Ends a guest's stream of pings; how many it sent, and how many of them were lost.

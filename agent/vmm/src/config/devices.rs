@@ -150,11 +150,11 @@ pub enum EndAction {
 #[serde(rename_all = "snake_case")]
 pub enum VhostUse {
     /// The kernel if it can.
+    #[default]
     Auto,
     /// The kernel; it is an error if it can't.
     On,
     /// A thread.
-    #[default]
     Off,
 }
 

@@ -406,11 +406,15 @@ impl Datapath {
         ifindex: u32,
         entry: PolicyEntry,
     ) -> Result<(), DatapathError> {
+        let is_new = self.object.policies.get(&ifindex, 0).is_err();
         self.object
             .policies
             .insert(ifindex, entry, 0)
             .map_err(DatapathError::map("write", map_name::POLICIES))?;
-        grace_period::wait();
+        // Nobody reads what was not there.
+        if !is_new {
+            grace_period::wait();
+        }
         Ok(())
     }
 

@@ -92,13 +92,7 @@ impl MovableRuntime for Runtime {
     }
 
     async fn release(&mut self) -> Result<()> {
-        let Some(machine) = &self.machine else {
-            return Err(AgentError::Process {
-                reason: "MachineEnded",
-                message: "the guest has ended".into(),
-            });
-        };
-        machine.release_migration().await?;
+        self.living_machine()?.release_migration().await?;
         failpoint(&self.name, "leave-released");
         let disks = std::mem::take(&mut self.disks);
         for process in disks.into_values() {
@@ -168,9 +162,16 @@ impl Runtime {
                     .into(),
             });
         }
-        match &self.machine {
-            Some(machine) => machine.resume().await,
-            None => Ok(()),
-        }
+        self.living_machine()?.resume().await
+    }
+
+    /// The guest's virtual machine, unless that has ended.
+    fn living_machine(&self) -> Result<&Machine> {
+        let machine = self.machine.as_ref();
+        let lives = machine.filter(|machine| machine.process.has_ended().is_none());
+        lives.ok_or_else(|| AgentError::Process {
+            reason: "MachineEnded",
+            message: "the guest has ended".into(),
+        })
     }
 }

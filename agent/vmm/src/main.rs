@@ -3,6 +3,7 @@
 mod log_limit;
 mod tool;
 
+use std::io::IsTerminal as _;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
@@ -97,6 +98,7 @@ fn main() -> ExitCode {
     };
     let output = tracing_subscriber::fmt::layer()
         .with_writer(std::io::stderr)
+        .with_ansi(std::io::stderr().is_terminal())
         .with_filter(LogLimit::new());
     tracing_subscriber::registry()
         .with(output)

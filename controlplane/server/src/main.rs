@@ -24,6 +24,8 @@ mod stall;
 mod tls;
 mod token;
 
+use std::io::IsTerminal as _;
+
 use clap::Parser as _;
 
 use crate::options::{Command, Options};
@@ -34,6 +36,7 @@ fn main() -> std::process::ExitCode {
     tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_writer(std::io::stderr)
+        .with_ansi(std::io::stderr().is_terminal())
         .init();
     let outcome = match &options.command {
         Some(Command::Snapshot(command)) => snapshot::run(command),

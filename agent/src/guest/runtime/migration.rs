@@ -59,11 +59,12 @@ impl MovableRuntime for Runtime {
         let programs = self.agent.config.programs()?;
         let lease = self.lease.clone();
         let machine = Machine::start(&programs, &self.paths, plan, &origin, lease).await?;
+        // From here on it is killed if something fails.
+        self.follow(machine);
         failpoint(&self.name, "arrive-machine-ready");
         write_atomically(&self.paths.plan(), &running)?;
         failpoint(&self.name, "arrive-plan-written");
         self.running = Some(running);
-        self.follow(machine);
         Ok(())
     }
 

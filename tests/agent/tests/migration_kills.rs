@@ -1,5 +1,5 @@
-//! Virtual machines that are killed at each step of a move at its destination, and while the source takes its
-//! guest back, with the agent held there: in the end the guest runs on one host, and never two had its disk.
+//! Virtual machines that are killed at each step of a move, while the agent of one side is held there: in
+//! the end the guest runs on one host, and never two had its disk.
 
 use std::collections::BTreeSet;
 use std::path::Path;
@@ -16,7 +16,17 @@ use serde_json::Value;
 
 const GUEST: &str = "moves";
 
-/// Where the destination's agent is held.
+/// Where the source's agent is held.
+const SOURCE_POINTS: [&str; 7] = [
+    "leave-begun",
+    "leave-loaded",
+    "leave-released",
+    "leave-backends-ended",
+    "leave-flows-sent",
+    "leave-moved",
+    "leave-gone",
+];
+/// Where the destination's is.
 const DESTINATION_POINTS: [&str; 11] = [
     "arrive-folder-made",
     "arrive-machine-ready",
@@ -228,7 +238,7 @@ fn kill_at(fleet: &mut Fleet, fault: &Fault<'_>) -> bool {
     let watch = Watch::begin(folders);
     let to = ["a", "b"][destination];
     fleet.hosts[source]
-        .keelson(&["migrate", GUEST, to, "--no-wait"])
+        .keelson(&["migrate", GUEST, to, "--no-wait", "--downtime", "10000"])
         .done();
     if fault.returning {
         kill_the_arrived(fleet, source, &released);
@@ -286,6 +296,25 @@ fn check_nothing_is_left(fleet: &Fleet) {
             .flatten();
         assert_eq!(folders.count(), 0);
     }
+}
+
+#[test]
+fn machines_are_killed_while_the_sources_agent_is_held() {
+    let (mut fleet, _cluster) = fleet();
+    for point in SOURCE_POINTS {
+        for of_source in [true, false] {
+            let fault = Fault {
+                point,
+                source_is_held: true,
+                of_source,
+                returning: false,
+            };
+            let killed = kill_at(&mut fleet, &fault);
+            // The source's is gone when it has been given up.
+            assert!(killed || of_source && point == "leave-gone", "{point}");
+        }
+    }
+    check_nothing_is_left(&fleet);
 }
 
 #[test]

@@ -30,6 +30,8 @@ impl Loss<'_> {
     pub fn of_one_of_three(&self) {
         let steps = Steps::begin();
         let (namespaces, mut cluster, urls) = cluster_with(GUESTS.len(), self.member_flags);
+        // Hosts would have processors of their own.
+        cluster.prefer();
         steps.done("the store answers");
         let mut fleet = Fleet::start_with_leases(
             namespaces,
@@ -62,6 +64,7 @@ impl Loss<'_> {
         // The host comes back, and leaves the guest where it is.
         let asked = other_than(dead);
         cluster.run(dead);
+        cluster.prefer();
         fleet.hosts[dead].start_agent();
         wait_until("the host's lease", || {
             let ready = fleet.host_condition(asked, host_name(dead), "Ready");

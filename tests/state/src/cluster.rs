@@ -177,6 +177,19 @@ impl Cluster {
         self.members[at] = Some(process);
     }
 
+    /// Lets members that run have the processor before others: what they do takes no time, but is waited for.
+    pub fn prefer(&self) {
+        for process in self.members.iter().flatten() {
+            let id = process.id().to_string();
+            let status = Command::new("renice")
+                .args(["-n", "-10", "-p", &id])
+                .stdout(Stdio::null())
+                .status()
+                .unwrap();
+            assert!(status.success(), "renice -n -10 -p {id}");
+        }
+    }
+
     /// Kills a member as a crash would.
     pub fn kill(&mut self, at: usize) {
         if let Some(mut process) = self.members[at].take() {

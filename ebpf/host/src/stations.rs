@@ -104,8 +104,8 @@ fn set_near(object: &mut Object, place: u32, near: NearStation) -> Result<(), Da
 }
 
 fn place(station: &StationKey) -> (u32, [u16; 3]) {
-    let [a, b, c, d, e, f] = station.mac;
-    let mac = [[a, b], [c, d], [e, f]].map(u16::from_ne_bytes);
+    let bytes = station.mac;
+    let mac = [0, 2, 4].map(|first| u16::from_ne_bytes([bytes[first], bytes[first + 1]]));
     (NearStation::place(station.network, mac), mac)
 }
 

@@ -173,7 +173,6 @@ fn check_notes(notes: &[Note]) {
         ("host", "error", Ok(true)),
         ("error", "error", Ok(true)),
         ("answer", "echo", Ok(true)),
-        ("turned", "error", Ok(true)),
     ];
     for kind in ["tcp", "udp"] {
         expected.push(("guest", kind, Ok(true)));
@@ -184,10 +183,11 @@ fn check_notes(notes: &[Note]) {
         expected.push(("turned", kind, Ok(false)));
         expected.push(("stranger", kind, Ok(false)));
     }
-    let exhausted = DropReason::PortsExhausted.as_str();
-    expected.push(("guest", "tcp", Err(exhausted)));
     let untranslatable = DropReason::NotTranslatable.as_str();
     expected.push(("guest", "tcp", Err(untranslatable)));
     expected.push(("guest", "other", Err(untranslatable)));
-    count(notes.iter().copied(), &expected, 2);
+    count(notes.iter().copied(), &expected, 1);
+    let exhausted = DropReason::PortsExhausted.as_str();
+    let is_exhausted = |note: &&Note| note.0 == "guest" && note.2 == Err(exhausted);
+    assert!(notes.iter().any(|note| is_exhausted(&note)), "{exhausted}");
 }

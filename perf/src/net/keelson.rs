@@ -39,7 +39,7 @@ impl Keelson {
             peer: IpPrefix::ANY_IPV4,
             counter: 0,
         };
-        let mut ingress: Vec<_> = rules.iter().map(rule).collect();
+        let mut ingress: Vec<_> = rules.iter().copied().map(rule).collect();
         if ingress.is_empty() {
             ingress.push(everything.clone());
         }
@@ -96,7 +96,7 @@ fn pin_root() -> PathBuf {
     format!("/sys/fs/bpf/keelson-perf-{}", std::process::id()).into()
 }
 
-fn rule(rule: &Rule) -> keelson_ebpf::Rule {
+fn rule(rule: Rule) -> keelson_ebpf::Rule {
     keelson_ebpf::Rule {
         protocol: rule.protocol,
         ports: rule.port..=rule.port,

@@ -304,18 +304,16 @@ fn guests_are_no_servers(hook: HookChoice) {
     // Nor is what anyone else sends an answer of the agent's, though it looks like one.
     let frame = offer(&asked, HOST_MAC, asked.neighbour.mac);
     let socket = network::raw_socket(&asked.neighbour.name);
+    let dropped = || -> u64 {
+        let counters = asked.datapath.counters(&asked.neighbour.name);
+        let counters = counters.expect("attached").to_guest;
+        counters.dropped.values().map(|tally| tally.packets).sum()
+    };
+    // The host's kernel sends things of its own.
+    let before = dropped();
     let error = rustix::io::write(&socket, &frame).expect_err("dropped");
     assert_eq!(error, rustix::io::Errno::NOBUFS);
-    let counters = asked.datapath.counters(&asked.neighbour.name);
-    let counters = counters.expect("attached").to_guest;
-    assert_eq!(
-        counters
-            .dropped
-            .values()
-            .map(|tally| tally.packets)
-            .sum::<u64>(),
-        1
-    );
+    assert!(dropped() > before);
     assert!(asked.neighbour.receive_now().is_none());
 }
 

@@ -55,14 +55,7 @@ pub fn measure(only: Option<&str>) -> anyhow::Result<Vec<Sample>> {
         timeout_seconds: Some(420),
         ..Exec::default()
     };
-    let output = lab.output(&exec, b"")?;
-    anyhow::ensure!(
-        output.status.success(),
-        "in the lab: {}",
-        String::from_utf8_lossy(&output.stderr)
-    );
-    lab.shut_down()?;
-    let mut samples = lines::parse(&output.text(), &Peer::ALL.map(Peer::name), &FIGURES)?;
+    let mut samples = lines::run_in(lab, &exec, &Peer::ALL.map(Peer::name), &FIGURES)?;
     for sample in &mut samples {
         sample.work.push_str(SUFFIX);
     }

@@ -1,6 +1,7 @@
 //! Samples as lines of JSON: how a run in the lab tells them.
 
 use anyhow::Context as _;
+use keelson_lab::{Exec, Lab};
 
 use super::Sample;
 
@@ -12,8 +13,25 @@ pub fn print(samples: &[Sample]) -> anyhow::Result<()> {
     Ok(())
 }
 
+/// Runs a command in a lab, which ends then; what it [`print`]ed of these peers and figures.
+pub fn run_in(
+    lab: Lab,
+    command: &Exec,
+    peers: &[&'static str],
+    figures: &[&'static str],
+) -> anyhow::Result<Vec<Sample>> {
+    let output = lab.output(command, b"")?;
+    anyhow::ensure!(
+        output.status.success(),
+        "in the lab: {}",
+        String::from_utf8_lossy(&output.stderr)
+    );
+    lab.shut_down()?;
+    parse(&output.text(), peers, figures)
+}
+
 /// What [`print`] printed of these peers and figures.
-pub fn parse(
+fn parse(
     text: &str,
     peers: &[&'static str],
     figures: &[&'static str],

@@ -159,14 +159,7 @@ fn in_lab(rounds: u32, kernel: &KernelFiles, initrd: &Path) -> anyhow::Result<Ve
         timeout_seconds: Some(600),
         ..Exec::default()
     };
-    let output = lab.output(&exec, b"")?;
-    anyhow::ensure!(
-        output.status.success(),
-        "in the lab: {}",
-        String::from_utf8_lossy(&output.stderr)
-    );
-    lab.shut_down()?;
-    lines::parse(&output.text(), &Peer::ALL.map(Peer::name), &FIGURES)
+    lines::run_in(lab, &exec, &Peer::ALL.map(Peer::name), &FIGURES)
 }
 
 fn add_goals(report: &mut Report) {

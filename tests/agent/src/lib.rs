@@ -13,6 +13,7 @@ mod link;
 mod lost_host;
 mod manifest;
 mod metrics;
+mod moves;
 
 pub use fleet::{
     Fleet, LEASE_SECONDS, cluster, cluster_with, migration_settings, settings, shared_disk,
@@ -22,3 +23,4 @@ pub use link::Link;
 pub use lost_host::{Loss, counting};
 pub use manifest::{Guest, disk, network, security_group};
 pub use metrics::metrics;
+pub use moves::{DESTINATION_POINTS, SOURCE_POINTS};

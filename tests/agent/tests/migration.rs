@@ -2,7 +2,9 @@
 
 use std::collections::BTreeSet;
 
-use keelson_agent_tests::{Fleet, Guest, cluster, disk, shared_disk};
+use keelson_agent_tests::{
+    DESTINATION_POINTS, Fleet, Guest, SOURCE_POINTS, cluster, disk, shared_disk,
+};
 use keelson_state_tests::Cluster;
 use keelson_vmm_tests::wait_until;
 use rustix::process::{Pid, Signal, kill_process};
@@ -12,31 +14,6 @@ use serde_json::Value;
 const FAILED: i32 = 1;
 const NOT_FOUND: i32 = 3;
 const MISSING: i32 = 5;
-
-/// Where the source's agent is killed.
-const SOURCE_POINTS: [&str; 7] = [
-    "leave-begun",
-    "leave-loaded",
-    "leave-released",
-    "leave-backends-ended",
-    "leave-flows-sent",
-    "leave-moved",
-    "leave-gone",
-];
-/// Where the destination's is.
-const DESTINATION_POINTS: [&str; 11] = [
-    "arrive-folder-made",
-    "arrive-machine-ready",
-    "arrive-plan-written",
-    "arrive-ticket-left",
-    "arrive-said",
-    "arrive-flows-taken",
-    "land-begun",
-    "land-backends-started",
-    "land-ports-up",
-    "land-resumed",
-    "land-said",
-];
 
 fn fleet(hosts: usize) -> (Fleet, Cluster) {
     let (namespaces, cluster, urls) = cluster(1);

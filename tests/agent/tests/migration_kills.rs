@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-use keelson_agent_tests::{Fleet, Guest, cluster, shared_disk};
+use keelson_agent_tests::{DESTINATION_POINTS, Fleet, Guest, SOURCE_POINTS, cluster, shared_disk};
 use keelson_state_tests::Cluster;
 use keelson_vmm_tests::wait_until;
 use rustix::process::{Pid, Signal, kill_process, test_kill_process};
@@ -16,30 +16,6 @@ use serde_json::Value;
 
 const GUEST: &str = "moves";
 
-/// Where the source's agent is held.
-const SOURCE_POINTS: [&str; 7] = [
-    "leave-begun",
-    "leave-loaded",
-    "leave-released",
-    "leave-backends-ended",
-    "leave-flows-sent",
-    "leave-moved",
-    "leave-gone",
-];
-/// Where the destination's is.
-const DESTINATION_POINTS: [&str; 11] = [
-    "arrive-folder-made",
-    "arrive-machine-ready",
-    "arrive-plan-written",
-    "arrive-ticket-left",
-    "arrive-said",
-    "arrive-flows-taken",
-    "land-begun",
-    "land-backends-started",
-    "land-ports-up",
-    "land-resumed",
-    "land-said",
-];
 /// Where the source's agent is held that takes the guest back, since the destination's virtual machine was
 /// killed when it had all of the guest.
 const RETURN_POINTS: [&str; 3] = ["stay-said", "stay-backends-started", "stay-resumed"];

@@ -188,6 +188,9 @@ fn check_notes(notes: &[Note]) {
     expected.push(("guest", "other", Err(untranslatable)));
     count(notes.iter().copied(), &expected, 1);
     let exhausted = DropReason::PortsExhausted.as_str();
-    let is_exhausted = |note: &&Note| note.0 == "guest" && note.2 == Err(exhausted);
-    assert!(notes.iter().any(|note| is_exhausted(&note)), "{exhausted}");
+    let mut of_guests = notes.iter().filter(|note| note.0 == "guest");
+    assert!(
+        of_guests.any(|note| note.2 == Err(exhausted)),
+        "{exhausted}"
+    );
 }

@@ -68,6 +68,8 @@ fn compile(programs: &Path, target_dir: &Path, linker: &Path) -> Result<(), Stri
         .arg(target_dir)
         // -Zbuild-std is what an unstable option is needed for.
         .env("RUSTC_BOOTSTRAP", "1")
+        // An incremental build compiles in pieces: that makes other programs, which the verifier may refuse.
+        .env("CARGO_INCREMENTAL", "0")
         .env("CARGO_TARGET_BPFEL_UNKNOWN_NONE_LINKER", linker)
         // BTF, which describes the maps that hold maps.
         .env(
@@ -76,6 +78,12 @@ fn compile(programs: &Path, target_dir: &Path, linker: &Path) -> Result<(), Stri
         );
     if let Some(architecture) = env::var_os("CARGO_CFG_TARGET_ARCH") {
         command.env("AYA_BPF_TARGET_ARCH", architecture);
+    }
+    // Everyone's programs are the same, whatever profile the outer build has.
+    for (variable, _) in env::vars_os() {
+        if variable.to_string_lossy().starts_with("CARGO_PROFILE_") {
+            command.env_remove(variable);
+        }
     }
     // What was meant for the outer build's target, or wraps its compiler (clippy).
     for variable in [

@@ -62,5 +62,5 @@ pod! {
     TranslationKey = 40,
     TunnelEntry = 40,
     UplinkEntry = 20,
-    Workspace = 144,
+    Workspace = 192,
 }

@@ -129,6 +129,8 @@ pub struct Workspace {
     pub answers: TranslationKey,
     /// What is about to be noted.
     pub becomes: Translation,
+    /// What the packet is counted under, and the service that is asked about it.
+    pub served: ServedKey,
     /// For the program that goes on: bits of [`translation`] of the packet.
     pub flags: u8,
     /// For the program that goes on: the service's protocol.
@@ -139,6 +141,8 @@ pub struct Workspace {
     pub source_port: u16,
     /// For the program that goes on: the destination port that the guest used.
     pub destination_port: u16,
+    /// Zero.
+    pub reserved: u32,
 }
 
 /// Backends of services whose packets are counted one by one on a host.

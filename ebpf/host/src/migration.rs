@@ -17,7 +17,7 @@ use crate::pin_root::{self, PinRoot};
 pub fn formed_in(map: &str) -> u64 {
     match map {
         map_name::POLICIES => 6,
-        map_name::NEAR_STATIONS | map_name::STAGES => 7,
+        map_name::NEAR_STATIONS | map_name::STAGES | map_name::WORKSPACE => 7,
         _ => 0,
     }
 }

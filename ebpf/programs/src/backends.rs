@@ -17,18 +17,19 @@ const FIRST_DYNAMIC_PORT: u16 = 0xc000;
 /// From one try to the next.
 const PORT_STEP: u16 = 7919;
 
+/// The service that the packet as it came is for.
 #[inline(always)]
-fn service(scope: Scope, key: &TranslationKey) -> Option<&'static ServiceEntry> {
-    let key = ServiceKey {
-        address: key.destination,
+fn service(scope: Scope, work: &mut Workspace) -> Option<&'static ServiceEntry> {
+    work.served.service = ServiceKey {
+        address: work.key.destination,
         network: scope.network,
-        port: key.destination_port,
-        protocol: key.protocol,
+        port: work.key.destination_port,
+        protocol: work.key.protocol,
         reserved: 0,
     };
     // SAFETY: the host replaces entries as a whole and waits for running programs before it changes
     // the map again.
-    let service = SERVICES.get_ptr(key)?;
+    let service = SERVICES.get_ptr(&work.served.service)?;
     Some(unsafe { &*service })
 }
 
@@ -46,11 +47,11 @@ fn backend_at(service: &ServiceEntry, place: u8) -> Option<&Backend> {
 
 /// Whether the backend of a flow still serves.
 #[inline(always)]
-pub fn is_served(scope: Scope, key: &TranslationKey, known: &Translation) -> bool {
+pub fn is_served(scope: Scope, work: &mut Workspace, known: &Translation) -> bool {
     if known.flags & translation::ANSWER != 0 {
         return true;
     }
-    let service = service(scope, key);
+    let service = service(scope, work);
     let Some(backend) = service.and_then(|service| backend_at(service, known.backend)) else {
         return false;
     };
@@ -65,7 +66,7 @@ pub fn create(
     work: &mut Workspace,
     now: u64,
 ) -> Result<(), DropReason> {
-    let service = service(scope, &work.key).ok_or(DropReason::NoService)?;
+    let service = service(scope, work).ok_or(DropReason::NoService)?;
     let hash = flow_hash(&work.key);
     // The compiler would leave out the bound, and the verifier must see it.
     let place = black_box(hash as usize) & (TABLE_PLACES - 1);

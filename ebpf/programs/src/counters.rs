@@ -46,14 +46,15 @@ pub fn count_tunnelled(direction: Direction, length: u32) {
     tally.bytes += u64::from(length);
 }
 
-/// Adds a packet of `length` bytes between a service's client and a backend.
+/// Adds a packet of `length` bytes between a service's client and a backend, or to those of others if this
+/// one has no counters.
 #[inline(always)]
-pub fn count_served(mut key: ServedKey, is_answer: bool, length: u32) {
-    let mut served = SERVED.get_ptr_mut(key);
+pub fn count_served(key: &mut ServedKey, is_answer: bool, length: u32) {
+    let mut served = SERVED.get_ptr_mut(&*key);
     if served.is_none() {
         key.backend = NO_ADDRESS;
         key.kind = served::OTHERS;
-        served = SERVED.get_ptr_mut(key);
+        served = SERVED.get_ptr_mut(&*key);
     }
     let Some(served) = served else { return };
     // SAFETY: see `count_passed`.

@@ -7,8 +7,8 @@
 
 use aya_ebpf::programs::TcContext;
 use keelson_ebpf_common::{
-    Direction, DropReason, NO_ADDRESS, PolicyEntry, SERVICE_MAC, from_ipv4, local, stage,
-    translation,
+    Direction, DropReason, NO_ADDRESS, PolicyEntry, SERVICE_MAC, Workspace, from_ipv4, local,
+    stage, translation,
 };
 use network_types::eth::EthHdr;
 
@@ -16,7 +16,7 @@ use crate::flows::{self, Ends};
 use crate::frame::{self, Head, Payload};
 use crate::ip::{self, Ip};
 use crate::services::{self, Scope, ServicePort};
-use crate::{Passed, counters, fragments, stations, transport};
+use crate::{Passed, fragments, stations, transport};
 
 /// Translates a packet whose sender's Ethernet address was checked, and goes on with `decide`.
 #[inline(always)]
@@ -98,13 +98,16 @@ pub fn decide(packet: &TcContext, policy: &PolicyEntry) -> Result<Passed, DropRe
         port: work.service_port,
         protocol: work.service_protocol,
     };
-    let key = services::served_key(
+    let address = work.key.destination;
+    services::count(
+        work,
         policy.network,
-        work.key.destination,
+        address,
         service,
         ip.destination,
+        packet.len(),
+        is_answer,
     );
-    counters::count_served(key, is_answer, packet.len());
     if is_hairpin {
         return Ok(Passed::To(frame::ifindex(packet)));
     }
@@ -142,19 +145,24 @@ pub fn answer(packet: &TcContext, policy: &PolicyEntry) -> Result<Passed, DropRe
     let head = frame::head(packet)?;
     let ip = read(packet, &head)?;
     // Pushed out since: the client's next packet brings it back.
-    let found = services::reverse(packet, &ip, policy.slot, services::workspace()?)
-        .ok_or(DropReason::NoService)?;
+    let work = services::workspace()?;
+    let found = services::reverse(packet, &ip, policy.slot, work).ok_or(DropReason::NoService)?;
     rewrite_answer(packet, &ip, &found)?;
-    count_answer(packet, policy.network, &found);
+    count_answer(packet, work, policy.network, &found);
     Ok(Passed::On)
 }
 
 /// Counts a packet from a backend to a client in `network`.
 #[inline(always)]
-pub fn count_answer(packet: &TcContext, network: u32, found: &services::Found<'_>) {
+pub fn count_answer(
+    packet: &TcContext,
+    work: &mut Workspace,
+    network: u32,
+    found: &services::Found<'_>,
+) {
     let address = found.translation.source;
-    let key = services::served_key(network, address, found.service, found.source);
-    counters::count_served(key, true, packet.len());
+    let (service, backend) = (found.service, found.source);
+    services::count(work, network, address, service, backend, packet.len(), true);
 }
 
 /// Gives a packet from a backend, or an error about one to it, the service's address.

@@ -10,7 +10,7 @@ use keelson_ebpf_common::{DropReason, GatewayEntry, SERVICE_MAC, stage};
 use crate::frame::{self, Payload};
 use crate::ip::{self, Ip, protocol};
 use crate::services::{self, Scope};
-use crate::{Passed, counters, from_client, hairpin, neighbour_discovery, stations};
+use crate::{Passed, from_client, hairpin, neighbour_discovery, stations};
 
 /// Translates what goes to a service, and answers for where that is.
 #[inline(always)]
@@ -52,11 +52,19 @@ pub fn from_host(packet: &TcContext, gateway: &GatewayEntry) -> Result<Passed, D
         slot: 0,
         local: 0,
     };
-    let found = services::forward(packet, &ip, scope, services::workspace()?)?;
+    let work = services::workspace()?;
+    let found = services::forward(packet, &ip, scope, work)?;
     found.translate(packet, &ip, found.translation.source)?;
-    let backend = found.translation.destination;
-    let key = services::served_key(gateway.network, ip.destination, found.service, backend);
-    counters::count_served(key, false, packet.len());
+    let (address, backend) = (work.key.destination, found.translation.destination);
+    services::count(
+        work,
+        gateway.network,
+        address,
+        found.service,
+        backend,
+        packet.len(),
+        false,
+    );
     if packet.store(0, &found.translation.mac, 0).is_err() {
         return Err(DropReason::Malformed);
     }
@@ -76,9 +84,10 @@ pub fn to_host(packet: &TcContext, gateway: &GatewayEntry) -> Result<Passed, Dro
         Ok(Payload::Ipv6) => ip::ipv6(packet, &head)?,
         _ => return Ok(Passed::On),
     };
-    if let Some(found) = services::reverse(packet, &ip, 0, services::workspace()?) {
+    let work = services::workspace()?;
+    if let Some(found) = services::reverse(packet, &ip, 0, work) {
         from_client::rewrite_answer(packet, &ip, &found)?;
-        from_client::count_answer(packet, gateway.network, &found);
+        from_client::count_answer(packet, work, gateway.network, &found);
     } else if hairpin::concerns(&ip) {
         return Err(services::go_on(packet, stage::TURN_BACK));
     }

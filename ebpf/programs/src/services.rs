@@ -14,6 +14,7 @@ use keelson_ebpf_common::{
 
 use crate::backends;
 use crate::clock;
+use crate::counters;
 use crate::ip::{Ip, protocol};
 use crate::maps::{STAGES, TRANSLATIONS, Translations, WORKSPACE};
 use crate::translate;
@@ -111,7 +112,7 @@ pub fn forward<'a>(
     }
     work.key = own_key(ip, &transport, way::FORWARD);
     let known = find(translations, &work.key, now);
-    let translation = match known.filter(|known| backends::is_served(scope, &work.key, known)) {
+    let translation = match known.filter(|known| backends::is_served(scope, work, known)) {
         Some(known) => known,
         None => {
             backends::create(translations, scope, work, now)?;
@@ -204,15 +205,18 @@ fn fragment_port(translation: &Translation) -> ServicePort {
     }
 }
 
-/// What a packet between a client in `network` and a backend is counted under.
+/// Counts a packet between a client in `network` and a backend.
 #[inline(always)]
-pub fn served_key(
+pub fn count(
+    work: &mut Workspace,
     network: u32,
     address: Address,
     ServicePort { port, protocol }: ServicePort,
     backend: Address,
-) -> ServedKey {
-    ServedKey {
+    length: u32,
+    is_answer: bool,
+) {
+    work.served = ServedKey {
         service: ServiceKey {
             address,
             network,
@@ -222,7 +226,8 @@ pub fn served_key(
         },
         backend,
         kind: served::BACKEND,
-    }
+    };
+    counters::count_served(&mut work.served, is_answer, length);
 }
 
 #[inline(always)]

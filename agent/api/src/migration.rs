@@ -38,7 +38,7 @@ pub struct Migration {
     /// How many of its flows went with it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub flows_moved: Option<u32>,
-    /// How many of its flows to services, and of its ports with an external one at an uplink, stayed behind.
+    /// How many of its flows, and of its ports with an external one at an uplink, stayed behind.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub flows_left: Option<u32>,
     /// Why it failed; empty if it did not.

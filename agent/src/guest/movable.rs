@@ -52,7 +52,7 @@ pub trait MovableRuntime: Send + Sync {
     /// Keeps the guest stopped, and ends its disks' backends.
     async fn release(&mut self) -> Result<()>;
 
-    /// The flows of its interfaces that can move, and how many can't.
+    /// The flows of its interfaces that can move, and how many of its ports have an external one, which can't.
     async fn leaving_flows(&self) -> Result<(GuestFlows, u32)>;
 
     /// Lets a guest that was released go on here, with its disks.

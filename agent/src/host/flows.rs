@@ -1,6 +1,6 @@
 //! The flows of guests that move between hosts.
 
-use keelson_ebpf::{DatapathError, LeavingFlows, MovedFlow};
+use keelson_ebpf::{DatapathError, LeavingFlows, MovedFlows};
 
 use super::HostNetwork;
 use crate::{AgentError, error::Result};
@@ -26,7 +26,7 @@ impl HostNetwork {
         &self,
         guest: &str,
         interface: &str,
-        flows: Vec<MovedFlow>,
+        flows: MovedFlows,
     ) -> Result<usize> {
         let device = Self::device_of(guest, interface);
         self.datapath

@@ -13,7 +13,9 @@ use tokio::net::{TcpListener, TcpStream, UnixStream};
 use tokio::sync::{Semaphore, watch};
 use tokio::time::Instant;
 
-use super::connection::{Answer, COPY_BUFFER, Carries, Greeting, VERSION, receive, send};
+use super::connection::{
+    Answer, COPY_BUFFER, Carries, Greeting, OLDEST_VERSION, VERSION, receive, send,
+};
 use super::ticket::new_token;
 use super::tls::{self, Connection};
 use super::{MigrationTls, Ring, Ticket, flows};
@@ -196,9 +198,8 @@ impl Arrivals {
                 ended
             }
             Admitted::Flows { interfaces, state } => {
-                let guest = &greeting.guest;
                 tokio::select! {
-                    ended = take_flows(&mut stream, &host.network, guest, &interfaces) => ended,
+                    ended = take_flows(&mut stream, &host.network, &greeting, &interfaces) => ended,
                     () = state.closed() => Ok(()),
                 }
             }
@@ -207,9 +208,9 @@ impl Arrivals {
 
     /// Takes the token of a guest that is expected.
     fn admit(&self, greeting: &Greeting) -> std::result::Result<Admitted, String> {
-        if greeting.version != VERSION {
+        if !(OLDEST_VERSION..=VERSION).contains(&greeting.version) {
             return Err(format!(
-                "it speaks version {} of the protocol, this agent {VERSION}",
+                "it speaks version {} of the protocol, this agent {OLDEST_VERSION} to {VERSION}",
                 greeting.version
             ));
         }
@@ -272,11 +273,12 @@ struct Coming {
 async fn take_flows(
     stream: &mut Connection,
     network: &HostNetwork,
-    guest: &str,
+    greeting: &Greeting,
     interfaces: &[String],
 ) -> std::io::Result<()> {
+    let guest = &greeting.guest;
     send(stream, &Answer::Welcome { flows_token: None }).await?;
-    let received = flows::receive(stream).await?;
+    let received = flows::receive(stream, greeting.version).await?;
     let mut taken = 0;
     let mut problem = None;
     for (interface, moved) in received.interfaces {

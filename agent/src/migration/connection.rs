@@ -19,7 +19,9 @@ const SILENCE_LIMIT: Duration = Duration::from_secs(10);
 /// Bytes on their way through an agent, in each direction. As many as several records of TLS.
 pub const COPY_BUFFER: usize = 128 << 10;
 /// The version of this protocol.
-pub const VERSION: u32 = 2;
+pub const VERSION: u32 = 3;
+/// The earliest version that a destination takes a guest by, so that guests can leave hosts that are yet to be upgraded.
+pub const OLDEST_VERSION: u32 = 2;
 
 /// The source's first line.
 #[derive(Debug, Serialize, Deserialize)]

@@ -4,7 +4,7 @@
 use std::io;
 use std::time::Duration;
 
-use keelson_ebpf::MovedFlow;
+use keelson_ebpf::{MovedFlow, MovedFlows};
 use serde::{Deserialize, Serialize};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 
@@ -19,7 +19,16 @@ const SIZE_LIMIT: usize = 32 << 20;
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct GuestFlows {
     /// By the names of its interfaces.
-    pub interfaces: Vec<(String, Vec<MovedFlow>)>,
+    pub interfaces: Vec<(String, MovedFlows)>,
+}
+
+impl GuestFlows {
+    /// How many they are.
+    pub fn count(&self) -> u32 {
+        let interfaces = self.interfaces.iter();
+        let count: usize = interfaces.map(|(_, flows)| flows.count()).sum();
+        u32::try_from(count).unwrap_or(u32::MAX)
+    }
 }
 
 /// What of a guest's flows moved, and what did not.
@@ -27,7 +36,8 @@ pub struct GuestFlows {
 pub struct FlowCount {
     /// Flows that moved.
     pub moved: u32,
-    /// Flows to services, and ports with an external one, which stay behind.
+    /// Flows that the destination has no room for, or whose service or backend it doesn't have, and ports with an
+    /// external one: they stay behind.
     pub left: u32,
 }
 
@@ -57,8 +67,9 @@ pub async fn send<S: AsyncRead + AsyncWrite + Unpin>(
     }
 }
 
-/// Waits for a guest's flows, for as long as that takes; once they come, they have to come quickly.
-pub async fn receive<S: AsyncRead + Unpin>(stream: &mut S) -> io::Result<GuestFlows> {
+/// Waits for a guest's flows, as that version of the protocol has them, for as long as that takes; once they come,
+/// they have to come quickly.
+pub async fn receive<S: AsyncRead + Unpin>(stream: &mut S, version: u32) -> io::Result<GuestFlows> {
     let length = usize::try_from(stream.read_u32().await?).map_err(io::Error::other)?;
     if length > SIZE_LIMIT {
         return Err(io::Error::other(format!(
@@ -75,7 +86,7 @@ pub async fn receive<S: AsyncRead + Unpin>(stream: &mut S) -> io::Result<GuestFl
     if message.len() < length {
         return Err(io::ErrorKind::UnexpectedEof.into());
     }
-    decode(&message)
+    decode(&message, version)
 }
 
 /// Says what became of them.
@@ -102,19 +113,41 @@ fn encode(flows: &GuestFlows) -> io::Result<Vec<u8>> {
 }
 
 /// As few interfaces as one byte can count: what comes of a message is not much larger than the message.
-fn decode(message: &[u8]) -> io::Result<GuestFlows> {
+fn decode(message: &[u8], version: u32) -> io::Result<GuestFlows> {
     let (count, mut rest) = message.split_first().ok_or(io::ErrorKind::UnexpectedEof)?;
     let mut interfaces = Vec::new();
     for _ in 0..*count {
-        let (interface, behind) = postcard::take_from_bytes(rest)
+        let interface = decode_interface(&mut rest, version);
+        let interface = interface
             .map_err(|error| io::Error::other(format!("its flows can't be read: {error}")))?;
         interfaces.push(interface);
-        rest = behind;
     }
     if !rest.is_empty() {
         return Err(io::Error::other("something follows its flows"));
     }
     Ok(GuestFlows { interfaces })
+}
+
+fn decode_interface(
+    message: &mut &[u8],
+    version: u32,
+) -> Result<(String, MovedFlows), postcard::Error> {
+    if version > 2 {
+        return take(message);
+    }
+    // Up to version 2 flows to services stayed behind.
+    let (name, direct): (String, Vec<MovedFlow>) = take(message)?;
+    let flows = MovedFlows {
+        direct,
+        ..MovedFlows::default()
+    };
+    Ok((name, flows))
+}
+
+fn take<'a, T: Deserialize<'a>>(message: &mut &'a [u8]) -> Result<T, postcard::Error> {
+    let (value, rest) = postcard::take_from_bytes(message)?;
+    *message = rest;
+    Ok(value)
 }
 
 #[cfg(test)]
@@ -132,12 +165,12 @@ mod tests {
             .expect("a runtime can be built")
     }
 
-    fn receive_from(sent: &[u8]) -> io::Result<GuestFlows> {
+    fn receive_from(sent: &[u8], version: u32) -> io::Result<GuestFlows> {
         runtime().block_on(async {
             let (mut one, mut other) = tokio::io::duplex(1 << 20);
             one.write_all(sent).await.expect("it fits");
             drop(one);
-            receive(&mut other).await
+            receive(&mut other, version).await
         })
     }
 
@@ -146,10 +179,11 @@ mod tests {
         fn whatever_a_peer_sends_is_read_or_refused(
             length in 0_u32..200,
             bytes in proptest::collection::vec(any::<u8>(), 0..200),
+            version in 2_u32..=3,
         ) {
             let sent = [&length.to_be_bytes()[..], &bytes].concat();
             let whole = bytes.len() >= length as usize;
-            match receive_from(&sent) {
+            match receive_from(&sent, version) {
                 Ok(flows) => {
                     prop_assert!(whole);
                     let bytes: usize = flows.interfaces.iter().map(|(name, _)| name.len()).sum();
@@ -165,7 +199,7 @@ mod tests {
 
     #[test]
     fn more_than_any_guest_has_is_refused_before_it_comes() {
-        let error = receive_from(&u32::MAX.to_be_bytes()).expect_err("too long");
+        let error = receive_from(&u32::MAX.to_be_bytes(), 3).expect_err("too long");
         assert!(error.to_string().contains("allowed"), "{error}");
     }
 
@@ -174,7 +208,7 @@ mod tests {
         let ended = runtime().block_on(async {
             let (mut one, mut other) = tokio::io::duplex(64);
             one.write_all(&[0, 0, 0, 9, 1]).await.expect("it fits");
-            let ended = receive(&mut other).await;
+            let ended = receive(&mut other, 3).await;
             drop(one);
             ended
         });
@@ -187,14 +221,16 @@ mod tests {
     #[test]
     fn what_was_sent_arrives_and_is_acknowledged() {
         let flows = GuestFlows {
-            interfaces: vec![("eth0".into(), Vec::new()), ("eth1".into(), Vec::new())],
+            interfaces: ["eth0", "eth1"]
+                .map(|name| (name.into(), MovedFlows::default()))
+                .into(),
         };
         let (taken, refused, got) = runtime().block_on(async {
             let (mut one, mut other) = tokio::io::duplex(64);
             let receiver = async {
-                let got = receive(&mut other).await.expect("flows");
+                let got = receive(&mut other, 3).await.expect("flows");
                 acknowledge(&mut other, &Ok(7)).await.expect("sent");
-                receive(&mut other).await.expect("flows");
+                receive(&mut other, 3).await.expect("flows");
                 let refusal = Err("no such interface".to_owned());
                 acknowledge(&mut other, &refusal).await.expect("sent");
                 got
@@ -210,5 +246,26 @@ mod tests {
         assert_eq!(taken.expect("taken"), 7);
         let refused = refused.expect_err("refused").to_string();
         assert_eq!(refused, "no such interface");
+    }
+
+    /// From an agent that is yet to be upgraded: its flows to services stayed where they were.
+    #[test]
+    fn what_an_earlier_version_sends_is_read() {
+        let flow = r#"{"peer": "192.0.2.1", "guest_port": 4000, "peer_port": 80, "protocol": 6, "local": 0,
+            "opened_by_guest": true, "answered": true, "phase": 1, "finished": 0, "idle_milliseconds": 7}"#;
+        let flow: MovedFlow = serde_json::from_str(flow).expect("a flow");
+        let interface = postcard::to_stdvec(&("eth0", vec![flow])).expect("encoded");
+        let message = [&[1][..], &interface].concat();
+        let length = u32::try_from(message.len()).expect("small").to_be_bytes();
+        let sent = [&length[..], &message].concat();
+        let got = receive_from(&sent, 2).expect("flows");
+        let [(name, flows)] = &got.interfaces[..] else {
+            panic!("{got:?}");
+        };
+        assert_eq!(
+            (name.as_str(), &flows.direct[..], flows.count()),
+            ("eth0", &[flow][..], 1)
+        );
+        receive_from(&sent, 3).expect_err("a later version's has more");
     }
 }

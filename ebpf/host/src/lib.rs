@@ -49,7 +49,7 @@ pub use flow_list::{Flow, FlowPhase, FlowUse};
 pub use hook::{HookChoice, HookMode};
 pub use keelson_ebpf_common::{Direction, DropReason, SERVICE_MAC, Tally};
 pub use limits::{InterfaceLimits, RateLimit};
-pub use moved_flows::{BadFlow, LeavingFlows, MovedFlow};
+pub use moved_flows::{BadFlow, LeavingFlows, MovedFlow, MovedFlows, MovedTranslation};
 pub use nat::{ExternalUse, MAX_EXTERNAL_ADDRESSES, MAX_FORWARDED_PORTS, PortForward, SourceNat};
 pub use policy::{
     EgressPolicy, InterfacePolicy, MAX_COUNTERS, MAX_RULES, Protocol, Rule, UnknownProtocol,

@@ -3,8 +3,9 @@
 //!
 //! What is of one host alone stays there: its clock, so that the time since the last packet moves; the
 //! numbers of its policies, so that the other host's rules judge each flow anew with its next packet; and
-//! what services and source NAT have made of a flow's ends.
+//! what source NAT has made of a flow's ends.
 
+use std::collections::BTreeSet;
 use std::net::IpAddr;
 use std::time::Duration;
 
@@ -18,6 +19,11 @@ use crate::address::{from_map, to_map};
 use crate::datapath::Datapath;
 use crate::error::DatapathError;
 use crate::flow_list::{monotonic_now, open_flows};
+
+mod translation;
+
+use translation::KnownServices;
+pub use translation::MovedTranslation;
 
 const ICMP: u8 = 1;
 const TCP: u8 = 6;
@@ -44,16 +50,36 @@ pub struct MovedFlow {
     idle_milliseconds: u32,
 }
 
+/// The flows of an interface as they move from host to host; in each list the one that was idle for longest comes
+/// first.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MovedFlows {
+    /// Those whose ends are the peers' own.
+    pub direct: Vec<MovedFlow>,
+    /// Those that the guest opened through a service: the backend is the peer.
+    pub through_services: Vec<MovedFlow>,
+    /// What services have made of the ends of those.
+    pub translations: Vec<MovedTranslation>,
+}
+
+impl MovedFlows {
+    /// How many flows they are.
+    pub fn count(&self) -> usize {
+        self.direct.len() + self.through_services.len()
+    }
+}
+
 /// What an interface's maps hold when its guest leaves.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct LeavingFlows {
-    /// The flows that can move, the one that was idle for longest first.
-    pub flows: Vec<MovedFlow>,
-    /// Flows to services, which begin anew with the guest's next packet.
-    pub translated: u32,
+    /// The flows that can move.
+    pub flows: MovedFlows,
     /// Ports of the guest that have an external one at an uplink of this host.
     pub mapped_ports: u32,
 }
+
+/// A flow as an interface's maps hold it, and whether it is among those of which both sides have sent.
+type Entry = (FlowKey, FlowState, bool);
 
 /// Why a flow that came from another host is not one that this host's programs could have made.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
@@ -88,22 +114,24 @@ impl Datapath {
             let (inner, max) = open_flows(outer, entry.slot, name)?;
             // One that is pushed out while they are read stays.
             for (key, state) in inner.iter().take(max as usize).filter_map(Result::ok) {
-                if state.translated != 0 {
-                    leaving.translated += 1;
-                } else {
-                    let flow = MovedFlow::new(&key, &state, answered, now);
-                    leaving.flows.extend(flow);
-                }
+                let kind = match state.translated {
+                    0 => &mut leaving.flows.direct,
+                    _ => &mut leaving.flows.through_services,
+                };
+                kind.extend(MovedFlow::new(&key, &state, answered, now));
             }
         }
         let idle = |flow: &MovedFlow| std::cmp::Reverse(flow.idle_milliseconds);
-        leaving.flows.sort_by_key(idle);
+        leaving.flows.direct.sort_by_key(idle);
+        leaving.flows.through_services.sort_by_key(idle);
+        leaving.flows.translations = translation::leaving(&self.object, &entry, now)?;
         leaving.mapped_ports = self.count_mappings(entry.slot)?;
         Ok(leaving)
     }
 
     /// Gives an interface flows that its guest has brought from another host; how many it took. Of more
-    /// than it has room for, those that were idle for longest are left out.
+    /// than it has room for, those that were idle for longest are left out; of those to services, the ones
+    /// whose service or backend this host doesn't have.
     ///
     /// # Errors
     /// [`DatapathError::BadFlow`] before anything is changed; [`DatapathError::NotAttached`],
@@ -111,33 +139,64 @@ impl Datapath {
     pub fn take_flows(
         &mut self,
         interface: &str,
-        flows: &[MovedFlow],
+        flows: &MovedFlows,
     ) -> Result<usize, DatapathError> {
         let (_, entry) = self.find(interface)?;
         let now = monotonic_now();
-        let (mut answered, mut opening) = (Vec::new(), Vec::new());
-        for flow in flows {
-            let entries = flow.entries(&entry, now);
-            let entries = entries.map_err(|problem| DatapathError::BadFlow {
-                interface: interface.to_owned(),
-                problem,
-            })?;
-            let kind = if flow.answered {
-                &mut answered
-            } else {
-                &mut opening
-            };
-            kind.extend(entries);
-        }
+        let bad = |problem| DatapathError::BadFlow {
+            interface: interface.to_owned(),
+            problem,
+        };
+        let mut entries = entries_of(&flows.direct, 0, &entry, now).map_err(bad)?;
+        let translated = entries_of(&flows.through_services, 1, &entry, now).map_err(bad)?;
+        let checked = flows
+            .translations
+            .iter()
+            .try_for_each(MovedTranslation::check);
+        checked.map_err(bad)?;
+        let known = self.take_translations(&flows.translations, &entry, now)?;
+        // Without its translation a flow would take what answers it for something else.
+        entries.extend(
+            translated
+                .into_iter()
+                .filter(|(key, ..)| known.contains(&ends(key))),
+        );
         let mut taken = 0;
-        for (outer, name, mut entries) in [
-            (&self.object.flows, map_name::FLOWS, answered),
-            (&self.object.opening_flows, map_name::OPENING_FLOWS, opening),
+        for (outer, name, answered) in [
+            (&self.object.flows, map_name::FLOWS, true),
+            (&self.object.opening_flows, map_name::OPENING_FLOWS, false),
         ] {
             let (inner, max) = open_flows(outer, entry.slot, name)?;
-            entries.sort_by_key(|(_, state)| state.last_seen_ns);
+            let mut entries: Vec<_> = entries.iter().filter(|entry| entry.2 == answered).collect();
+            entries.sort_by_key(|(_, state, _)| state.last_seen_ns);
             let surplus = entries.len().saturating_sub(max as usize);
             taken += insert(inner, &entries[surplus..], name)?;
+        }
+        Ok(taken)
+    }
+
+    /// Puts translations in force, as many as there is room for; the ends of the flows that they are for.
+    fn take_translations(
+        &mut self,
+        translations: &[MovedTranslation],
+        entry: &PolicyEntry,
+        now: Duration,
+    ) -> Result<BTreeSet<FlowEnds>, DatapathError> {
+        let mut taken = BTreeSet::new();
+        let Some((mut map, max)) = translation::open(&self.object, entry.slot)? else {
+            return Ok(taken);
+        };
+        let surplus = translations.len().saturating_sub(max as usize / 2);
+        let mut services = KnownServices::new(&self.object);
+        for moved in &translations[surplus..] {
+            let Some(pair) = moved.pair(entry, &mut services, now)? else {
+                continue;
+            };
+            for (key, becomes) in pair {
+                map.insert(key, becomes, 0)
+                    .map_err(DatapathError::map("write", map_name::TRANSLATIONS))?;
+            }
+            taken.insert(moved.flow());
         }
         Ok(taken)
     }
@@ -160,14 +219,54 @@ impl Datapath {
 
 fn insert(
     mut map: HashMap<MapData, FlowKey, FlowState>,
-    entries: &[(FlowKey, FlowState)],
+    entries: &[&Entry],
     name: &'static str,
 ) -> Result<usize, DatapathError> {
-    for (key, state) in entries {
+    for (key, state, _) in entries {
         map.insert(key, state, 0)
             .map_err(DatapathError::map("write", name))?;
     }
     Ok(entries.len())
+}
+
+fn entries_of(
+    flows: &[MovedFlow],
+    translated: u8,
+    entry: &PolicyEntry,
+    now: Duration,
+) -> Result<Vec<Entry>, BadFlow> {
+    let mut entries = Vec::new();
+    for flow in flows {
+        if let Some((key, state)) = flow.entry(entry, now)? {
+            let state = FlowState {
+                translated,
+                ..state
+            };
+            entries.push((key, state, flow.answered));
+        }
+    }
+    Ok(entries)
+}
+
+/// Which of the guest's addresses, protocol, the guest's port, and the peer's address and port.
+type FlowEnds = (u8, u8, u16, IpAddr, u16);
+
+fn ends(key: &FlowKey) -> FlowEnds {
+    let peer = from_map(key.peer);
+    (key.local, key.protocol, key.guest_port, peer, key.peer_port)
+}
+
+/// When something was last seen that has been idle for so long. This host may have been up for less time: it
+/// lives on for that much longer.
+fn from_idle(now: Duration, idle_milliseconds: u32) -> u64 {
+    let last_seen = now.saturating_sub(Duration::from_millis(idle_milliseconds.into()));
+    u64::try_from(last_seen.as_nanos()).unwrap_or(u64::MAX)
+}
+
+/// Whether an address is one that a packet can have, and doesn't stand for another.
+fn is_host(address: IpAddr) -> bool {
+    let is_mapped = matches!(address, IpAddr::V6(peer) if peer.to_ipv4_mapped().is_some());
+    !address.is_unspecified() && !is_mapped
 }
 
 impl MovedFlow {
@@ -193,7 +292,7 @@ impl MovedFlow {
 
     /// As an interface's maps hold it; `None` if it has timed out, or is of an address that the interface
     /// doesn't have.
-    fn entries(
+    fn entry(
         &self,
         entry: &PolicyEntry,
         now: Duration,
@@ -208,8 +307,6 @@ impl MovedFlow {
         if !has_address || idle >= limit(self.protocol, self.phase) {
             return Ok(None);
         }
-        // This host may have been up for less time than the flow is idle: it lives on for that much longer.
-        let last_seen = now.saturating_sub(idle);
         let opener = if self.opened_by_guest {
             Direction::FromGuest
         } else {
@@ -224,7 +321,7 @@ impl MovedFlow {
             reserved: [0; 2],
         };
         let state = FlowState {
-            last_seen_ns: u64::try_from(last_seen.as_nanos()).unwrap_or(u64::MAX),
+            last_seen_ns: from_idle(now, self.idle_milliseconds),
             // Older than any policy: the rules judge it anew.
             generation: 0,
             opener: opener as u8,
@@ -236,8 +333,7 @@ impl MovedFlow {
     }
 
     fn check(&self) -> Result<(), BadFlow> {
-        let is_mapped = matches!(self.peer, IpAddr::V6(peer) if peer.to_ipv4_mapped().is_some());
-        if self.peer.is_unspecified() || is_mapped {
+        if !is_host(self.peer) {
             return Err(BadFlow::Peer);
         }
         let is_ipv4 = match self.local {

@@ -8,13 +8,13 @@ use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::time::{Duration, Instant};
 
 use keelson_ebpf::{
-    Datapath, Direction, DropReason, EgressPolicy, HookChoice, InterfacePolicy, MovedFlow,
+    Datapath, Direction, DropReason, EgressPolicy, HookChoice, InterfacePolicy, MovedFlows,
     Protocol, Rule, Verdict,
 };
 use network::frames::{self, Ends};
-use network::hosts::{Hosts, MTU, Underlay, policy};
+use network::hosts::{Hosts, Underlay, move_guest, policy};
 use network::machine::Machine;
-use network::{HOST_IP, HOST_MAC, Network, PATIENCE, allow, ip};
+use network::{HOST_IP, HOST_MAC, Network, PATIENCE, allow};
 
 const PORT: u16 = 7001;
 /// How long nothing comes where nothing is to come: longer than TCP waits before it sends again.
@@ -73,28 +73,16 @@ fn hears_after_its_move(
         assert!(hears(&mut stream, PATIENCE));
         stream
     });
-    let flows = hosts.one.run(|inside| {
-        ip("link del tap1");
-        let leaving = inside.datapath().leaving_flows("tap1").expect("read");
-        assert!(inside.datapath().detach("tap1").expect("detached"));
-        leaving.flows
-    });
-    assert!(!flows.is_empty());
-    hosts.one.knows(&hosts.here, Some(&hosts.other));
-    hosts.other.knows(&hosts.here, None);
-    let mut here = hosts.here;
-    let policy = there(closed(&here));
-    here = hosts.other.run(move |inside| {
-        here.link_again();
-        here.run(|| ip(&format!("link set eth0 mtu {MTU}")));
-        inside.datapath().attach(&policy).expect("attached");
+    let policy = there(closed(&hosts.here));
+    let way = [&hosts.one, &hosts.other];
+    let (here, taken) = move_guest(hosts.here, way, policy, |flows| {
         if with_flows {
-            let taken = inside.datapath().take_flows("tap1", &flows);
-            assert_eq!(taken.expect("taken"), flows.len());
+            flows
+        } else {
+            MovedFlows::default()
         }
-        ip("link set tap1 up");
-        here
     });
+    assert_eq!(taken, usize::from(with_flows));
     here.run(move || hears(&mut stream, SILENCE))
 }
 
@@ -151,7 +139,7 @@ fn passes(datapath: &mut Datapath, ports: &Ports, direction: Direction, port: u1
 }
 
 /// Flows of a guest on another host: those to the first `answered` ports of both sides, the other ones of one.
-fn flows(network: &Network, answered: u16, all: u16) -> Vec<MovedFlow> {
+fn flows(network: &Network, answered: u16, all: u16) -> MovedFlows {
     let mut datapath = network.open();
     let guest = network.guest(1);
     datapath.attach(&guest.policy()).expect("attached");
@@ -166,8 +154,12 @@ fn flows(network: &Network, answered: u16, all: u16) -> Vec<MovedFlow> {
         }
     }
     let leaving = datapath.leaving_flows("tap1").expect("read");
-    assert_eq!((leaving.translated, leaving.mapped_ports), (0, 0));
-    assert_eq!(leaving.flows.len(), usize::from(all));
+    assert_eq!(leaving.flows.through_services, []);
+    assert_eq!(
+        (leaving.flows.translations.len(), leaving.mapped_ports),
+        (0, 0)
+    );
+    assert_eq!(leaving.flows.direct.len(), usize::from(all));
     datapath.detach("tap1").expect("detached");
     leaving.flows
 }

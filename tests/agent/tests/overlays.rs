@@ -140,6 +140,80 @@ fn a_guest_that_moves_hears_on_from_whom_it_asked() {
     }
 }
 
+/// A service's datagrams come from the same guest wherever their hearer and that guest are: neither sends anything but
+/// what is fed, so that nothing can begin anew.
+#[test]
+fn flows_through_a_service_go_on_when_either_end_moves() {
+    let (fleet, _cluster) = fleet(2);
+    let asked = &fleet.hosts[0];
+    let feeder = |number: u8| {
+        let address = format!("10.90.0.{number}");
+        Guest::new(&format!("feeder-{number}"), &format!("net-feed:address={address},pause=5"))
+            .field(&format!(
+                "interfaces: [{{name: eth0, network: lan, address: {address}, securityGroups: [asked]}}]"
+            ))
+            .manifest()
+    };
+    let service = "---\napiVersion: keelson.dev/v1alpha1\nkind: Service\nmetadata: {name: feeds}\n\
+                   spec: {network: lan, address: 10.90.0.80, ports: [{protocol: udp, port: 9000}], \
+                   guests: [feeder-4, feeder-5]}\n";
+    asked.keelson(&["cordon", "b"]).done();
+    let groups = security_group("asked", "{protocol: udp, ports: [9000]}");
+    let manifest = network("lan", 1450, "{}") + &groups + &feeder(4) + &feeder(5) + service;
+    asked.apply(&manifest).done();
+    for feeder in ["feeder-4", "feeder-5"] {
+        asked.wait_for_console(feeder, "payload: net-feed ready");
+    }
+    let serving = |status: &Value| {
+        let backends = status["backends"].as_array().cloned().unwrap_or_default();
+        let healthy = backends
+            .iter()
+            .filter(|backend| backend["health"] == "Healthy");
+        healthy.count() == 2
+    };
+    asked.wait_for_object("svc", "feeds", "guests that serve", serving);
+    let hearer = Guest::new("hearer", "net-hear:address=10.90.0.3,target=10.90.0.80")
+        .field("interfaces: [{name: eth0, network: lan, address: 10.90.0.3}]");
+    asked.apply(&hearer.manifest()).done();
+    asked.wait_for_console("hearer", "payload: net-hear ready");
+    let flows = asked.keelson(&["net", "flows", "hearer"]).done();
+    let (backend, other) = if flows.contains("10.90.0.4") {
+        ("feeder-4", "10.90.0.5")
+    } else {
+        ("feeder-5", "10.90.0.4")
+    };
+    asked.keelson(&["uncordon", "b"]).done();
+    let mut hearer_at = 0;
+    for (guest, to, name) in [
+        ("hearer", 1, "b"),
+        (backend, 1, "b"),
+        ("hearer", 0, "a"),
+        (backend, 0, "a"),
+    ] {
+        let before = heard(&fleet, hearer_at).unwrap_or(0);
+        let text = asked
+            .keelson(&["migrate", guest, name, "-o", "json"])
+            .done();
+        let moved: Value = serde_json::from_str(&text).expect("JSON");
+        assert_eq!(moved["phase"], "Completed", "{moved:#}");
+        assert_eq!(
+            (&moved["flowsMoved"], &moved["flowsLeft"]),
+            (&1.into(), &0.into()),
+            "{moved:#}"
+        );
+        if guest == "hearer" {
+            hearer_at = to;
+        }
+        wait_until(&format!("datagrams after {guest} went to {name}"), || {
+            (heard(&fleet, hearer_at)? > before + 500).then_some(())
+        });
+        let flows = fleet.hosts[hearer_at]
+            .keelson(&["net", "flows", "hearer"])
+            .done();
+        assert!(!flows.contains(other), "{flows}");
+    }
+}
+
 #[test]
 fn without_a_network_that_spans_hosts_there_is_no_tunnel() {
     let (fleet, _cluster) = fleet(1);

@@ -111,7 +111,7 @@ impl MovableRuntime for Runtime {
         for (interface, ..) in interfaces {
             let network = &self.agent.network;
             let leaving = network.leaving_flows(&self.name, interface).await?;
-            left += leaving.translated + leaving.mapped_ports;
+            left += leaving.mapped_ports;
             flows.interfaces.push((interface.clone(), leaving.flows));
         }
         Ok((flows, left))

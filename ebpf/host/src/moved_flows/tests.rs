@@ -92,7 +92,7 @@ prop_compose! {
 proptest! {
     #[test]
     fn whatever_comes_makes_a_flow_or_is_refused(flow in anything(), has_ipv6: bool) {
-        let Ok(Some((key, state))) = flow.entries(&interface(has_ipv6), NOW) else {
+        let Ok(Some((key, state))) = flow.entry(&interface(has_ipv6), NOW) else {
             return Ok(());
         };
         prop_assert_eq!(from_map(key.peer), flow.peer);
@@ -108,7 +108,7 @@ proptest! {
     #[test]
     fn what_a_host_has_the_other_one_gets(flow in real()) {
         prop_assume!(flow.check() != Err(BadFlow::Peer));
-        let entries = flow.entries(&interface(true), NOW);
+        let entries = flow.entry(&interface(true), NOW);
         let (key, state) = entries.expect("it is one").expect("it lives");
         prop_assert_eq!(MovedFlow::new(&key, &state, flow.answered, NOW), Some(flow));
     }
@@ -128,7 +128,7 @@ fn a_flow_that_is_older_than_the_host_lives() {
         finished: 0,
         idle_milliseconds: 3_600_000,
     };
-    let entries = flow.entries(&interface(false), Duration::from_mins(1));
+    let entries = flow.entry(&interface(false), Duration::from_mins(1));
     let (_, state) = entries.expect("it is one").expect("it lives");
     assert_eq!(state.last_seen_ns, 0);
 }

@@ -7,7 +7,7 @@ use std::sync::mpsc;
 use std::thread::{self, JoinHandle};
 
 use keelson_ebpf::{
-    Datapath, HookChoice, InterfacePolicy, Protocol, RemoteInterface, Rule, Tunnel,
+    Datapath, HookChoice, InterfacePolicy, MovedFlows, Protocol, RemoteInterface, Rule, Tunnel,
 };
 
 use super::machine::{self, Machine};
@@ -129,6 +129,35 @@ impl Host {
                 .expect("written");
         });
     }
+}
+
+/// Moves a guest, with what becomes of its flows; how many of them were taken. Both hosts know of it.
+pub fn move_guest(
+    guest: Machine,
+    [from, to]: [&Host; 2],
+    policy: InterfacePolicy,
+    flows: impl Fn(MovedFlows) -> MovedFlows,
+) -> (Machine, usize) {
+    let name = guest.name.clone();
+    let leaving = from.run(move |inside| {
+        ip(&format!("link del {name}"));
+        let leaving = inside.datapath().leaving_flows(&name).expect("read");
+        assert!(inside.datapath().detach(&name).expect("detached"));
+        leaving.flows
+    });
+    assert_ne!(leaving.count(), 0);
+    from.knows(&guest, Some(to));
+    to.knows(&guest, None);
+    let flows = flows(leaving);
+    to.run(move |inside| {
+        let name = guest.name.clone();
+        guest.link_again();
+        guest.run(|| ip(&format!("link set eth0 mtu {MTU}")));
+        inside.datapath().attach(&policy).expect("attached");
+        let taken = inside.datapath().take_flows(&name, &flows).expect("taken");
+        ip(&format!("link set {name} up"));
+        (guest, taken)
+    })
 }
 
 impl Drop for Host {

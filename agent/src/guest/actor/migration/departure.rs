@@ -188,8 +188,9 @@ impl GuestActor {
         };
         let sending = async {
             let read = movable.leaving_flows().await;
-            let (flows, left) = read.map_err(|error| error.to_string())?;
+            let (flows, mapped_ports) = read.map_err(|error| error.to_string())?;
             let moved = departure.send_flows(&flows).await?;
+            let left = mapped_ports + flows.count().saturating_sub(moved);
             Ok(FlowCount { moved, left })
         };
         tokio::time::timeout(FLOWS_TIME_LIMIT, sending)

@@ -20,6 +20,10 @@ const BACKEND_LIMIT: usize = 128;
 const INTERVALS: RangeInclusive<Duration> = Duration::from_millis(100)..=Duration::from_mins(10);
 const TIMEOUTS: RangeInclusive<Duration> = Duration::from_millis(10)..=Duration::from_mins(1);
 const THRESHOLDS: RangeInclusive<u32> = 1..=100;
+/// The longest that flows of a guest that drains may go on.
+const DRAIN_LIMIT: Duration = Duration::from_hours(24);
+/// How long they do where nothing is said.
+const DRAIN_TIMEOUT: TimeLimit = TimeLimit::from_secs(30);
 
 /// A virtual address in a network, whose ports are balanced over guests of that network.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -58,9 +62,24 @@ pub struct ServiceSpec {
     /// Guests by their names, besides those that are selected by labels.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub guests: Vec<String>,
+    /// Guests that get no new flows, whether or not others do; for maintenance.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub draining: Vec<String>,
+    /// How long flows go on of a guest that drains, is about to stop, or is not selected any more: up to a day, and
+    /// not at all with zero.
+    #[serde(default = "drain_timeout", skip_serializing_if = "is_drain_timeout")]
+    pub drain_timeout: TimeLimit,
     /// How it is found out which guests serve. Without it, those that run do.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub health_check: Option<HealthCheck>,
+}
+
+fn drain_timeout() -> TimeLimit {
+    DRAIN_TIMEOUT
+}
+
+fn is_drain_timeout(limit: &TimeLimit) -> bool {
+    *limit == DRAIN_TIMEOUT
 }
 
 /// A port of a service.
@@ -166,21 +185,11 @@ impl ServiceSpec {
             let message = "is missing, and so is spec.guests; say by labels or names who serves";
             errors.push(FieldError::new("spec.selector", message));
         }
-        if self.guests.len() > BACKEND_LIMIT {
-            let message = format!(
-                "names {} guests; at most {BACKEND_LIMIT} fit",
-                self.guests.len()
-            );
-            errors.push(FieldError::new("spec.guests", message));
-        }
-        let mut seen = BTreeSet::new();
-        for (index, guest) in self.guests.iter().enumerate() {
-            let field = format!("spec.guests[{index}]");
-            if let Err(message) = validate_name(guest) {
-                errors.push(FieldError::new(field, message));
-            } else if !seen.insert(guest) {
-                errors.push(FieldError::new(field, format!("names {guest} again")));
-            }
+        validate_guests("spec.guests", &self.guests, errors);
+        validate_guests("spec.draining", &self.draining, errors);
+        if self.drain_timeout.duration() > DRAIN_LIMIT {
+            let message = format!("is {}; give 0s to 24h", self.drain_timeout);
+            errors.push(FieldError::new("spec.drainTimeout", message));
         }
         if let Some(check) = &self.health_check {
             check.validate(self, errors);
@@ -207,6 +216,22 @@ impl ServiceSpec {
                 let message = format!("{port} stands in the list twice");
                 errors.push(FieldError::new(field("port"), message));
             }
+        }
+    }
+}
+
+fn validate_guests(field: &str, guests: &[String], errors: &mut Vec<FieldError>) {
+    if guests.len() > BACKEND_LIMIT {
+        let message = format!("names {} guests; at most {BACKEND_LIMIT} fit", guests.len());
+        errors.push(FieldError::new(field, message));
+    }
+    let mut seen = BTreeSet::new();
+    for (index, guest) in guests.iter().enumerate() {
+        let field = format!("{field}[{index}]");
+        if let Err(message) = validate_name(guest) {
+            errors.push(FieldError::new(field, message));
+        } else if !seen.insert(guest) {
+            errors.push(FieldError::new(field, format!("names {guest} again")));
         }
     }
 }
@@ -285,6 +310,10 @@ pub enum Health {
     Unhealthy,
     /// It does not run; as if unhealthy.
     Stopped,
+    /// It gets nothing new, and its flows go on for a while.
+    Draining,
+    /// It has drained: it gets nothing, and its flows were cut.
+    Drained,
 }
 
 impl fmt::Display for Health {
@@ -294,6 +323,8 @@ impl fmt::Display for Health {
             Self::Unknown => "Unknown",
             Self::Unhealthy => "Unhealthy",
             Self::Stopped => "Stopped",
+            Self::Draining => "Draining",
+            Self::Drained => "Drained",
         })
     }
 }

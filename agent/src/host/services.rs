@@ -24,6 +24,11 @@ impl HostNetwork {
             .await
     }
 
+    /// The host's services as they are in force.
+    pub async fn services(&self) -> Result<Vec<keelson_ebpf::Service>> {
+        self.datapath.with(|datapath| datapath.services()).await
+    }
+
     /// What went between services and their clients here.
     ///
     /// # Errors

@@ -54,14 +54,23 @@ fn counted(agent: &Agent) -> Vec<(String, &'static str, i64)> {
     let view = agent.view.read();
     let mut counted = Vec::new();
     for (name, service) in view.services() {
-        let states = ["healthy", "unknown", "unhealthy", "stopped"].map(|state| (state, 0));
-        let mut states = BTreeMap::from(states);
+        let states = [
+            "healthy",
+            "unknown",
+            "unhealthy",
+            "stopped",
+            "draining",
+            "drained",
+        ];
+        let mut states = BTreeMap::from(states.map(|state| (state, 0)));
         for backend in &service.status.backends {
             let state = match backend.health {
                 Health::Healthy => "healthy",
                 Health::Unknown => "unknown",
                 Health::Unhealthy => "unhealthy",
                 Health::Stopped => "stopped",
+                Health::Draining => "draining",
+                Health::Drained => "drained",
             };
             *states.entry(state).or_default() += 1;
         }

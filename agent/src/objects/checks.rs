@@ -371,8 +371,12 @@ pub(super) fn service(service: &Service, after: &World, report: &mut impl FnMut(
         let mut interfaces = guest.spec.interfaces.iter();
         interfaces.any(|interface| interface.network == spec.network)
     };
-    for (index, name) in spec.guests.iter().enumerate() {
-        let field = format!("spec.guests[{index}]");
+    let lists = [("guests", &spec.guests), ("draining", &spec.draining)];
+    let named = lists.into_iter().flat_map(|(field, list)| {
+        let list = list.iter().enumerate();
+        list.map(move |(index, name)| (format!("spec.{field}[{index}]"), name))
+    });
+    for (field, name) in named {
         match after.get::<VirtualMachine>(name) {
             Some(Object::VirtualMachine(guest)) if in_network(&guest) => {}
             Some(_) => report(

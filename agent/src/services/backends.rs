@@ -1,5 +1,6 @@
 //! Which interfaces of which guests a service is for.
 
+use std::collections::BTreeSet;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use keelson_api::{MacAddress, Service, ServiceProtocol, ServiceSpec};
@@ -22,6 +23,10 @@ pub struct Candidate {
     pub mac: MacAddress,
     /// Whether the guest runs, and is to go on.
     pub runs: bool,
+    /// Whether the guest runs, and is about to stop.
+    pub stops: bool,
+    /// Whether the service is for it; else it was, and may have flows.
+    pub selected: bool,
     /// Where it is.
     pub place: Place,
 }
@@ -44,8 +49,21 @@ pub fn candidates(service: &Service, view: &View) -> Vec<Candidate> {
     let spec = &service.spec;
     view.guests_in(&spec.network)
         .filter(|(name, guest)| spec.selects(name, &guest.labels))
-        .filter_map(|(name, guest)| candidate(name, guest, spec, view))
+        .filter_map(|(name, guest)| candidate(name, guest, spec, view, true))
         .take(keelson_ebpf::MAX_BACKENDS)
+        .collect()
+}
+
+/// The interfaces that a service is not for any more, of those whose addresses it still has as backends.
+pub fn former(service: &Service, view: &View, held: &BTreeSet<IpAddr>) -> Vec<Candidate> {
+    if held.is_empty() {
+        return Vec::new();
+    }
+    let spec = &service.spec;
+    view.guests_in(&spec.network)
+        .filter(|(name, guest)| !spec.selects(name, &guest.labels))
+        .filter_map(|(name, guest)| candidate(name, guest, spec, view, false))
+        .filter(|candidate| candidate.is_among(held))
         .collect()
 }
 
@@ -54,6 +72,7 @@ fn candidate(
     guest: &KnownGuest,
     service: &ServiceSpec,
     view: &View,
+    selected: bool,
 ) -> Option<Candidate> {
     let mut interfaces = guest.interfaces.iter();
     let interface = interfaces.find(|interface| interface.network == service.network)?;
@@ -70,24 +89,51 @@ fn candidate(
         address_v6: interface.address_v6,
         mac: interface.mac?,
         runs: guest.runs,
+        stops: guest.stops,
+        selected,
         place,
     })
 }
 
 impl Candidate {
+    /// Whether it has one of these addresses.
+    pub fn is_among(&self, addresses: &BTreeSet<IpAddr>) -> bool {
+        let ipv4 = self.address.map(IpAddr::from);
+        let ipv6 = self.address_v6.map(IpAddr::from);
+        let mut own = ipv4.into_iter().chain(ipv6);
+        own.any(|address| addresses.contains(&address))
+    }
+
     /// The address by which it is known: that of IPv4, if it has one.
     pub fn main_address(&self) -> Option<IpAddr> {
         let ipv6 = self.address_v6.map(IpAddr::from);
         self.address.map(IpAddr::from).or(ipv6)
     }
+
+    /// Its end for a service at `address`, if it has one of that version of IP.
+    fn backend(&self, address: IpAddr, port: u16) -> Option<ServiceBackend> {
+        let own = match address {
+            IpAddr::V4(_) => self.address?.into(),
+            IpAddr::V6(_) => self.address_v6?.into(),
+        };
+        Some(ServiceBackend {
+            address: own,
+            port,
+            mac: keelson_ebpf::MacAddress(self.mac.0),
+        })
+    }
 }
 
-/// The service's ports as the eBPF programs take them, each with the candidates that serve.
+/// The service's ports as the eBPF programs take them, each with the candidates that serve, and with as many of those
+/// that drain as there is room for.
 pub fn ports(
     service: &Service,
     network: u32,
     serving: &[&Candidate],
+    draining: &[&Candidate],
 ) -> Vec<keelson_ebpf::Service> {
+    let room = keelson_ebpf::MAX_BACKENDS.saturating_sub(serving.len());
+    let draining = &draining[..draining.len().min(room)];
     let spec = &service.spec;
     let ipv4 = spec.address.map(IpAddr::from);
     let ipv6 = spec.address_v6.map(IpAddr::from);
@@ -95,17 +141,7 @@ pub fn ports(
     let mut ports = Vec::new();
     for port in &spec.ports {
         for &address in &addresses {
-            let backends = serving.iter().filter_map(|candidate| {
-                let own = match address {
-                    IpAddr::V4(_) => candidate.address?.into(),
-                    IpAddr::V6(_) => candidate.address_v6?.into(),
-                };
-                Some(ServiceBackend {
-                    address: own,
-                    port: port.target(),
-                    mac: keelson_ebpf::MacAddress(candidate.mac.0),
-                })
-            });
+            let backend = |candidate: &&Candidate| candidate.backend(address, port.target());
             ports.push(keelson_ebpf::Service {
                 network,
                 address,
@@ -114,7 +150,8 @@ pub fn ports(
                     ServiceProtocol::Udp => Protocol::Udp,
                 },
                 port: port.port,
-                backends: backends.collect(),
+                backends: serving.iter().filter_map(backend).collect(),
+                draining: draining.iter().filter_map(backend).collect(),
             });
         }
     }

@@ -1,6 +1,7 @@
 //! Services: which guests answer for a virtual address, and which of those are healthy.
 
 mod backends;
+mod drain;
 mod probe;
 mod reconciler;
 mod report;

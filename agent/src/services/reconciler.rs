@@ -5,11 +5,12 @@ use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::time::Duration;
 
-use keelson_api::{Health, NetworkSpec, Service};
+use keelson_api::{BackendStatus, Health, NetworkSpec, Service};
 use tokio::sync::Notify;
 use tokio::time::Instant;
 
-use super::backends::{Candidate, Place, candidates, ports};
+use super::backends::{Candidate, Place, candidates, former, ports};
+use super::drain::Drain;
 use super::probe::{Finding, Probe, Target};
 use super::report::Report;
 use crate::{Agent, AgentError, error::Result};
@@ -35,6 +36,7 @@ impl Services {
             wake: Arc::clone(&wake),
             probes: BTreeMap::new(),
             written: BTreeMap::new(),
+            drain: None,
         };
         tokio::spawn(keeper.run());
         Self { wake }
@@ -57,12 +59,23 @@ struct Keeper {
     probes: BTreeMap<(String, String), Probe>,
     /// When each service's status was last written here.
     written: BTreeMap<String, Instant>,
+    /// What is in force, as far as that is known, and who drains.
+    drain: Option<Drain>,
 }
 
 impl Keeper {
     async fn run(mut self) {
         loop {
-            self.wake.notified().await;
+            let drained = async {
+                match &self.drain {
+                    Some(drain) => drain.next().await,
+                    None => std::future::pending().await,
+                }
+            };
+            tokio::select! {
+                () = self.wake.notified() => {}
+                () = drained => {}
+            }
             while let Err(error) = self.reconcile().await {
                 tracing::warn!(%error, "services can't be put in force; trying again");
                 tokio::time::sleep(RETRY).await;
@@ -71,15 +84,32 @@ impl Keeper {
     }
 
     async fn reconcile(&mut self) -> Result<()> {
+        let mut drain = match self.drain.take() {
+            Some(drain) => drain,
+            None => self.adopt().await?,
+        };
+        let done = self.reconcile_draining(&mut drain).await;
+        self.drain = Some(drain);
+        done
+    }
+
+    /// What an earlier agent left in force.
+    async fn adopt(&self) -> Result<Drain> {
+        let mut drain = Drain::default();
+        drain.note(&self.agent.network.services().await?);
+        Ok(drain)
+    }
+
+    async fn reconcile_draining(&mut self, drain: &mut Drain) -> Result<()> {
         let mut services = Vec::new();
         // By their bridges guests reach forwards of their own host.
         let mut networks = self.with_uplink();
-        for (service, network, candidates) in self.look() {
-            let backends = self.backends(&service, &network, candidates);
+        for (service, network, candidates) in self.look(drain) {
+            let backends = self.backends(&service, &network, candidates, drain);
             networks.insert(service.spec.network.clone(), network);
             services.push((service, backends));
         }
-        let known: Vec<_> = services
+        let known: BTreeSet<_> = services
             .iter()
             .flat_map(|(service, backends)| {
                 let name = &service.metadata.name;
@@ -88,22 +118,26 @@ impl Keeper {
             })
             .collect();
         self.probes.retain(|key, _| known.contains(key));
+        drain.retain(&known);
         let names: BTreeSet<_> = services.iter().map(|(s, _)| &s.metadata.name).collect();
         self.written.retain(|name, _| names.contains(name));
-        let done = self.put_in_force(&services, networks).await;
-        for (service, backends) in services {
+        let done = self.put_in_force(&services, networks, drain).await;
+        for (service, mut backends) in services {
+            backends.retain(|(candidate, _)| candidate.selected);
             self.report(&service, backends, &done).await?;
         }
         done
     }
 
-    /// Every service whose network is there, with the guests that it is for.
-    fn look(&self) -> Vec<(Service, NetworkSpec, Vec<Candidate>)> {
+    /// Every service whose network is there, with the guests that it is for, and those that it was for and has as
+    /// backends.
+    fn look(&self, drain: &Drain) -> Vec<(Service, NetworkSpec, Vec<Candidate>)> {
         let view = self.agent.view.read();
         let services = view.services().values();
         let found = services.filter_map(|service| {
             let network = view.networks().get(&service.spec.network)?;
-            let candidates = candidates(service, &view);
+            let mut candidates = candidates(service, &view);
+            candidates.extend(former(service, &view, &drain.held(service)));
             Some((service.clone(), network.spec.clone(), candidates))
         });
         found.collect()
@@ -123,6 +157,7 @@ impl Keeper {
         &self,
         services: &[(Service, Backends)],
         networks: BTreeMap<String, NetworkSpec>,
+        drain: &mut Drain,
     ) -> Result<()> {
         let network = &self.agent.network;
         for (name, spec) in &networks {
@@ -132,32 +167,45 @@ impl Keeper {
             // Guests of another host are reached in networks that span hosts only.
             let spans = networks.get(&service.spec.network);
             let spans = spans.is_some_and(|network| network.overlay.is_some());
-            let serving = backends.iter().filter(|(candidate, found)| {
-                found.health == Health::Healthy && (spans || candidate.place == Place::Here)
-            });
-            let serving: Vec<_> = serving.map(|(candidate, _)| candidate).collect();
+            let with = |health| {
+                let reached = backends.iter().filter(move |(candidate, found)| {
+                    found.health == health && (spans || candidate.place == Place::Here)
+                });
+                reached.map(|(candidate, _)| candidate).collect::<Vec<_>>()
+            };
             ports(
                 service,
                 crate::host::network_number(&service.spec.network),
-                &serving,
+                &with(Health::Healthy),
+                &with(Health::Draining),
             )
         });
-        let ports = ports.collect();
-        network
-            .set_services(networks.into_keys().collect(), ports)
-            .await
+        let ports: Vec<_> = ports.collect();
+        let bridged = networks.into_keys().collect();
+        let done = network.set_services(bridged, ports.clone()).await;
+        // What was done of it before it failed is known to the maps alone.
+        let in_force = match &done {
+            Ok(()) => ports,
+            Err(_) => network.services().await?,
+        };
+        drain.note(&in_force);
+        done
     }
 
     /// The guests of a service, with what this host found out about its own and others about theirs; begins to
-    /// check those that are new, and ends to check others.
+    /// check those that are new, and ends to check others, those that drain among them: that they take no more
+    /// connections is what they are about.
     fn backends(
         &mut self,
         service: &Service,
         network: &NetworkSpec,
         candidates: Vec<Candidate>,
+        drain: &mut Drain,
     ) -> Backends {
         let found = candidates.into_iter().map(|candidate| {
+            let drains = drain.judge(service, &candidate);
             let finding = match &candidate.place {
+                _ if let Some(finding) = drains => finding,
                 _ if !candidate.runs => stopped("the guest does not run"),
                 Place::OnLost(host) => stopped(&format!("the lease of its host {host} has ended")),
                 Place::Nowhere => stopped("the guest is on no host"),
@@ -212,10 +260,7 @@ impl Keeper {
         let earlier = earlier.find(|backend| backend.address == Some(target.address.ip()));
         let earlier = match (before, earlier) {
             (Some(probe), _) => Some(probe.finding()),
-            (None, Some(status)) if status.health != Health::Stopped => Some(Finding {
-                health: status.health,
-                message: status.message.clone(),
-            }),
+            (None, Some(status)) => held_until_checked(status),
             _ => None,
         };
         let finding = earlier.unwrap_or_else(|| Finding {
@@ -273,6 +318,22 @@ fn key(service: &Service, candidate: &Candidate) -> (String, String) {
     (service.metadata.name.clone(), candidate.guest.clone())
 }
 
+/// What holds of a guest that is yet to be checked, by what was said of it. One that drained was healthy when it began
+/// to, and has its flows if their time was not over.
+fn held_until_checked(said: &BackendStatus) -> Option<Finding> {
+    match said.health {
+        Health::Stopped | Health::Drained => None,
+        Health::Draining => Some(Finding {
+            health: Health::Healthy,
+            message: "it serves again, and is yet to be checked".into(),
+        }),
+        health => Some(Finding {
+            health,
+            message: said.message.clone(),
+        }),
+    }
+}
+
 fn runs() -> Finding {
     Finding {
         health: Health::Healthy,
@@ -294,7 +355,7 @@ fn found_elsewhere(service: &Service, candidate: &Candidate, host: &str) -> Find
         backend.guest == candidate.guest && backend.address == candidate.main_address()
     });
     match said {
-        Some(said) if said.health != Health::Stopped => Finding {
+        Some(said) if !matches!(said.health, Health::Stopped | Health::Drained) => Finding {
             health: said.health,
             message: said.message.clone(),
         },

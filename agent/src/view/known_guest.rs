@@ -15,6 +15,8 @@ pub struct KnownGuest {
     pub interfaces: Vec<Interface>,
     /// Whether it runs, and is to go on.
     pub runs: bool,
+    /// Whether it runs, and is about to stop.
+    pub stops: bool,
     /// Where it is, if that is another host.
     pub host: Option<String>,
     /// What it refers to, if it is a guest of this host.
@@ -27,6 +29,7 @@ pub struct AsBackend<'a> {
     labels: &'a BTreeMap<String, String>,
     interfaces: &'a [Interface],
     runs: bool,
+    stops: bool,
     is_here: bool,
     host: Option<&'a str>,
 }
@@ -34,11 +37,14 @@ pub struct AsBackend<'a> {
 impl KnownGuest {
     /// What is kept of a guest; more of one that is here.
     pub fn new(guest: &VirtualMachine, is_here: bool) -> Self {
-        let runs = guest.status.phase == Phase::Running;
+        let phase = guest.status.phase;
+        let runs = phase == Phase::Running;
+        let is_to_go = guest.metadata.deletion_timestamp.is_some();
         Self {
             labels: guest.metadata.labels.clone(),
             interfaces: guest.spec.interfaces.clone(),
-            runs: runs && guest.metadata.deletion_timestamp.is_none(),
+            runs: runs && !is_to_go,
+            stops: phase == Phase::Stopping || runs && is_to_go,
             host: if is_here { None } else { host_of(guest) },
             references: if is_here {
                 references(guest)
@@ -80,6 +86,7 @@ impl KnownGuest {
             labels: &self.labels,
             interfaces: &self.interfaces,
             runs: self.runs,
+            stops: self.stops,
             is_here: self.is_here(),
             host: self.host.as_deref(),
         }

@@ -149,6 +149,14 @@ impl Protocol {
             Self::Number(number) => number,
         }
     }
+
+    /// TCP or UDP, where a map has its number.
+    pub(crate) fn from_number(number: u8) -> Self {
+        [Self::Tcp, Self::Udp]
+            .into_iter()
+            .find(|protocol| protocol.number() == number)
+            .unwrap_or(Self::Number(number))
+    }
 }
 
 impl fmt::Display for Protocol {

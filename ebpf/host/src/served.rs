@@ -55,7 +55,7 @@ impl Datapath {
             ServiceUse {
                 network: service.network,
                 address: from_map(service.address),
-                protocol: protocol(service.protocol),
+                protocol: Protocol::from_number(service.protocol),
                 port: service.port,
                 backend,
                 to_backend: served.to_backend,
@@ -150,8 +150,7 @@ impl Datapath {
 /// What is counted under for these services: of backends, and of all others.
 fn keys(wanted: &BTreeMap<ServiceKey, &Service>) -> (BTreeSet<ServedKey>, BTreeSet<ServedKey>) {
     let backends = wanted.iter().flat_map(|(key, service)| {
-        let backends = service.backends.iter();
-        backends.map(|backend| ServedKey {
+        service.all().map(|backend| ServedKey {
             service: *key,
             backend: to_map(backend.address),
             kind: served::BACKEND,
@@ -167,13 +166,6 @@ fn whole(service: ServiceKey, kind: u32) -> ServedKey {
         backend: NO_ADDRESS,
         kind,
     }
-}
-
-fn protocol(number: u8) -> Protocol {
-    [Protocol::Tcp, Protocol::Udp]
-        .into_iter()
-        .find(|protocol| protocol.number() == number)
-        .unwrap_or(Protocol::Number(number))
 }
 
 fn add(sum: &mut Served, more: Served) {

@@ -6,11 +6,11 @@ use std::net::IpAddr;
 
 use aya::maps::MapError;
 use keelson_ebpf_common::{
-    BACKENDS, Backend, NO_ADDRESS, Neighbour, NeighbourKey, SERVICE_MAC, ServiceEntry, ServiceKey,
-    TABLE_PLACES, map_name,
+    Address, BACKENDS, Backend, NO_ADDRESS, Neighbour, NeighbourKey, SERVICE_MAC, ServiceEntry,
+    ServiceKey, TABLE_PLACES, map_name,
 };
 
-use crate::address::{MacAddress, to_map};
+use crate::address::{MacAddress, from_map, to_map};
 use crate::datapath::{Datapath, entries};
 use crate::error::DatapathError;
 use crate::policy::Protocol;
@@ -39,6 +39,8 @@ pub struct Service {
     pub port: u16,
     /// Interfaces in the same network; new flows are shared evenly among them.
     pub backends: Vec<ServiceBackend>,
+    /// More of those: they get no new flows, and keep the ones that they have.
+    pub draining: Vec<ServiceBackend>,
 }
 
 /// One that answers for a service.
@@ -54,7 +56,7 @@ pub struct ServiceBackend {
 
 impl Datapath {
     /// Makes these the services of the host; applying the same again costs little. A flow stays with
-    /// its backend as long as the service has that, whatever else changes.
+    /// its backend as long as the service has that, be it as one that drains, whatever else changes.
     ///
     /// # Errors
     /// [`DatapathError::InvalidService`] before anything is changed; [`DatapathError::Full`].
@@ -97,6 +99,16 @@ impl Datapath {
         Ok(())
     }
 
+    /// The services of the host, whoever made them so.
+    ///
+    /// # Errors
+    /// [`DatapathError::Map`] if the kernel doesn't let the map be read.
+    pub fn services(&self) -> Result<Vec<Service>, DatapathError> {
+        let entries: Result<Vec<_>, _> = self.object.services.iter().collect();
+        let entries = entries.map_err(DatapathError::map("read", map_name::SERVICES))?;
+        Ok(entries.iter().map(Service::from_map).collect())
+    }
+
     fn service_keys(&self) -> Result<Vec<ServiceKey>, DatapathError> {
         self.object
             .services
@@ -132,7 +144,7 @@ impl Datapath {
             Err(error) => return Err(DatapathError::map("read", map_name::SERVICES)(error)),
         };
         let places = before.map_or([NOBODY; BACKENDS], |before| before.backends);
-        let after = entry(&places, &service.backends);
+        let after = entry(&places, service);
         if before != Some(after) {
             self.object
                 .services
@@ -184,9 +196,15 @@ fn place(key: &ServiceKey) -> NeighbourKey {
     }
 }
 
-/// An entry in which backends that have a place keep it.
-fn entry(before: &[Backend; BACKENDS], backends: &[ServiceBackend]) -> ServiceEntry {
-    let mut wanted: Vec<Backend> = backends.iter().map(|backend| backend.to_map()).collect();
+/// An entry in which backends that have a place keep it. Those that drain have one too, by which their flows go on,
+/// and the table has them nowhere.
+fn entry(before: &[Backend; BACKENDS], service: &Service) -> ServiceEntry {
+    let draining: BTreeSet<_> = service
+        .draining
+        .iter()
+        .map(|backend| end(*backend))
+        .collect();
+    let mut wanted: Vec<Backend> = service.all().map(ServiceBackend::to_map).collect();
     let mut places = before.map(|held| {
         let kept = wanted.iter().position(|backend| *backend == held);
         kept.map_or(NOBODY, |index| wanted.swap_remove(index))
@@ -198,7 +216,7 @@ fn entry(before: &[Backend; BACKENDS], backends: &[ServiceBackend]) -> ServiceEn
     let held = places
         .iter()
         .enumerate()
-        .filter(|(_, held)| **held != NOBODY);
+        .filter(|(_, held)| **held != NOBODY && !draining.contains(&(held.address, held.port)));
     let identities: Vec<(u8, u64)> = held
         .filter_map(|(place, held)| {
             let identity = maglev::identity(held.address, held.port);
@@ -212,7 +230,19 @@ fn entry(before: &[Backend; BACKENDS], backends: &[ServiceBackend]) -> ServiceEn
     }
 }
 
+fn end(backend: ServiceBackend) -> (Address, u16) {
+    (to_map(backend.address), backend.port)
+}
+
 impl ServiceBackend {
+    fn from_map(backend: &Backend) -> Self {
+        Self {
+            address: from_map(backend.address),
+            port: backend.port,
+            mac: MacAddress(backend.mac),
+        }
+    }
+
     fn to_map(self) -> Backend {
         Backend {
             address: to_map(self.address),
@@ -223,6 +253,33 @@ impl ServiceBackend {
 }
 
 impl Service {
+    /// Its backends, those that drain among them.
+    pub(crate) fn all(&self) -> impl Iterator<Item = ServiceBackend> {
+        self.backends.iter().chain(&self.draining).copied()
+    }
+
+    fn from_map((key, entry): &(ServiceKey, ServiceEntry)) -> Self {
+        let chosen: BTreeSet<u8> = entry.table.iter().copied().collect();
+        let held = entry.backends.iter().zip(0_u8..);
+        let held = held.filter(|(backend, _)| **backend != NOBODY);
+        let (backends, draining): (Vec<_>, Vec<_>) =
+            held.partition(|(_, place)| chosen.contains(place));
+        let named = |held: Vec<(&Backend, u8)>| {
+            let backends = held.into_iter();
+            backends
+                .map(|(backend, _)| ServiceBackend::from_map(backend))
+                .collect()
+        };
+        Self {
+            network: key.network,
+            address: from_map(key.address),
+            protocol: Protocol::from_number(key.protocol),
+            port: key.port,
+            backends: named(backends),
+            draining: named(draining),
+        }
+    }
+
     fn key(&self) -> ServiceKey {
         ServiceKey {
             address: to_map(self.address),
@@ -240,17 +297,17 @@ impl Service {
         if !matches!(self.protocol, Protocol::Tcp | Protocol::Udp) {
             return Err(self.invalid("is neither TCP nor UDP"));
         }
-        if self.port == 0 || self.backends.iter().any(|backend| backend.port == 0) {
+        if self.port == 0 || self.all().any(|backend| backend.port == 0) {
             return Err(self.invalid("has a port of zero"));
         }
         if self.address.is_unspecified() || self.address.is_multicast() {
             return Err(self.invalid("has an address that can't be one host's"));
         }
-        if self.backends.len() > MAX_BACKENDS {
+        if self.all().count() > MAX_BACKENDS {
             return Err(self.invalid(&format!("has more than {MAX_BACKENDS} backends")));
         }
         let mut ends = BTreeSet::new();
-        for backend in &self.backends {
+        for backend in self.all() {
             if backend.address.is_ipv4() != self.address.is_ipv4() {
                 return Err(self.invalid("has a backend of the other version of IP"));
             }

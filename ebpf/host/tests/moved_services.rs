@@ -42,6 +42,7 @@ fn serve_from(hosts: [&Host; 2], guests: &[&Machine]) {
             protocol,
             port,
             backends: backends.clone().collect(),
+            draining: Vec::new(),
         }));
     }
     for host in hosts {
@@ -195,6 +196,7 @@ fn a_client_that_only_receives_hears_on() {
                     port: SERVED + 1,
                     mac,
                 }],
+                draining: Vec::new(),
             };
             inside.datapath().set_services(&[service]).expect("valid");
         });

@@ -41,21 +41,27 @@ fn services(choices: &mut Choices<'_>, policy: &InterfacePolicy) -> Vec<Service>
             let ends = [(others[0], 2, 80), (others[1], 3, 53), (others[0], 2, 81)];
             let ends = ends.into_iter().chain(own.map(|own| (own, 1, 80)));
             let chosen = *choices.of(&[15, 15, 14, 0, 9, 8, 8, 11]);
+            let drain = *choices.of(&[15, 8, 4, 2, 1, 0, 0, 0]);
             let backends = ends
                 .enumerate()
                 .filter(|(place, _)| chosen >> place & 1 == 1);
+            let backends = backends.map(|(place, (address, number, port))| {
+                let backend = ServiceBackend {
+                    address,
+                    port,
+                    mac: MacAddress([0x52, 0x54, 0, 0, 0, number]),
+                };
+                (drain >> place & 1 == 1, backend)
+            });
+            let (draining, backends): (Vec<_>, Vec<_>) = backends.partition(|(drains, _)| *drains);
+            let without = |backends: Vec<(bool, _)>| backends.into_iter().map(|(_, one)| one);
             services.push(Service {
                 network: 7,
                 address,
                 protocol,
                 port,
-                backends: backends
-                    .map(|(_, (address, number, port))| ServiceBackend {
-                        address,
-                        port,
-                        mac: MacAddress([0x52, 0x54, 0, 0, 0, number]),
-                    })
-                    .collect(),
+                backends: without(backends).collect(),
+                draining: without(draining).collect(),
             });
         }
     }

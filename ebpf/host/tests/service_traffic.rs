@@ -216,5 +216,6 @@ fn crowd(number: usize) -> Service {
         protocol: Protocol::Udp,
         port: 80,
         backends: backends.collect(),
+        draining: Vec::new(),
     }
 }

@@ -8,7 +8,8 @@ use std::io;
 use std::net::{SocketAddr, TcpStream};
 
 use keelson_ebpf::{
-    Direction, DirectionCounters, DropReason, HookChoice, Protocol, Service, Verdict,
+    Direction, DirectionCounters, DropReason, HookChoice, Protocol, Service, ServiceBackend,
+    Verdict,
 };
 use network::fleet::{ADDRESSES, Fleet, SERVED, service_at};
 use network::machine::{Machine, connect, datagrams, exchange, talk};
@@ -16,6 +17,7 @@ use network::machine::{Machine, connect, datagrams, exchange, talk};
 with_both_hooks!(
     everyone_reaches_all_backends,
     flows_of_a_backend_that_is_gone_move,
+    flows_of_a_backend_that_drains_go_on_until_it_is_gone,
     services_outlive_the_agent
 );
 
@@ -115,6 +117,78 @@ fn flows_of_a_backend_that_is_gone_move(hook: HookChoice) {
         let numbers = fleet.client().run(move || [0; 10].map(|_| connect(to).1));
         assert_eq!(numbers, [1; 10]);
     }
+}
+
+fn flows_of_a_backend_that_drains_go_on_until_it_is_gone(hook: HookChoice) {
+    let mut fleet = Fleet::new(hook);
+    let mut streams = Vec::new();
+    let mut sockets = Vec::new();
+    for address in ADDRESSES {
+        let to = service_at(address, 80);
+        streams.push(fleet.client().run(move || one_with_each(to)));
+        streams.push(one_with_each(to));
+        sockets.push(fleet.client().run(move || {
+            let mut sockets = std::iter::repeat_with(|| datagrams(to));
+            let to_second = |socket: &_| exchange(socket, 100).expect("it answers") == 2;
+            sockets.find(to_second).expect("endless")
+        }));
+    }
+    fleet.drain(&[0], &[1]);
+    for _ in 0..2 {
+        for stream in streams.iter_mut().flatten() {
+            talk(stream, 100_000).expect("it goes on with its backend");
+        }
+        for socket in &sockets {
+            assert_eq!(exchange(socket, 100).expect("it answers"), 2);
+            assert_eq!(exchange(socket, 5000).expect("it answers"), 2, "fragments");
+        }
+        let new = || ADDRESSES.map(|address| [0; 10].map(|_| connect(service_at(address, 80)).1));
+        assert_eq!(fleet.client().run(new), [[1; 10]; 2]);
+        assert_eq!(new(), [[1; 10]; 2]);
+        // The next agent knows who drains.
+        fleet = fleet.open_again();
+        let found = fleet.datapath.services().expect("read");
+        let numbers = found.iter().map(|service| {
+            let numbers = |backends: &[ServiceBackend]| -> Vec<u8> {
+                backends.iter().map(|backend| backend.mac.0[5]).collect()
+            };
+            (numbers(&service.backends), numbers(&service.draining))
+        });
+        assert_eq!(numbers.collect::<Vec<_>>(), vec![(vec![1], vec![2]); 4]);
+    }
+    // Its time is over.
+    fleet.serve_from(&[0]);
+    for [first, second] in &mut streams {
+        talk(first, MUCH).expect("the other's flow goes on");
+        let error = talk(second, 1000).expect_err("nobody knows the connection");
+        assert_eq!(error.kind(), io::ErrorKind::ConnectionReset, "{error}");
+    }
+    for socket in &sockets {
+        assert_eq!(exchange(socket, 100).expect("it answers"), 1);
+    }
+}
+
+/// It drains, and serves again: as if nothing had been. If all drain, what is new is dropped.
+#[test]
+fn a_backend_that_drains_no_longer_gets_its_share() {
+    let mut fleet = Fleet::new(HookChoice::Auto);
+    let to = service_at(ADDRESSES[0], 80);
+    let mut streams = fleet.client().run(move || one_with_each(to));
+    fleet.drain(&[], &[1, 0]);
+    for stream in &mut streams {
+        talk(stream, 10_000).expect("it goes on");
+    }
+    fleet.client().run(move || {
+        datagrams(to).send(b"anyone?").expect("sent");
+    });
+    let counters = fleet.datapath.counters("tap3").expect("attached");
+    let dropped = counters.from_guest.dropped_for(DropReason::NoBackend);
+    assert_eq!(dropped.packets, 1);
+    fleet.serve_from(&[0, 1]);
+    for stream in &mut streams {
+        talk(stream, 10_000).expect("it goes on");
+    }
+    fleet.client().run(move || one_with_each(to));
 }
 
 #[test]
@@ -275,6 +349,13 @@ fn what_contradicts_itself_is_refused() {
         (
             Service {
                 backends: vec![good.backends[0]; 2],
+                ..good.clone()
+            },
+            "twice",
+        ),
+        (
+            Service {
+                draining: vec![good.backends[0]],
                 ..good.clone()
             },
             "twice",

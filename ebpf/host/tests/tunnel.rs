@@ -352,6 +352,7 @@ fn a_service_has_its_backend_on_another_host() {
             protocol: keelson_ebpf::Protocol::Tcp,
             port: 80,
             backends: vec![backend],
+            draining: Vec::new(),
         };
         inside.datapath().set_services(&[service]).expect("written");
     });

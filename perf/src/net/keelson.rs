@@ -56,6 +56,7 @@ impl Keelson {
                 port: PORT,
                 mac: MacAddress(SERVER.mac),
             }],
+            draining: Vec::new(),
         }])?;
         Ok(())
     }

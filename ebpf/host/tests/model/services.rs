@@ -1,5 +1,5 @@
-//! Services in plain words: a new flow gets any of the backends, and keeps it for as long as the
-//! service has it; both ways its packets get other ends.
+//! Services in plain words: a new flow gets any of the backends that don't drain, and keeps it for as long as
+//! the service has it; both ways its packets get other ends.
 
 use std::collections::HashMap;
 use std::net::IpAddr;
@@ -157,7 +157,7 @@ impl Services {
             return true;
         };
         self.service(protocol, service).is_some_and(|service| {
-            let mut backends = service.backends.iter();
+            let mut backends = service.backends.iter().chain(&service.draining);
             backends.any(|backend| (backend.address, backend.port) == ends.destination)
         })
     }

@@ -72,6 +72,7 @@ impl Fleet {
                     protocol,
                     port,
                     backends: backends.collect(),
+                    draining: Vec::new(),
                 });
             }
         }
@@ -81,6 +82,16 @@ impl Fleet {
     /// Makes these guests the backends.
     pub fn serve_from(&mut self, guests: &[usize]) {
         let services = self.services(guests, SERVED);
+        self.datapath.set_services(&services).expect("valid");
+    }
+
+    /// Has some of the guests serve, and others drain.
+    pub fn drain(&mut self, serving: &[usize], draining: &[usize]) {
+        let mut services = self.services(serving, SERVED);
+        let drained = self.services(draining, SERVED);
+        for (service, drained) in services.iter_mut().zip(drained) {
+            service.draining = drained.backends;
+        }
         self.datapath.set_services(&services).expect("valid");
     }
 

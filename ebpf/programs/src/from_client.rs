@@ -115,7 +115,7 @@ pub fn decide(packet: &TcContext, policy: &PolicyEntry) -> Result<Passed, DropRe
 }
 
 #[inline(always)]
-fn read(packet: &TcContext, head: &Head) -> Result<Ip, DropReason> {
+fn read(packet: &TcContext, head: &Head) -> Result<&'static Ip, DropReason> {
     match frame::payload(head)? {
         Payload::Ipv4 => ip::ipv4(packet, head),
         Payload::Ipv6 => ip::ipv6(packet, head),

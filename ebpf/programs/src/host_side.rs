@@ -79,7 +79,7 @@ pub fn from_host(packet: &TcContext, gateway: &GatewayEntry) -> Result<Passed, D
 #[inline(always)]
 pub fn to_host(packet: &TcContext, gateway: &GatewayEntry) -> Result<Passed, DropReason> {
     let head = frame::head(packet)?;
-    let ip: Ip = match frame::payload(&head) {
+    let ip = match frame::payload(&head) {
         Ok(Payload::Ipv4) => ip::ipv4(packet, &head)?,
         Ok(Payload::Ipv6) => ip::ipv6(packet, &head)?,
         _ => return Ok(Passed::On),

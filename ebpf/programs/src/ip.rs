@@ -1,4 +1,6 @@
-//! Reads and checks IPv4 and IPv6 headers, and gives both the same form. Uses no maps.
+//! Reads and checks IPv4 and IPv6 headers, and gives both the same form (map `HEADERS`).
+
+use core::hint::black_box;
 
 use aya_ebpf::programs::TcContext;
 use keelson_ebpf_common::{Address, DropReason, from_ipv4};
@@ -6,6 +8,7 @@ use network_types::eth::EthHdr;
 use network_types::ip::Ipv4Hdr;
 
 use crate::frame::{Head, read};
+use crate::maps::HEADERS;
 
 /// IP protocol numbers, and IPv6's extension headers among them.
 pub mod protocol {
@@ -58,7 +61,31 @@ pub struct Ip {
 
 /// Reads the IPv4 header. Options are refused: those that hosts still heed are attacks.
 #[inline(always)]
-pub fn ipv4(packet: &TcContext, head: &Head) -> Result<Ip, DropReason> {
+pub fn ipv4(packet: &TcContext, head: &Head) -> Result<&'static Ip, DropReason> {
+    keep(parse_ipv4(packet, head)?)
+}
+
+/// Reads the IPv6 header and the extension headers behind it.
+#[inline(always)]
+pub fn ipv6(packet: &TcContext, head: &Head) -> Result<&'static Ip, DropReason> {
+    keep(parse_ipv6(packet, head)?)
+}
+
+/// Puts what was read where the verifier does not follow it: it would check whatever comes after for each way in which
+/// headers may follow one another.
+#[inline(always)]
+fn keep(ip: Ip) -> Result<&'static Ip, DropReason> {
+    let kept = HEADERS.get_ptr_mut(0).ok_or(DropReason::Malformed)?;
+    // SAFETY: the map is per CPU and the tc hooks run with preemption off: no one else has it until the packet's last
+    // program ends, and a program reads one packet's headers once.
+    unsafe {
+        *kept = ip;
+        Ok(&*black_box(kept))
+    }
+}
+
+#[inline(always)]
+fn parse_ipv4(packet: &TcContext, head: &Head) -> Result<Ip, DropReason> {
     if packet.len() < (EthHdr::LEN + Ipv4Hdr::LEN) as u32 {
         return Err(DropReason::Malformed);
     }
@@ -100,9 +127,8 @@ pub fn ipv4(packet: &TcContext, head: &Head) -> Result<Ip, DropReason> {
     })
 }
 
-/// Reads the IPv6 header and the extension headers behind it.
 #[inline(always)]
-pub fn ipv6(packet: &TcContext, head: &Head) -> Result<Ip, DropReason> {
+fn parse_ipv6(packet: &TcContext, head: &Head) -> Result<Ip, DropReason> {
     let [first, second, a, b, c] = head.network;
     let [d, e, f, g, h] = head.rest;
     let (source, destination) = ([a, b, c, d], [e, f, g, h]);

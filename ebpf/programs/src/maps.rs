@@ -18,6 +18,8 @@ use keelson_ebpf_common::{
     TranslationKey, TunnelEntry, UplinkEntry, Workspace, stage,
 };
 
+use crate::ip::Ip;
+
 /// Interface index → what the programs enforce there.
 #[map]
 pub static POLICIES: HashMap<u32, PolicyEntry> = HashMap::with_max_entries(SLOTS, 0);
@@ -85,6 +87,10 @@ pub static TRANSLATIONS: ArrayOfMaps<Translations, { SLOTS as usize }> = ArrayOf
 /// What a CPU has at hand while it translates a packet.
 #[map]
 pub static WORKSPACE: PerCpuArray<Workspace> = PerCpuArray::with_max_entries(1, 0);
+
+/// What the headers of the packet that a CPU is at said.
+#[map]
+pub static HEADERS: PerCpuArray<Ip> = PerCpuArray::with_max_entries(1, 0);
 
 /// Interface index of a bridge → its network.
 #[map]

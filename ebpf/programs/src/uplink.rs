@@ -69,7 +69,11 @@ pub fn read_head(packet: &TcContext) -> Option<(Head, Payload)> {
 }
 
 #[inline(always)]
-pub fn read_ip(packet: &TcContext, head: &Head, payload: Payload) -> Result<Ip, DropReason> {
+pub fn read_ip(
+    packet: &TcContext,
+    head: &Head,
+    payload: Payload,
+) -> Result<&'static Ip, DropReason> {
     match payload {
         Payload::Ipv6 => ip::ipv6(packet, head),
         _ => ip::ipv4(packet, head),

@@ -34,3 +34,13 @@ pub fn answer(configuration: &InterfaceConfiguration, question: &[u8]) -> Option
 pub fn advertisement(configuration: &InterfaceConfiguration) -> Option<Vec<u8>> {
     router::advertisement(configuration, None)
 }
+
+/// The advertisement that takes back, for a guest whose interface was configured as `before`, what it was told by
+/// earlier ones and does not hold any more, as a frame; `None` if there is no such thing. It may get lost: send it a few
+/// times, before any other one.
+pub fn withdrawal(
+    before: &InterfaceConfiguration,
+    now: &InterfaceConfiguration,
+) -> Option<Vec<u8>> {
+    router::withdrawal(before, now)
+}

@@ -9,7 +9,7 @@ use hickory_proto::rr::Name;
 use hickory_proto::serialize::binary::{BinEncodable, BinEncoder};
 use ipnet::Ipv6Net;
 
-use crate::{InterfaceConfiguration, frame};
+use crate::{InterfaceConfiguration, Ipv6Configuration, frame};
 
 /// How long what is told lasts, in seconds: as long as RFC 8319 lets a router say. Guests don't depend on
 /// the agent, which tells them anew every few minutes while it runs.
@@ -31,56 +31,118 @@ pub fn advertisement(
     to: Option<Ipv6Addr>,
 ) -> Option<Vec<u8>> {
     let ipv6 = configuration.ipv6.as_ref().filter(|ipv6| ipv6.advertised)?;
-    let header = RouterAdvertisementHeader {
+    let mut rest = payload(configuration);
+    let mtu = [&[0; 2][..], &u32::from(configuration.mtu).to_be_bytes()].concat();
+    option(&mut rest, MTU, &mtu);
+    rest.extend(prefix(ipv6, PREFIX_VALID, PREFIX_PREFERRED).to_bytes());
+    told(
+        &mut rest,
+        LIFETIME,
+        &ipv6.routes,
+        &configuration.dns_servers_v6(),
+        &configuration.search_domains,
+    )?;
+    let header = header(configuration, Some(ipv6));
+    frame::advertisement(configuration, ipv6.router, to, header, &rest)
+}
+
+/// The advertisement that takes back what no longer holds: that the router is one (RFC 4861, 6.2.5), that a prefix is
+/// on the link and addresses in it are to be used (RFC 4862, 5.5.3), routes, and DNS. `None` if all of it still does.
+pub fn withdrawal(
+    before: &InterfaceConfiguration,
+    now: &InterfaceConfiguration,
+) -> Option<Vec<u8>> {
+    let old = before.ipv6.as_ref().filter(|ipv6| ipv6.advertised)?;
+    let new = now.ipv6.as_ref().filter(|ipv6| ipv6.advertised);
+    let new_routes = new.map_or(&[][..], |new| &new.routes);
+    let new_servers = new.map(|_| now.dns_servers_v6()).unwrap_or_default();
+    let new_domains = new.map_or(&[][..], |_| &now.search_domains);
+    let routes = gone(&old.routes, new_routes);
+    let servers = gone(&before.dns_servers_v6(), &new_servers);
+    let domains = gone(&before.search_domains, new_domains);
+    // Without advertisements the subnet may still be there.
+    let subnet = now.ipv6.as_ref().map(|ipv6| ipv6.address.trunc());
+    let has_prefix = subnet == Some(old.address.trunc());
+    let is_over = new.is_none() || !has_prefix;
+    if !is_over && routes.is_empty() && servers.is_empty() && domains.is_empty() {
+        return None;
+    }
+    let mut rest = payload(before);
+    if !has_prefix {
+        rest.extend(prefix(old, 0, 0).to_bytes());
+    }
+    told(&mut rest, 0, &routes, &servers, &domains)?;
+    frame::advertisement(before, old.router, None, header(now, new), &rest)
+}
+
+fn gone<T: PartialEq + Clone>(before: &[T], now: &[T]) -> Vec<T> {
+    let gone = before.iter().filter(|one| !now.contains(one));
+    gone.cloned().collect()
+}
+
+/// `ipv6` is what is advertised, if anything is.
+fn header(
+    configuration: &InterfaceConfiguration,
+    ipv6: Option<&Ipv6Configuration>,
+) -> RouterAdvertisementHeader {
+    RouterAdvertisementHeader {
         cur_hop_limit: HOP_LIMIT,
-        managed_address_config: ipv6.dhcp && !ipv6.slaac,
-        other_config: ipv6.dhcp,
-        router_lifetime: if configuration.default_route {
-            LIFETIME
-        } else {
-            0
+        managed_address_config: ipv6.is_some_and(|ipv6| ipv6.dhcp && !ipv6.slaac),
+        other_config: ipv6.is_some_and(|ipv6| ipv6.dhcp),
+        router_lifetime: match ipv6 {
+            Some(_) if configuration.default_route => LIFETIME,
+            _ => 0,
         },
-    };
+    }
+}
+
+/// What follows the header, up to the first option that differs.
+fn payload(configuration: &InterfaceConfiguration) -> Vec<u8> {
     let payload = RouterAdvertisementPayload {
         reachable_time: 0,
         retrans_timer: 0,
     };
-    let prefix = PrefixInformation {
+    let mut rest = payload.to_bytes().to_vec();
+    option(&mut rest, SOURCE_LINK_LAYER, &configuration.router_mac);
+    rest
+}
+
+fn prefix(ipv6: &Ipv6Configuration, valid: u32, preferred: u32) -> PrefixInformation {
+    PrefixInformation {
         prefix_length: ipv6.address.prefix_len(),
         on_link: true,
         autonomous_address_configuration: ipv6.slaac,
-        valid_lifetime: PREFIX_VALID,
-        preferred_lifetime: PREFIX_PREFERRED,
+        valid_lifetime: valid,
+        preferred_lifetime: preferred,
         prefix: ipv6.address.network().octets(),
-    };
-    let mut rest = payload.to_bytes().to_vec();
-    option(&mut rest, SOURCE_LINK_LAYER, &configuration.router_mac);
-    let mtu = [&[0; 2][..], &u32::from(configuration.mtu).to_be_bytes()].concat();
-    option(&mut rest, MTU, &mtu);
-    rest.extend(prefix.to_bytes());
-    for route in &ipv6.routes {
-        option(&mut rest, ROUTE_INFORMATION, &route_information(route));
     }
-    let servers = configuration.dns_servers_v6();
+}
+
+/// Appends the options of routes and DNS, which hold for so many seconds.
+fn told(
+    to: &mut Vec<u8>,
+    seconds: u16,
+    routes: &[Ipv6Net],
+    servers: &[Ipv6Addr],
+    domains: &[String],
+) -> Option<()> {
+    for route in routes {
+        option(to, ROUTE_INFORMATION, &route_information(route, seconds));
+    }
+    // Reserved bytes and the lifetime, as both options begin.
+    let lifetime = [&[0; 2][..], &u32::from(seconds).to_be_bytes()].concat();
     if !servers.is_empty() {
-        let servers = servers.iter().flat_map(Ipv6Addr::octets);
-        let option_data: Vec<u8> = lifetime().into_iter().chain(servers).collect();
-        option(&mut rest, DNS_SERVERS, &option_data);
+        let servers: Vec<u8> = servers.iter().flat_map(Ipv6Addr::octets).collect();
+        option(to, DNS_SERVERS, &[&lifetime[..], &servers].concat());
     }
-    if !configuration.search_domains.is_empty() {
-        let mut option_data = lifetime();
-        option_data.extend(search_domains(&configuration.search_domains)?);
-        option(&mut rest, SEARCH_DOMAINS, &option_data);
+    if !domains.is_empty() {
+        let domains = search_domains(domains)?;
+        option(to, SEARCH_DOMAINS, &[lifetime, domains].concat());
     }
-    frame::advertisement(configuration, ipv6.router, to, header, &rest)
+    Some(())
 }
 
-/// Reserved bytes and the lifetime, as two options begin.
-fn lifetime() -> Vec<u8> {
-    [&[0; 2][..], &u32::from(LIFETIME).to_be_bytes()].concat()
-}
-
-fn route_information(route: &Ipv6Net) -> Vec<u8> {
+fn route_information(route: &Ipv6Net, seconds: u16) -> Vec<u8> {
     let octets = route.network().octets();
     let significant = match route.prefix_len() {
         0 => 0,
@@ -89,7 +151,7 @@ fn route_information(route: &Ipv6Net) -> Vec<u8> {
     };
     // Of medium preference.
     let mut data = vec![route.prefix_len(), 0];
-    data.extend(u32::from(LIFETIME).to_be_bytes());
+    data.extend(u32::from(seconds).to_be_bytes());
     data.extend(&octets[..significant]);
     data
 }

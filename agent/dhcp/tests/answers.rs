@@ -6,7 +6,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use dhcproto::{v4, v6};
 use etherparse::{NetSlice, SlicedPacket, TransportSlice};
-use keelson_dhcp::{advertisement, answer};
+use keelson_dhcp::{advertisement, answer, withdrawal};
 use questions::{
     GUEST_MAC, ROUTER_LINK_LOCAL, configuration, dhcp, dhcp_options, dhcpv6, dhcpv6_with,
     link_local, router_solicitation, server_id,
@@ -408,4 +408,58 @@ fn a_router_solicitation_is_answered() {
     slaac.ipv6.as_mut().expect("it has IPv6").advertised = false;
     assert_eq!(advertisement(&slaac), None);
     assert_eq!(answer(&slaac, &router_solicitation()), None);
+}
+
+/// Kinds of options, and the lifetimes in them.
+fn lifetimes(message: &[u8]) -> Vec<(u8, Vec<u32>)> {
+    let number = |data: &[u8], at: usize| {
+        let bytes = data[at..at + 4].try_into().expect("four bytes");
+        u32::from_be_bytes(bytes)
+    };
+    let told = options(message).into_iter().map(|(kind, data)| {
+        let lifetimes = match kind {
+            3 => vec![number(&data, 2), number(&data, 6)],
+            24 | 25 | 31 => vec![number(&data, 2)],
+            _ => Vec::new(),
+        };
+        (kind, lifetimes)
+    });
+    told.collect()
+}
+
+#[test]
+fn what_no_longer_holds_is_taken_back() {
+    let before = configuration();
+    assert_eq!(withdrawal(&before, &before), None);
+    let mut silent = before.clone();
+    silent.ipv6.as_mut().expect("it has IPv6").advertised = false;
+    assert_eq!(withdrawal(&silent, &before), None, "nothing was told");
+    let last = withdrawal(&before, &silent).expect("an advertisement");
+    assert_eq!(last[..6], [0x33, 0x33, 0, 0, 0, 1]);
+    let last = read(&last);
+    assert_eq!(last.from, IpAddr::V6(ROUTER_LINK_LOCAL));
+    assert_eq!(last.payload[0], 134);
+    assert_eq!(last.payload[4..8], [64, 0, 0, 0], "it is no router");
+    let dns_and_routes = [(24, vec![0]), (25, vec![0]), (31, vec![0])];
+    let expected = [&[(1, vec![])][..], &dns_and_routes].concat();
+    assert_eq!(lifetimes(&last.payload), expected);
+    // Without the subnet the prefix is no more either.
+    let mut without = before.clone();
+    without.ipv6 = None;
+    let last = read(&withdrawal(&before, &without).expect("an advertisement"));
+    let expected = [&[(1, vec![]), (3, vec![0, 0])][..], &dns_and_routes].concat();
+    assert_eq!(lifetimes(&last.payload), expected);
+    // Another subnet: it is still a router, and the old prefix is none of its.
+    let mut other = before.clone();
+    other.ipv6.as_mut().expect("it has IPv6").address = "fd78::9/64".parse().expect("valid");
+    let last = read(&withdrawal(&before, &other).expect("an advertisement"));
+    assert_eq!(last.payload[4..8], [64, 0xc0, 0xff, 0xff]);
+    assert_eq!(lifetimes(&last.payload), [(1, vec![]), (3, vec![0, 0])]);
+    let prefix: Ipv6Addr = "fd77::".parse().expect("valid");
+    assert_eq!(options(&last.payload)[1].1[14..], prefix.octets());
+    // One of what was told goes.
+    let mut fewer = before.clone();
+    fewer.search_domains.clear();
+    let last = read(&withdrawal(&before, &fewer).expect("an advertisement"));
+    assert_eq!(lifetimes(&last.payload), [(1, vec![]), (31, vec![0])]);
 }

@@ -17,6 +17,9 @@ use crate::{AgentError, error::Result};
 
 /// How often routers tell of themselves without being asked: RFC 4861, 6.2.1 has 10 minutes at most.
 const ADVERTISING: Duration = Duration::from_secs(500);
+/// How often what no longer holds is taken back, and the time in between: RFC 4861, 6.2.5 and 10.
+const FINAL_ADVERTISEMENTS: usize = 3;
+const BETWEEN_ADVERTISEMENTS: Duration = Duration::from_secs(3);
 /// Questions that are answered before others have their turn.
 const BATCH: usize = 64;
 /// How long the task waits after the ring buffer could not be waited for.
@@ -52,11 +55,31 @@ impl GuestConfigurations {
         Ok(configurations)
     }
 
-    /// Answers the guest on an interface from now on, and tells it at once what it did not ask for: an
-    /// agent before this one may have told it something else.
+    /// Answers the guest on an interface from now on, and tells it at once what it did not ask for: that what it was
+    /// told before does not hold any more, and what does. What an agent before this one told is not known: one whose
+    /// network has no advertisements may have had some.
     pub fn set(&self, ifindex: u32, configuration: InterfaceConfiguration) {
+        let before = self.lock().get(&ifindex).cloned();
+        let before = before.unwrap_or_else(|| advertised(&configuration));
+        if let Some(withdrawal) = keelson_dhcp::withdrawal(&before, &configuration) {
+            self.send(ifindex, &withdrawal);
+            let again = self.clone();
+            let holds = configuration.clone();
+            tokio::spawn(async move { again.withdraw(ifindex, &withdrawal, &holds).await });
+        }
         self.advertise(ifindex, &configuration);
         self.lock().insert(ifindex, configuration);
+    }
+
+    /// Sends a withdrawal again, for as long as the interface's configuration is the one that it was made for.
+    async fn withdraw(&self, ifindex: u32, frame: &[u8], holds: &InterfaceConfiguration) {
+        for _ in 1..FINAL_ADVERTISEMENTS {
+            tokio::time::sleep(BETWEEN_ADVERTISEMENTS).await;
+            if self.lock().get(&ifindex) != Some(holds) {
+                return;
+            }
+            self.send(ifindex, frame);
+        }
     }
 
     /// Answers nobody on an interface any more.
@@ -128,6 +151,15 @@ impl GuestConfigurations {
     fn lock(&self) -> std::sync::MutexGuard<'_, BTreeMap<u32, InterfaceConfiguration>> {
         self.ports.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+/// The configuration as it may have been with advertisements.
+fn advertised(configuration: &InterfaceConfiguration) -> InterfaceConfiguration {
+    let mut before = configuration.clone();
+    if let Some(ipv6) = &mut before.ipv6 {
+        ipv6.advertised = true;
+    }
+    before
 }
 
 /// What the guest behind a port is told.

@@ -379,6 +379,78 @@ fn the_kernel_configures_a_guest_without_any_client() {
     });
 }
 
+/// A network that has advertisements, changed as `more` says.
+fn advertised(more: &Value) -> GuestPort {
+    let mut spec = json!({"subnet": "10.77.0.0/24", "subnetV6": "fd77::/64", "slaac": true});
+    let fields = spec.as_object_mut().expect("fields");
+    fields.extend(more.as_object().expect("fields").clone());
+    fields.retain(|_, value| !value.is_null());
+    port(serde_json::from_value(spec).expect("a network"))
+}
+
+impl Host {
+    async fn change(&self, more: Value) {
+        let network = self.network.as_ref().expect("it runs");
+        let changed = network.ensure_port(&advertised(&more)).await;
+        changed.expect("the device can be changed");
+    }
+
+    /// Waits until the guest has a default route, or has none, and until it has the subnet on its link, or has not.
+    async fn has_routes(&self, default: bool, on_link: bool) {
+        for (what, expected) in [("default", default), ("fd77::/64", on_link)] {
+            let count = format!("ip -6 route show {what} | wc -l");
+            let expected = if expected { "1\n" } else { "0\n" };
+            self.guest_says(&count, &[expected]).await;
+        }
+    }
+}
+
+/// What the kernel was told and does not hold any more is taken back.
+#[test]
+fn the_kernel_forgets_what_no_longer_holds() {
+    let address = "ip -6 address show dev eth0 scope global";
+    let agent = runtime();
+    let mut host = agent.block_on(async {
+        let spec = json!({"subnet": "10.77.0.0/24", "subnetV6": "fd77::/64", "slaac": true});
+        let host = Host::new(&spec).await;
+        let own = &["fd77::ff:fe00:10/64"];
+        host.guest_says(&format!("{address} -tentative"), own).await;
+        host.has_routes(true, true).await;
+        // The network's gateway is not the way to everywhere any more.
+        host.change(json!({"defaultRoute": false})).await;
+        host.has_routes(false, true).await;
+        host.change(json!({})).await;
+        host.has_routes(true, true).await;
+        // Nothing is advertised any more: the subnet is still there.
+        host.change(json!({"routerAdvertisements": false})).await;
+        host.has_routes(false, true).await;
+        let said = host.guest(address).await;
+        assert!(
+            said.contains(own[0]) && !said.contains("deprecated"),
+            "{said}"
+        );
+        host.change(json!({})).await;
+        host.has_routes(true, true).await;
+        host
+    });
+    host.network = None;
+    drop(agent);
+    // An agent that starts can't know what an earlier one told.
+    let agent = runtime();
+    agent.block_on(async {
+        let silent = advertised(&json!({"routerAdvertisements": false}));
+        host.network = Some(open_network(&silent).await);
+        host.has_routes(false, true).await;
+        // The subnet goes: its addresses are only for what they are in use for.
+        host.change(json!({})).await;
+        host.has_routes(true, true).await;
+        host.change(json!({"subnetV6": null, "slaac": null})).await;
+        host.has_routes(false, false).await;
+        let deprecated = ["fd77::ff:fe00:10/64", "deprecated"];
+        host.guest_says(address, &deprecated).await;
+    });
+}
+
 #[test]
 fn systemd_networkd_configures_a_guest() {
     runtime().block_on(async {

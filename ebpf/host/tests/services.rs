@@ -3,15 +3,16 @@
 
 mod network;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::net::{SocketAddr, TcpStream};
 
 use keelson_ebpf::{
-    Direction, DirectionCounters, DropReason, HookChoice, Protocol, Service, ServiceBackend,
-    Verdict,
+    Direction, DirectionCounters, DropReason, HookChoice, MacAddress, Protocol, SERVICE_MAC,
+    Service, ServiceBackend, Verdict,
 };
 use network::fleet::{ADDRESSES, Fleet, SERVED, service_at};
+use network::frames;
 use network::machine::{Machine, connect, datagrams, exchange, talk};
 
 with_both_hooks!(
@@ -189,6 +190,51 @@ fn a_backend_that_drains_no_longer_gets_its_share() {
         talk(stream, 10_000).expect("it goes on");
     }
     fleet.client().run(move || one_with_each(to));
+}
+
+/// A client uses its ports again, sooner or later: a new connection is new though there was one between the same ends,
+/// and a packet of the one that was goes where it went.
+#[test]
+fn a_connection_from_the_same_port_goes_to_who_does_not_drain() {
+    let mut fleet = Fleet::new(HookChoice::Auto);
+    let ports = 20_000..20_100;
+    let first = ask(&mut fleet, ports.clone(), frames::SYN);
+    let numbers: BTreeSet<u8> = first.iter().copied().collect();
+    assert_eq!(numbers, BTreeSet::from([1, 2]));
+    fleet.drain(&[0], &[1]);
+    let known = ask(&mut fleet, ports.clone(), frames::ACK);
+    assert_eq!(known, first, "what is known goes on");
+    let again = ask(&mut fleet, ports.clone(), frames::SYN);
+    assert_eq!(again, [1; 100]);
+    assert_eq!(ask(&mut fleet, ports, frames::ACK), [1; 100]);
+}
+
+/// Which backends segments with these flags go to that the client sends from these ports.
+fn ask(fleet: &mut Fleet, ports: std::ops::Range<u16>, flags: u8) -> Vec<u8> {
+    let client = fleet.client().policy();
+    let ends = frames::Ends {
+        source_mac: client.mac,
+        destination_mac: MacAddress(SERVICE_MAC),
+        source: client.ipv4.expect("it has one"),
+        destination: ADDRESSES[0].parse().expect("valid"),
+    };
+    let numbers = ports.map(|port| {
+        let tcp = frames::Tcp {
+            source_port: port,
+            destination_port: 80,
+            sequence: 1,
+            acknowledgement: 1,
+            flags,
+        };
+        let frame = frames::tcp(ends, tcp);
+        let sent = fleet
+            .datapath
+            .translate("tap3", Direction::FromGuest, &frame);
+        let (_, after) = sent.expect("the kernel takes the frame");
+        assert_eq!(after[..5], [0x52, 0x54, 0, 0, 0], "a guest's");
+        after[5]
+    });
+    numbers.collect()
 }
 
 #[test]

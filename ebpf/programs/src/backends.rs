@@ -45,11 +45,16 @@ fn backend_at(service: &ServiceEntry, place: u8) -> Option<&Backend> {
     service.backends.get(place)
 }
 
-/// Whether the backend of a flow still serves.
+/// Whether a packet goes where the ones before it went: to a backend that still serves. One that asks for a `new`
+/// connection goes where the table says, though there may have been another one between the same ends: the client
+/// uses its ports again, and that backend may drain.
 #[inline(always)]
-pub fn is_served(scope: Scope, work: &mut Workspace, known: &Translation) -> bool {
+pub fn goes_on(scope: Scope, work: &mut Workspace, known: &Translation, new: bool) -> bool {
     if known.flags & translation::ANSWER != 0 {
         return true;
+    }
+    if new {
+        return false;
     }
     let service = service(scope, work);
     let Some(backend) = service.and_then(|service| backend_at(service, known.backend)) else {

@@ -1,7 +1,7 @@
 //! Which backend a packet to a service goes to, and what the ends of a service's packets become (maps
 //! `SERVICES`, `TRANSLATIONS`).
 //!
-//! The first packet of a flow takes the backend that the service's lookup table has for its ends. What
+//! The first packet of a flow, and every SYN, takes the backend that the service's lookup table has for its ends. What
 //! its packets and their answers become is noted, so that the flow stays with its backend when the
 //! table changes. A flow whose backend serves no longer gets another one with its next packet: a
 //! datagram goes on there, of TCP that backend knows nothing, and resets it.
@@ -112,7 +112,8 @@ pub fn forward<'a>(
     }
     work.key = own_key(ip, &transport, way::FORWARD);
     let known = find(translations, &work.key, now);
-    let translation = match known.filter(|known| backends::is_served(scope, work, known)) {
+    let new = transport.opens();
+    let translation = match known.filter(|known| backends::goes_on(scope, work, known, new)) {
         Some(known) => known,
         None => {
             backends::create(translations, scope, work, now)?;

@@ -89,7 +89,9 @@ impl Services {
                 let ports = chosen.transport(after).expect("it was one before").ports;
                 (chosen.destination, ports.1) == known.destination
             };
-            self.is_served(packet.protocol, known) && (!known.lapsed || went())
+            // A connection that is asked for is a new one, unless a backend asks for it.
+            let is_new = transport.syn && known.service.is_some();
+            !is_new && self.is_served(packet.protocol, known) && (!known.lapsed || went())
         });
         let ends = match goes_on {
             Some(mut known) => {

@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{SocketAddr, UdpSocket};
 
-use keelson_agent_tests::{Guest, Host, network, security_group};
+use keelson_agent_tests::{Fleet, Guest, Host, cluster, network, security_group};
 use keelson_vmm_tests::wait_until;
 use serde_json::Value;
 
@@ -221,4 +221,71 @@ fn mistakes_name_their_fields() {
     ] {
         host.apply(&service(BOTH, more)).refused(code, &words);
     }
+}
+
+fn web(number: u8) -> String {
+    let address = format!("10.90.0.{number}");
+    Guest::new(
+        &format!("web-{number}"),
+        &format!("net-serve:address={address},tcp=8080,ms=600000"),
+    )
+    .field("host: a")
+    .field(&format!(
+        "interfaces: [{{name: eth0, network: lan, address: {address}, securityGroups: [web]}}]"
+    ))
+    .manifest()
+}
+
+/// A guest that asks the service for connections, all of which it gets.
+fn connects(host: &Host, name: &str, address: &str) {
+    let steps = format!("net-connect:address={address},target=10.90.0.80,port=80,count=32 hang");
+    let client = Guest::new(name, &steps)
+        .field("restartPolicy: Never")
+        .field("host: b")
+        .field(&format!(
+            "interfaces: [{{name: eth0, network: lan, address: {address}}}]"
+        ));
+    host.apply(&client.manifest()).done();
+    host.wait_for_console(name, "payload: net-connect ok asked=32 granted=32");
+}
+
+/// The client's host goes by the object, too: of what is new there nothing goes to a guest of another host that drains.
+#[test]
+fn guests_of_other_hosts_drain() {
+    let (namespaces, _cluster, urls) = cluster(1);
+    let fleet = Fleet::start_apart(namespaces, 2, "cluster", &urls);
+    let host = &fleet.hosts[1];
+    let lan = "---\napiVersion: keelson.dev/v1alpha1\nkind: Network\nmetadata: {name: lan}\n\
+               spec: {subnet: 10.90.0.0/24, gateway: 10.90.0.1, mtu: 1450, overlay: {}}\n";
+    let service = |more: &str| {
+        format!(
+            "---\napiVersion: keelson.dev/v1alpha1\nkind: Service\nmetadata: {{name: web}}\n\
+             spec: {{network: lan, address: 10.90.0.80, ports: [{{port: 80, targetPort: 8080}}], \
+             guests: [web-4, web-5], healthCheck: {{interval: 200ms}}{more}}}\n"
+        )
+    };
+    let groups = security_group("web", "{protocol: tcp, ports: [8080]}");
+    let manifest = lan.to_owned() + &groups + &web(4) + &web(5) + &service("");
+    host.apply(&manifest).done();
+    wait_for(host, &[("web-4", "Healthy"), ("web-5", "Healthy")]);
+    connects(host, "before", "10.90.0.11");
+    let before = counted(host);
+    assert!(before["web-4"] > 0 && before["web-5"] > 0, "{before:?}");
+    host.apply(&service(", draining: [web-4], drainTimeout: 1h"))
+        .done();
+    let status = wait_for(host, &[("web-4", "Draining"), ("web-5", "Healthy")]);
+    assert_eq!(status["backends"][0]["host"], "a");
+    connects(host, "meanwhile", "10.90.0.12");
+    let meanwhile = counted(host);
+    assert_eq!(meanwhile["web-4"], before["web-4"], "{meanwhile:?}");
+    assert!(meanwhile["web-5"] >= before["web-5"] + 32, "{meanwhile:?}");
+    host.apply(&service(", draining: [web-4], drainTimeout: 0s"))
+        .done();
+    wait_for(host, &[("web-4", "Drained"), ("web-5", "Healthy")]);
+    // It has to be found healthy before it serves again.
+    host.apply(&service("")).done();
+    wait_for(host, &[("web-4", "Healthy"), ("web-5", "Healthy")]);
+    connects(host, "after", "10.90.0.13");
+    let after = counted(host);
+    assert!(after["web-4"] > 0, "{after:?}");
 }

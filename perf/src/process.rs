@@ -54,6 +54,29 @@ fn number(text: &str, name: &str) -> Option<u64> {
     line.split_whitespace().next()?.parse().ok()
 }
 
+/// The processor time of these processes so far, to the nanosecond; nothing of those that are gone.
+pub fn processor_time(processes: &[u32]) -> Duration {
+    let of_thread = |folder: std::fs::DirEntry| {
+        let text = std::fs::read_to_string(folder.path().join("schedstat")).ok()?;
+        text.split_whitespace().next()?.parse::<u64>().ok()
+    };
+    let of_process = |id: &u32| {
+        let threads = std::fs::read_dir(format!("/proc/{id}/task"));
+        let threads = threads.into_iter().flatten().flatten();
+        threads.filter_map(of_thread).sum::<u64>()
+    };
+    Duration::from_nanos(processes.iter().map(of_process).sum())
+}
+
+/// The processes that a process has started, as long as it has one thread.
+pub fn children(id: u32) -> Vec<u32> {
+    let text = std::fs::read_to_string(format!("/proc/{id}/task/{id}/children"));
+    let text = text.unwrap_or_default();
+    text.split_whitespace()
+        .filter_map(|child| child.parse().ok())
+        .collect()
+}
+
 /// The calling thread's processor time so far.
 pub fn thread_processor_time() -> Duration {
     let time = clock_gettime(ClockId::ThreadCPUTime);

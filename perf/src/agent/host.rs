@@ -61,6 +61,13 @@ impl Host {
         &self.agent
     }
 
+    /// The processes of its guests.
+    pub fn guests(&self) -> Vec<u32> {
+        let place = self.folder.path().join("run/vms").display().to_string();
+        let processes = processes_of(&place).into_iter();
+        processes.filter_map(|id| id.try_into().ok()).collect()
+    }
+
     /// Ends everything at once, as a loss of power does.
     pub fn crash(&mut self) {
         let place = self.folder.path().display().to_string();

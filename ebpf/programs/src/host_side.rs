@@ -8,7 +8,7 @@ use aya_ebpf::programs::TcContext;
 use keelson_ebpf_common::{DropReason, GatewayEntry, SERVICE_MAC, stage};
 
 use crate::frame::{self, Payload};
-use crate::ip::{self, Ip, protocol};
+use crate::ip::{self, protocol};
 use crate::services::{self, Scope};
 use crate::{Passed, from_client, hairpin, neighbour_discovery, stations};
 

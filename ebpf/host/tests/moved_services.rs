@@ -6,7 +6,7 @@ use std::io::{Read, Write};
 use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::time::Duration;
 
-use keelson_ebpf::{HookChoice, InterfacePolicy, MovedFlows, Protocol, Service, ServiceBackend};
+use keelson_ebpf::{HookChoice, InterfacePolicy, MovedFlows, Protocol, Service};
 use network::PATIENCE;
 use network::fleet::{ADDRESSES, SERVED, service_at};
 use network::hosts::{Host, Hosts, NETWORK, Underlay, move_guest, policy};
@@ -27,15 +27,7 @@ fn serve_from(hosts: [&Host; 2], guests: &[&Machine]) {
         .flat_map(|address| PORTS.map(|port| (address, port)))
     {
         let address: IpAddr = address.parse().expect("valid");
-        let backends = guests.iter().map(|guest| ServiceBackend {
-            address: if address.is_ipv4() {
-                guest.ipv4
-            } else {
-                guest.ipv6
-            },
-            port: SERVED,
-            mac: guest.mac,
-        });
+        let backends = guests.iter().map(|guest| guest.backend(address, SERVED));
         services.extend([Protocol::Tcp, Protocol::Udp].map(|protocol| Service {
             network: NETWORK,
             address,
@@ -184,18 +176,15 @@ fn a_client_that_only_receives_hears_on() {
         });
     });
     for host in way {
-        let (address, mac) = (hosts.there.ipv6, hosts.there.mac);
+        let address = ADDRESSES[1].parse().expect("valid");
+        let backend = hosts.there.backend(address, SERVED + 1);
         host.run(move |inside| {
             let service = Service {
                 network: NETWORK,
-                address: ADDRESSES[1].parse().expect("valid"),
+                address,
                 protocol: Protocol::Tcp,
                 port: 80,
-                backends: vec![ServiceBackend {
-                    address,
-                    port: SERVED + 1,
-                    mac,
-                }],
+                backends: vec![backend],
                 draining: Vec::new(),
             };
             inside.datapath().set_services(&[service]).expect("valid");

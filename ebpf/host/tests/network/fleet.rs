@@ -2,7 +2,7 @@
 
 use std::net::{IpAddr, SocketAddr};
 
-use keelson_ebpf::{Datapath, HookChoice, InterfacePolicy, Protocol, Service, ServiceBackend};
+use keelson_ebpf::{Datapath, HookChoice, InterfacePolicy, Protocol, Service};
 
 use super::machine::{BRIDGE, Machine, bridge};
 use super::{Network, allow_from};
@@ -54,18 +54,8 @@ impl Fleet {
         for address in ADDRESSES {
             let address: IpAddr = address.parse().expect("valid");
             for (protocol, port) in [(Protocol::Tcp, 80), (Protocol::Udp, 80)] {
-                let backends = guests.iter().map(|index| {
-                    let guest = &self.guests[*index];
-                    ServiceBackend {
-                        address: if address.is_ipv4() {
-                            guest.ipv4
-                        } else {
-                            guest.ipv6
-                        },
-                        port: target,
-                        mac: guest.mac,
-                    }
-                });
+                let guests = guests.iter().map(|index| &self.guests[*index]);
+                let backends = guests.map(|guest| guest.backend(address, target));
                 services.push(Service {
                     network: 9,
                     address,

@@ -6,7 +6,7 @@ use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::sync::mpsc;
 use std::thread;
 
-use keelson_ebpf::{InterfacePolicy, MacAddress};
+use keelson_ebpf::{InterfacePolicy, MacAddress, ServiceBackend};
 
 use super::{PATIENCE, ip};
 
@@ -47,6 +47,19 @@ impl Machine {
         let machine = Self::linked(number, 77, 24);
         ip(&format!("link set {} master {BRIDGE}", machine.name));
         machine
+    }
+
+    /// The machine as a backend of a service at an address of this version of IP, by this port of its own.
+    pub fn backend(&self, service: IpAddr, port: u16) -> ServiceBackend {
+        ServiceBackend {
+            address: if service.is_ipv4() {
+                self.ipv4
+            } else {
+                self.ipv6
+            },
+            port,
+            mac: self.mac,
+        }
     }
 
     /// A machine that the host routes for.
